@@ -1,1 +1,41 @@
+"""Flax NNX modules: layers and the networks made of them.
 
+A network is picked by name: `MODELS` is the one visible dict, its values are "module:Class" strings, so that a
+config can be checked before jax is imported and a plug-in ("my_package.module:Class") is the same mechanism.
+`SIZES` names settings of each network; a field of `config.model` that is set wins over them.
+"""
+
+MODELS = {
+    "vit": "lissom.models.vit:VisionTransformer",
+    "sequence_transformer": "lissom.models.sequence_classifier:SequenceTransformer",
+    "cnn": "lissom.models.cnn:ConvNet",
+    "resnet": "lissom.models.resnet:ResNet",
+    "language": "lissom.models.language:LanguageModel",
+}
+
+SIZES = {
+    "vit": {
+        "tiny": {"width": 16, "depth": 2, "heads": 2, "patch": 4},
+        "digits": {"width": 64, "depth": 4, "heads": 4, "patch": 2},
+        "S/16": {"width": 384, "depth": 12, "heads": 6, "patch": 16},
+        "B/16": {"width": 768, "depth": 12, "heads": 12, "patch": 16},
+    },
+    "sequence_transformer": {
+        "tiny": {"width": 16, "depth": 2, "heads": 2, "patch": 4},
+        "small": {"width": 64, "depth": 3, "heads": 4, "patch": 1},
+    },
+    "cnn": {
+        "tiny": {"channels": (4, 4), "kernel": 3, "stride": 2},
+        "mnist1d": {"channels": (25, 25, 25), "kernel": 5, "stride": 2},
+    },
+    "resnet": {
+        "tiny": {"widths": (8, 16), "blocks": (1, 1)},
+        "small": {"widths": (16, 32, 64), "blocks": (1, 1, 1)},
+        "20": {"widths": (16, 32, 64), "blocks": (3, 3, 3)},
+    },
+    "language": {
+        "tiny": {"width": 16, "depth": 2, "heads": 2},
+        "small": {"width": 128, "depth": 4, "heads": 4},
+        "medium": {"width": 512, "depth": 8, "heads": 8},
+    },
+}

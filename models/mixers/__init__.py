@@ -1,1 +1,11 @@
+"""Token mixers: `y, cache, aux = mixer(x[B, T, M], context, cache=None, key=None)`.
 
+With `cache=None` the parallel form runs and None is returned. With a cache, x holds the t next tokens (t = 1 decode,
+t > 1 a prefill chunk) and `cache["length"][B]` counts what is stored.
+"""
+
+MIXERS = {
+    "attention": "lissom.models.mixers.attention:Attention",
+    "window": "lissom.models.mixers.attention:WindowAttention",
+    "none": "lissom.models.mixers.none:NoMixer",
+}

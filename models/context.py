@@ -1,0 +1,27 @@
+"""What a layer may know about the step it is called in: one frozen dataclass, passed down, never stored."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+
+from lissom.ops.attention import masks
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "segments", "mask"],
+    meta_fields=["train", "grid"],
+)
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """positions: int32 [B, T] or None (then 0..T-1); segments: int32 [B, T] or None; mask: which keys a query may
+    see, an object of `lissom.ops.attention.masks`; train: whether dropout and batch statistics are live (static);
+    grid: the image's token grid (rows, columns), None for sequences (static)."""
+
+    positions: jax.Array | None = None
+    segments: jax.Array | None = None
+    mask: Any = masks.Full()
+    train: bool = False
+    grid: tuple[int, ...] | None = None

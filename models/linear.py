@@ -1,0 +1,77 @@
+"""Products with a parameter: dense, embedding, convolution; dropout with an explicit key.
+
+Parameters are float32, the product is computed in `dtype`; kernels are initialised with variance 1 / fan_in.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Linear(nnx.Module):
+    """y[..., out] = x[..., in] W[in, out] + b[out]; `out` may be several axes, e.g. (heads, head_dim)."""
+
+    def __init__(self, inputs: int, outputs: int | Sequence[int], *, axes: tuple, bias: bool = True,
+                 dtype: jnp.dtype = jnp.float32, init: nnx.Initializer = KERNEL_INIT, rngs: nnx.Rngs):
+        shape = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        flat = 1
+        for size in shape:
+            flat *= size
+        kernel = init(rngs.params(), (inputs, flat), jnp.float32).reshape(inputs, *shape)
+        self.kernel = nnx.Param(kernel, out_sharding=axes)
+        self.bias = nnx.Param(jnp.zeros(shape), out_sharding=axes[1:]) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """Table[vocab, width]; rows by index, and logits[..., vocab] = x[..., width] Table^T when tied."""
+
+    def __init__(self, vocab: int, width: int, *, axes: tuple = ("vocab", "embed"), scale: float = 0.02,
+                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.table = nnx.Param(scale * jax.random.normal(rngs.params(), (vocab, width)), out_sharding=axes)
+        self.dtype = dtype
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        return self.table[...].astype(self.dtype)[index]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...m,vm->...v", x.astype(self.dtype), self.table[...].astype(self.dtype))
+
+
+class Conv(nnx.Module):
+    """Convolution over any number of spatial axes: x[B, *spatial, in] -> y[B, *spatial', out], 'SAME' padding."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], *, stride: int = 1, bias: bool = False,
+                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        shape = (*kernel, inputs, outputs)
+        axes = (*("spatial",) * len(kernel), "channels", "mlp")
+        init = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
+        self.bias = nnx.Param(jnp.zeros(outputs), out_sharding=("mlp",)) if bias else None
+        self.stride, self.spatial, self.dtype = stride, len(kernel), dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        letters = "XYZ"[: self.spatial]
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), self.kernel[...].astype(self.dtype), (self.stride,) * self.spatial, "SAME",
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        )
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, train: bool) -> jax.Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate), in training only."""
+    if rate == 0.0 or not train:
+        return x
+    if key is None:
+        raise ValueError("dropout in training needs a random key: pass key= down the call")
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

@@ -1,0 +1,81 @@
+"""Normalisation, always computed in float32: the sum of squares of bfloat16 values loses the small ones.
+
+`NORMS` are the per-token norms that a block takes by name; `BatchNorm` belongs to the convolutional networks.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models.variables import Stat
+
+NORMS = {"layernorm": "lissom.models.norms:LayerNorm", "rmsnorm": "lissom.models.norms:RMSNorm",
+         "none": "lissom.models.norms:NoNorm"}
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6, bias: bool = True, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
+        self.bias = nnx.Param(jnp.zeros(width), out_sharding=("norm",)) if bias else None
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - wide.mean(-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class NoNorm(nnx.Module):
+    """y = x: the control of a norm ablation."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        del width, rngs
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class BatchNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + epsilon) * scale + bias a channel (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    In training mean and (biased) variance are the batch's, taken over the *global* batch (the compiler reduces over
+    the mesh), and the running values move by 1 - momentum; the running variance is Bessel-corrected, n / (n - 1),
+    as the paper's equation for inference has it. In evaluation the running values are used.
+    """
+
+    def __init__(self, width: int, *, momentum: float = 0.9, epsilon: float = 1e-5, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
+        self.bias = nnx.Param(jnp.zeros(width), out_sharding=("norm",))
+        self.mean = Stat(jnp.zeros(width), out_sharding=("norm",))
+        self.var = Stat(jnp.ones(width), out_sharding=("norm",))
+        self.momentum, self.epsilon = momentum, epsilon
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        mean, var = self.mean[...], self.var[...]
+        if train:
+            over = tuple(range(x.ndim - 1))
+            mean = wide.mean(over)
+            var = jnp.square(wide - mean).mean(over)
+            count = x.size // x.shape[-1]
+            unbiased = var * count / max(count - 1, 1)
+            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * jax.lax.stop_gradient(mean)
+            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * jax.lax.stop_gradient(unbiased)
+        y = (wide - mean) * jax.lax.rsqrt(var + self.epsilon) * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)

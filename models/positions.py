@@ -1,0 +1,19 @@
+"""Positions: rotary angles and learned tables."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float = 10_000.0) -> jax.Array:
+    """Rotary embedding: pairs (x_i, x_{i + D/2}) of x[B, T, H, D] turn by the angle position x theta^(-2i/D).
+
+    The inner product of a turned query and a turned key depends on their distance only (Su et al. 2021,
+    arXiv:2104.09864; the half-split pairing of GPT-NeoX and Llama rather than the paper's neighbours). Angles are
+    float32: in bfloat16 the positions beyond 256 would collide.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    left, right = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
