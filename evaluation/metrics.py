@@ -1,0 +1,59 @@
+"""The names a measurement may carry: one visible dict with unit, direction and meaning."""
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One thing that is measured.
+
+    `unit` is the unit in which rows store it ("1" is a pure number, "fraction" lies in 0..1), `direction`
+    says which way is better (None: neither), `machine` whether the number means anything only together with
+    the hardware.
+    """
+
+    unit: str
+    direction: str | None
+    meaning: str
+    machine: bool = False
+
+
+METRICS = {
+    # What the model is worth.
+    "accuracy": Metric("fraction", "higher", "test examples whose class is predicted"),
+    "token_accuracy": Metric("fraction", "higher", "masked-in test tokens that are predicted"),
+    "loss": Metric("nats", "lower", "mean cross-entropy of a test example or token"),
+    "bits_per_byte": Metric("bits", "lower", "cross-entropy a byte of test text"),
+    "train_loss": Metric("nats", "lower", "loss at the last logged training step"),
+    # What learning it costs.
+    "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine=True),
+    "compile_seconds": Metric("s", "lower", "wall time of tracing and compiling", machine=True),
+    "examples_per_second": Metric(
+        "1/s", "higher", "training examples a second, compilation apart", machine=True
+    ),
+    "train_steps": Metric("1", None, "optimizer steps taken"),
+    "train_examples": Metric("1", None, "training examples seen, repeats counted"),
+    "train_flops": Metric("FLOP", "lower", "products and convolutions of the whole training"),
+    "train_peak_memory": Metric("B", "lower", "peak memory of one training step", machine=True),
+    # What using it costs.
+    "latency_p50": Metric("s", "lower", "median time of one call, warm", machine=True),
+    "latency_p90": Metric("s", "lower", "90th percentile of the time of one call, warm", machine=True),
+    "throughput": Metric("1/s", "higher", "examples a second at the median latency", machine=True),
+    "peak_memory": Metric("B", "lower", "arguments, outputs and temporaries of one call", machine=True),
+    "energy": Metric("J", "lower", "energy of one example", machine=True),
+    "flops": Metric("FLOP", "lower", "products and convolutions of one example's forward pass"),
+    "cache_bytes_per_token": Metric("B", "lower", "cache that one more token of one sequence needs"),
+    # How large it is.
+    "parameters": Metric("1", "lower", "scalars in the parameters"),
+    "parameter_bytes": Metric("B", "lower", "bits of the parameters' dtypes / 8"),
+    "artefact_bytes": Metric("B", "lower", "size of the exported directory on disk"),
+}
+
+
+def metric(name: str) -> Metric:
+    """The entry of `METRICS`; an unknown name is a ValueError that names the nearest."""
+    if name in METRICS:
+        return METRICS[name]
+    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"no metric is called {name!r}; the nearest is {near!r} (all: {', '.join(METRICS)})")
