@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models import FFNS, NORMS
 from lissom.models.context import Context
-from lissom.models.ffn import FFNS
 from lissom.models.mixers import MIXERS
-from lissom.models.norms import NORMS
 from lissom.models.registry import construct
 from lissom.models.stack import Stack
 

@@ -7,8 +7,6 @@ from flax import nnx
 from lissom.models.context import Context
 from lissom.models.linear import Linear, dropout
 
-FFNS = {"mlp": "lissom.models.ffn:MLP", "swiglu": "lissom.models.ffn:SwiGLU", "none": "lissom.models.ffn:NoFFN"}
-
 NO_AUX = {"losses": {}, "metrics": {}}
 
 

@@ -9,9 +9,6 @@ from flax import nnx
 
 from lissom.models.variables import Stat
 
-NORMS = {"layernorm": "lissom.models.norms:LayerNorm", "rmsnorm": "lissom.models.norms:RMSNorm",
-         "none": "lissom.models.norms:NoNorm"}
-
 
 class LayerNorm(nnx.Module):
     """y = (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""

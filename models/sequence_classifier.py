@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models import NORMS
 from lissom.models.block import residual_stack
 from lissom.models.context import Context
 from lissom.models.linear import Linear, dropout
-from lissom.models.norms import NORMS
 from lissom.models.registry import construct
 from lissom.ops.attention import masks
 

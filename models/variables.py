@@ -104,3 +104,14 @@ def map_paths(function: Any, tree: Tree, prefix: tuple = ()) -> Tree:
         else function(path_name((*prefix, key)), value)
         for key, value in tree.items()
     }
+
+
+def freeze(module: nnx.Module) -> nnx.Module:
+    """Turns every variable of the module into `Frozen`, in place, and returns it."""
+    for _, node in list(nnx.iter_graph(module)):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                if isinstance(value, nnx.Variable):
+                    setattr(node, name, Frozen(value[...], **{k: v for k, v in value.get_metadata().items()
+                                                              if k == "out_sharding"}))
+    return module

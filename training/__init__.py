@@ -1,1 +1,19 @@
+"""What happens while weights are learned. The dicts name what a config may choose; nothing here imports jax."""
 
+OBJECTIVES = {
+    "classification": "lissom.training.objectives.classification:Classification",
+    "language_modelling": "lissom.training.objectives.language_modelling:LanguageModelling",
+    "distillation": "lissom.training.objectives.distillation:Distillation",
+}
+
+OPTIMIZERS = {
+    "adamw": "lissom.training.optimizers:adamw",
+    "sgd": "lissom.training.optimizers:sgd",
+    "lion": "lissom.training.optimizers:lion",
+}
+
+SCHEDULES = {
+    "cosine": "lissom.training.optimizers:cosine",
+    "linear": "lissom.training.optimizers:linear",
+    "constant": "lissom.training.optimizers:constant",
+}

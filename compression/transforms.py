@@ -1,0 +1,79 @@
+"""The transform interface.
+
+    structure(module) -> module              from the settings alone; runs under `eval_shape`
+    values(module, source, data) -> module   fills it from `source`, the module before `structure`, and calibration data
+
+Reload = build, `structure` in order, restore. Rules are (path regex, settings) pairs, the first match wins, and a
+rule that matches nothing is an error.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from lissom.compression import TRANSFORMS
+from lissom.models.registry import check_settings, resolve
+from lissom.models.variables import path_name
+from lissom.training.errors import UserError
+
+
+class Transform:
+    """The identity; subclasses override one half or both."""
+
+    def structure(self, module: nnx.Module) -> nnx.Module:
+        return module
+
+    def values(self, module: nnx.Module, source: nnx.Module, data: Iterable[dict]) -> nnx.Module:
+        del source, data
+        return module
+
+
+def build_transforms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Transform]]:
+    """[dict(name=..., **settings), ...] -> [(name, transform), ...]."""
+    built = []
+    for entry in entries:
+        settings = dict(entry)
+        if "name" not in settings:
+            raise UserError(f"a transform needs a name: known are {', '.join(TRANSFORMS)}")
+        name = settings.pop("name")
+        kind = resolve(TRANSFORMS, name, "transform")
+        check_settings(kind, settings, f"transform {name!r}")
+        built.append((name, kind(**settings)))
+    return built
+
+
+def match_rules(rules: Sequence[tuple[str, Mapping]], paths: Iterable[str], what: str) -> dict[str, dict]:
+    """{path: settings of the first rule that matches it}; a rule that is the first match of no path is an error."""
+    matched, used = {}, set()
+    for path in paths:
+        for i, (pattern, settings) in enumerate(rules):
+            if re.search(pattern, path):
+                matched[path] = dict(settings)
+                used.add(i)
+                break
+    for i, (pattern, _) in enumerate(rules):
+        if i not in used:
+            raise UserError(f"transform {what!r}: the rule {pattern!r} matches no layer")
+    return matched
+
+
+def replace_layers(module: nnx.Module, kinds: tuple[type, ...], function: Callable[[str, Any], Any]) -> nnx.Module:
+    """Replaces in place every submodule of the given classes by function(path, submodule)."""
+    for path, node in list(nnx.iter_graph(module)):
+        if isinstance(node, kinds):
+            parent: Any = module
+            for key in path[:-1]:
+                parent = parent[key] if isinstance(parent, nnx.List) else getattr(parent, key)
+            new = function(path_name(path), node)
+            if isinstance(parent, nnx.List):
+                parent[path[-1]] = new
+            else:
+                setattr(parent, path[-1], new)
+    return module
+
+
+def layer_paths(module: nnx.Module, kinds: tuple[type, ...]) -> dict[str, Any]:
+    """{path: submodule} of every submodule of the given classes."""
+    return {path_name(path): node for path, node in nnx.iter_graph(module) if isinstance(node, kinds)}

@@ -1,0 +1,105 @@
+"""From a config to the arrays of training: shapes first, then shardings, then arrays."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lissom.models import MODELS, SIZES
+from lissom.models.registry import check_settings, construct, resolve
+from lissom.models.stack import stacks
+from lissom.models.variables import Tree, logical_axes, split
+from lissom.training import OBJECTIVES, sharding
+from lissom.training.errors import UserError
+from lissom.training.objectives.base import Objective
+from lissom.training.optimizers import build_optimizer
+
+FACTS = ("input_shape", "classes", "vocab_size", "length")
+
+
+class Assembly(NamedTuple):
+    """Everything about a stage that is known before an array exists."""
+
+    objective: Objective
+    graph: nnx.GraphDef
+    make: Any  # key -> (params, stats, frozen)
+    shapes: dict[str, Any]  # the state as ShapeDtypeStructs, each with its sharding
+    optimizer: optax.GradientTransformation
+    stacks: dict[tuple, tuple[int, int]]
+    mesh: Mesh
+
+
+def build_objective(config) -> Objective:
+    """The objective that `config.objective` names, with its own settings."""
+    return construct(OBJECTIVES, config.objective, config.objective_kwargs.to_dict(), "objective")
+
+
+def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+    """The network of `config.model`: the named size, fields that are set on top, and what the data dictates."""
+    settings = config.model.to_dict()
+    name, size = settings.pop("name"), settings.pop("size", None)
+    network = resolve(MODELS, name, "model")
+    settings = {key: value for key, value in settings.items() if value is not None}
+    check_settings(network, settings, f"model {name!r}", reserved=FACTS)
+    if "dtype" in settings:
+        settings["dtype"] = jnp.dtype(settings["dtype"])
+    taken = inspect.signature(network).parameters
+    fixed = {key: facts[key] for key in FACTS if key in taken and key in facts}
+    missing = [key for key in FACTS if key in taken and key not in facts
+               and taken[key].default is inspect.Parameter.empty]
+    if missing:
+        raise UserError(f"model {name!r} needs {', '.join(missing)}, which data {config.data.name!r} does not have: "
+                        f"it is not made for this kind of data")
+    try:
+        return network(**{**SIZES.get(name, {}).get(size, {}), **settings, **fixed}, rngs=rngs)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def assemble(config, facts: Mapping[str, Any], total: int, mesh: Mesh, structure=lambda module: module) -> Assembly:
+    """Builds everything but the arrays; `structure` applies the training transforms of the config."""
+    objective = build_objective(config)
+
+    def build(key: jax.Array) -> nnx.Module:
+        model_key, own_key = jax.random.split(key)
+        network = structure(build_network(config, facts, nnx.Rngs(model_key)))
+        return objective.build(network, nnx.Rngs(own_key))
+
+    def make(key: jax.Array) -> tuple[Tree, Tree, Tree]:
+        return tuple(split(build(key))[1:])
+
+    abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
+    parts, axes = split(abstract), logical_axes(abstract)
+    optimizer = build_optimizer(config.optim, total)
+    trees = {"params": parts.params, "stats": parts.stats, "frozen": parts.frozen}
+    places = {name: sharding.tree_shardings(tree, axes, mesh) for name, tree in trees.items()}
+    opt = jax.eval_shape(optimizer.init, parts.params)
+    trees |= {"opt": opt, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    places |= {"opt": sharding.optimizer_shardings(optimizer, opt, places["params"], mesh),
+               "step": sharding.replicated(mesh)}
+    shapes = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                          trees, places)
+    return Assembly(objective, parts.graph, make, shapes, optimizer, stacks(abstract), mesh)
+
+
+def shardings_of(shapes: Any) -> Any:
+    """The sharding of each ShapeDtypeStruct."""
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def fresh_state(assembly: Assembly, key: jax.Array) -> dict[str, Any]:
+    """The state at step 0, each array made where it lies."""
+    places = shardings_of(assembly.shapes)
+    trees = jax.jit(assembly.make, out_shardings=tuple(places[n] for n in ("params", "stats", "frozen")))(key)
+    filled = assembly.objective.fill(*trees)
+    params, stats, frozen = (jax.device_put(tree, places[name])
+                             for name, tree in zip(("params", "stats", "frozen"), filled, strict=True))
+    # Without out_shardings the moments of a sharded parameter would all lie on the first device.
+    opt = jax.jit(assembly.optimizer.init, out_shardings=places["opt"])(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), places["step"])
+    return {"params": params, "stats": stats, "frozen": frozen, "opt": opt, "step": step}

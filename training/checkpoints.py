@@ -1,0 +1,155 @@
+"""Checkpoints: orbax, asynchronous, with a checksum a leaf.
+
+Orbax restores a flipped bit without a word, so each save carries the CRC-32 of every leaf (of every shard, where an
+array is spread over processes), and a restore compares. Layers are saved unstacked under flat names, so that a
+checkpoint loads into a scanned and into a looped stack.
+"""
+
+import json
+import pathlib
+import shutil
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lissom.models.stack import stack_layers, unstack_layers
+from lissom.training.errors import UserError
+
+# What orbax and tensorstore raise for files that are missing, cut short or nonsense.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError)
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was saved."""
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Any pytree -> {name: leaf}; the names are those of its paths."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def checksums(leaf: jax.Array) -> dict[str, int]:
+    """{"": CRC of the whole array}, or {shard index: CRC} of this process's shards where it holds only some."""
+    if leaf.is_fully_addressable:
+        return {"": _crc(leaf)}
+    return {str(shard.index): _crc(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0}
+
+
+def _crc(array: Any) -> int:
+    array = np.ascontiguousarray(np.asarray(array))
+    return zlib.crc32(array.view(np.uint8).reshape(-1)) if array.size else 0
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `directory`; `keep` newest are kept."""
+
+    def __init__(self, directory: pathlib.Path | str, keep: int = 2):
+        self.directory = pathlib.Path(directory).absolute()
+        self.keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def steps(self) -> list[int]:
+        """Steps that have a finished directory, newest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True)
+
+    def save(self, step: int, state: Mapping[str, Any], stacks: Mapping, meta: Mapping[str, Any]) -> None:
+        """Starts a save; returns once the arrays are copied. Raises UserError where the disk refuses."""
+        leaves = flat(unstack_layers(dict(state), dict(stacks)))
+        crc = {name: checksums(leaf) for name, leaf in leaves.items()}
+        if jax.process_count() > 1:
+            meta = {**meta, f"crc_{jax.process_index()}": crc}
+        record = {**meta, "crc": crc}
+        try:
+            self._open().save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves),
+                                                            record=ocp.args.JsonSave(record)))
+        except DAMAGE as error:
+            raise self._refused(step, error) from error
+
+    def wait(self) -> None:
+        """Until what was started is on the disk; raises UserError where the disk refuses."""
+        if self._manager is not None:
+            try:
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+            except DAMAGE as error:
+                raise self._refused(None, error) from error
+
+    def _refused(self, step: int | None, error: BaseException) -> UserError:
+        whole = self.steps()
+        reason = str(error).strip().split("\n")[0][:300]
+        what = "the checkpoint" if step is None else f"the checkpoint of step {step}"
+        return UserError(f"{what} could not be written under {self.directory} ({reason}); the newest whole one is "
+                         f"{'step ' + str(whole[0]) if whole else 'none'}: make room and run the same command again")
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a step."""
+        try:
+            return json.loads((self.directory / str(step) / "record" / "metadata").read_text())
+        except DAMAGE as error:
+            raise Damaged(f"its record can't be read ({str(error)[:100]})") from error
+
+    def load(self, step: int, shapes: Any, stacks: Mapping) -> Any:
+        """The state (or those of its top-level entries that `shapes` has) of one step, checked leaf by leaf; raises
+        `Damaged` with the name of the first leaf that is not what was saved."""
+        target = jax.eval_shape(lambda tree: unstack_layers(tree, dict(stacks)), shapes) if stacks else shapes
+        wanted, crc = flat(target), self.record(step)["crc"]
+        missing = [name for name in wanted if name not in crc]
+        if missing:
+            raise UserError(f"the checkpoint of step {step} under {self.directory} has no {missing[0]!r} "
+                            f"({len(missing)} of {len(wanted)} arrays are not in it): it is of another model")
+        try:
+            restored = self._restore(step, wanted)
+        except DAMAGE as error:
+            raise Damaged(f"it can't be read ({str(error).strip().splitlines()[0][:160]})") from error
+        for name, leaf in restored.items():
+            if leaf.shape != wanted[name].shape:
+                raise UserError(f"the checkpoint of step {step} under {self.directory} has {name} of shape "
+                                f"{leaf.shape}, the model of {wanted[name].shape}: it is of another model")
+            known = crc[name]
+            for index, value in checksums(leaf).items():
+                if index in known and known[index] != value:
+                    raise Damaged(f"the checksum of {name} does not fit")
+        tree = jax.tree.unflatten(jax.tree.structure(target), [restored[name] for name in wanted])
+        return stack_layers(tree, dict(stacks)) if stacks else tree
+
+    def _restore(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+        path = self.directory / str(step) / "state"
+        with ocp.PyTreeCheckpointer() as reader:
+            everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            args = {name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or everywhere)
+                    for name, leaf in wanted.items()}
+            return reader.restore(path, args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args,
+                                                                    partial_restore=True))
+
+    def newest(self, shapes: Any, stacks: Mapping, say=print) -> tuple[int, Any] | None:
+        """(step, state) of the newest whole checkpoint; damaged ones are named through `say` and skipped."""
+        for step in self.steps():
+            try:
+                return step, self.load(step, shapes, stacks)
+            except Damaged as error:
+                say(f"checkpoint of step {step} under {self.directory} is damaged and skipped: {error}")
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: damaged ones, so that the run can write those steps again."""
+        for newer in self.steps():
+            if newer > step:
+                shutil.rmtree(self.directory / str(newer))
+
+    def close(self) -> None:
+        if self._manager is not None:
+            self.wait()
+            self._manager.close()

@@ -1,0 +1,203 @@
+"""Recipes and overrides: the one loader. It does not import jax: a mistake is answered in a fraction of a second.
+
+    --config=configs/vision/digits_vit.py[:mode] --config.train.steps=100 --config.model.mixer=window
+"""
+
+import ast
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from lissom.models import FFNS, MODELS, NORMS, SIZES
+from lissom.models.mixers import MIXERS
+from lissom.models.registry import check_name, nearest
+from lissom.training import OBJECTIVES, OPTIMIZERS, SCHEDULES
+from lissom.training.errors import UserError
+
+DURATIONS = ("steps", "epochs", "examples")
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def recipes() -> dict[str, str]:
+    """{"configs/vision/digits_vit.py": first line of its docstring} of every recipe."""
+    found = {}
+    for path in sorted(CONFIGS.glob("*/*.py")):
+        if path.name.startswith("_"):
+            continue
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        found[f"configs/{path.relative_to(CONFIGS)}"] = doc.split("\n")[0]
+    return found
+
+
+def load_recipe(spec: str) -> ml_collections.ConfigDict:
+    """'path/to/recipe.py' or 'path/to/recipe.py:argument' -> its get_config(argument)."""
+    path, argument = recipe_path(spec)
+    try:
+        spec_ = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec_)
+        spec_.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"the recipe {path} can't be read: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} is no recipe: it has no function get_config(arg)")
+    try:
+        config = module.get_config(argument)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    with config.unlocked():
+        config.recipe = str(spec)
+    return config
+
+
+def recipe_path(spec: str) -> tuple[pathlib.Path, str]:
+    """The file and the argument of a recipe; a path is looked up here first, then beside the package."""
+    name, _, argument = str(spec).partition(":")
+    for path in (pathlib.Path(name), CONFIGS.parent / name):
+        if path.is_file():
+            return path, argument
+    raise UserError(f"there is no recipe {name}: known are {', '.join(recipes())}{nearest(name, recipes())}")
+
+
+def default_workdir(spec: str) -> pathlib.Path:
+    """runs/<file stem>[_<mode>]."""
+    path, argument = recipe_path(spec)
+    return pathlib.Path("runs") / (path.stem + (f"_{argument.replace(',', '_').replace('=', '')}" if argument else ""))
+
+
+def override(config: ml_collections.ConfigDict, key: str, text: Any) -> None:
+    """Sets `a.b.c` to a value given as text, read as the type of the present value; unknown fields are an error.
+
+    Below a field named `*kwargs` new entries may be made: `model.mixer_kwargs.window.window=64`.
+    """
+    *parents, last = key.split(".")
+    node, free = config, False
+    for depth, name in enumerate(parents):
+        free = free or name.endswith("kwargs")
+        if free and name not in node:
+            with config.unlocked():
+                node[name] = ml_collections.ConfigDict()
+        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+            known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+            raise _unknown(".".join(parents[: depth + 1]), name, known)
+        node = node[name]
+    if not isinstance(node, ml_collections.ConfigDict):
+        raise UserError(f"config.{'.'.join(parents)} is a value, so config.{key} cannot be set")
+    if last not in node and not free:
+        durations = len(parents) == 1 and parents[0] == "train" and last in DURATIONS
+        if not durations:
+            raise _unknown(key, last, list(node))
+        with config.unlocked():  # steps, epochs, examples: the new one takes the place of the recipe's
+            for name in DURATIONS:
+                node.pop(name, None)
+    value = _read(key, text, node.get(last)) if isinstance(text, str) else text
+    with config.unlocked(), node.ignore_type():
+        node[last] = value
+
+
+def _unknown(key: str, name: str, known: list[str]) -> UserError:
+    return UserError(f"the config has no field {key!r}: there are {', '.join(map(str, known))}{nearest(name, known)}")
+
+
+def _read(key: str, text: str, present: Any) -> Any:
+    try:
+        if isinstance(present, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(present, int):
+            return int(float(text)) if float(text).is_integer() else float("x")
+        if isinstance(present, float):
+            return float(text)
+        if isinstance(present, str):
+            return text
+        if isinstance(present, tuple | list):
+            value = ast.literal_eval(text if text[:1] in "([" else f"({text},)" if text else "()")
+            return tuple(value)
+        if isinstance(present, ml_collections.ConfigDict):
+            return ml_collections.ConfigDict(ast.literal_eval(text))
+    except (KeyError, ValueError, SyntaxError, TypeError) as error:
+        raise UserError(f"config.{key}={text!r} is not {_article(present)}") from error
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a name, where the recipe left the field open
+
+
+def _article(present: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list a,b,c", list: "a list a,b,c"}
+    return names.get(type(present), f"a {type(present).__name__}")
+
+
+def overridden(config: ml_collections.ConfigDict, overrides: Iterable[tuple[str, Any]]) -> ml_collections.ConfigDict:
+    """A copy of the config with every (key, value) set."""
+    config = config.copy_and_resolve_references()
+    for key, value in overrides:
+        override(config, key, value)
+    return config
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Everything that can be known to be wrong before jax is imported."""
+    check_name(MODELS, config.model.name, "model")
+    if config.model.get("size") and config.model.name in SIZES and config.model.size not in SIZES[config.model.name]:
+        sizes = SIZES[config.model.name]
+        raise UserError(f"model {config.model.name!r} has no size {config.model.size!r}: it has "
+                        f"{', '.join(sizes)}{nearest(config.model.size, sizes)}")
+    for field, table in (("mixer", MIXERS), ("ffn", FFNS), ("norm", NORMS)):
+        value = config.model.get(field)
+        for name in (value,) if isinstance(value, str) else value or ():
+            check_name(table, name, field)
+    check_name(OBJECTIVES, config.objective, "objective")
+    check_name(OPTIMIZERS, config.optim.name, "optimizer")
+    check_name(SCHEDULES, config.optim.schedule, "schedule")
+    given = [name for name in DURATIONS if name in config.train]
+    if len(given) != 1:
+        raise UserError(f"config.train must have exactly one of steps, epochs, examples, not {given or 'none'}")
+    for key, value in (("data.batch_size", config.data.batch_size), (f"train.{given[0]}", config.train[given[0]]),
+                       ("optim.accumulate", config.optim.accumulate), ("log.every", config.log.every)):
+        if value <= 0:
+            raise UserError(f"config.{key}={value} must be positive")
+    if config.data.batch_size % config.optim.accumulate:
+        raise UserError(f"config.data.batch_size={config.data.batch_size} must be a multiple of "
+                        f"config.optim.accumulate={config.optim.accumulate}")
+    if sum(size == -1 for size in config.mesh.values()) > 1 or any(size < 1 and size != -1
+                                                                    for size in config.mesh.values()):
+        raise UserError(f"config.mesh={dict(config.mesh)}: sizes are positive, and one of them may be -1 (the rest)")
+
+
+def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
+    """The number of steps that train.steps | epochs | examples asks for, rounded up."""
+    if "steps" in config.train:
+        return int(config.train.steps)
+    wanted = config.train.examples if "examples" in config.train else config.train.epochs * examples
+    return max(1, -(-int(wanted) // config.data.batch_size))
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The resolved config as text; equal configs give equal text."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True, default=list)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`, lists as tuples."""
+    return ml_collections.ConfigDict(_tuples(json.loads(text)))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def differences(one: Mapping, other: Mapping, prefix: str = "") -> list[str]:
+    """['model.width: 64 -> 128', ...] of two configs."""
+    found = []
+    for key in sorted({*one, *other}, key=str):
+        a, b = one.get(key, "unset"), other.get(key, "unset")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b and (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return found

@@ -1,0 +1,22 @@
+"""Mistakes that a user can make: the message is one sentence, the process ends with exit code 2."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something in a config, a flag, a path, a checkpoint or the machine that the user can put right."""
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns a UserError, and the other rooms' errors of that kind, into one line on stderr and exit code 2."""
+    from lissom.data.errors import DataError
+    from lissom.models.registry import UnknownName
+
+    try:
+        yield
+    except (UserError, UnknownName, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,45 @@
+"""The command line of every script: absl flags, and --config / --config.field=value read by `training.config`."""
+
+import sys
+
+import ml_collections
+from absl import flags
+
+from lissom.training import config as recipes
+from lissom.training.errors import UserError
+
+
+def parse(argv: list[str]) -> list[tuple[str, str]]:
+    """Parses absl flags; returns the (field, text) pairs of --config.field=value. The recipe is the pair ("", spec)."""
+    rest, pairs, words = [argv[0]], [], iter(argv[1:])
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and (name == "config" or name.startswith("config.")):
+            if not equals:
+                value = next(words, None)
+                if value is None:
+                    raise UserError(f"{word} needs a value")
+            pairs.append((name[len("config."):], value))
+        else:
+            rest.append(word)
+    if any(word in ("--help", "-h", "--helpfull") for word in rest):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        raise SystemExit(0)
+    try:
+        extra = flags.FLAGS(rest)
+    except flags.Error as error:
+        raise UserError(str(error).replace("\n", " ")) from error
+    if len(extra) > 1:
+        raise UserError(f"{extra[1]!r} is no flag: settings are written --name=value")
+    return pairs
+
+
+def config_from(pairs: list[tuple[str, str]]) -> tuple[str, ml_collections.ConfigDict]:
+    """(recipe, resolved and checked config) of what `parse` returned."""
+    specs = [value for key, value in pairs if not key]
+    if not specs:
+        listing = "\n".join(f"  {name:44s} {doc}" for name, doc in recipes.recipes().items())
+        raise UserError(f"--config=RECIPE is missing; the recipes are:\n{listing}")
+    config = recipes.overridden(recipes.load_recipe(specs[-1]), [(key, value) for key, value in pairs if key])
+    recipes.check(config)
+    return specs[-1], config

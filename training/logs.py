@@ -1,0 +1,60 @@
+"""What a run says while it trains: `metrics.jsonl`, TensorBoard, and a progress bar where there is a terminal."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+
+class Logs:
+    """Writes metrics; `bar` is drawn on a terminal only, a line every few seconds elsewhere."""
+
+    def __init__(self, workdir: pathlib.Path, total: int, start: int, unit: str = "examples"):
+        from tensorboardX import SummaryWriter
+
+        self._file = (workdir / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._total, self._unit, self._bar = total, unit, None
+        self._said = 0.0
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("[bold]{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[text]}"), progress.TimeRemainingColumn(), console=Console(stderr=True))
+            self._task = self._bar.add_task("train", total=total, completed=start, text="")
+            self._bar.start()
+
+    def write(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
+        """One line of `metrics.jsonl` and the same points for TensorBoard. A value that is not finite is null."""
+        clean = {name: (float(v) if math.isfinite(float(v)) else None) for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
+        self._file.flush()
+        for name, value in clean.items():
+            if value is not None:
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, step: int, loss: float, per_second: float, seconds_left: float) -> None:
+        """Shows where the run is."""
+        text = f"loss {loss:.4f}  {per_second:,.0f} {self._unit}/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif time.monotonic() - self._said > 10 or step == self._total:
+            self._said = time.monotonic()
+            print(f"step {step}/{self._total}  {text}  {seconds_left:.0f} s left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line for the user that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._board.close()
+        self._file.close()

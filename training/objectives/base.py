@@ -1,0 +1,62 @@
+"""What an objective is. The state of training needs no slot beyond params, stats and frozen: all that an objective
+carries (projection heads, EMA copies, a teacher) is part of the module it builds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models.variables import Parts, Tree, merge, stats_of
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective:
+    """Subclasses define `loss` and `evaluate`; the rest has defaults."""
+
+    def build(self, model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+        """The module that is trained; called under `eval_shape` first."""
+        del rngs
+        return model
+
+    def network(self, module: nnx.Module) -> nnx.Module:
+        """The part of the module that is measured and exported."""
+        return module
+
+    def fill(self, params: Tree, stats: Tree, frozen: Tree) -> tuple[Tree, Tree, Tree]:
+        """Puts values that no initialiser can give (a teacher's weights) into a fresh state."""
+        return params, stats, frozen
+
+    def loss(self, module: nnx.Module, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+        """Scalar loss and scalar metrics of a training batch; updates the module's `Stat` variables in place."""
+        raise NotImplementedError
+
+    def evaluate(self, module: nnx.Module, batch: Batch, key: jax.Array) -> Sums:
+        """{name: (sum, count)} of an evaluation batch; rows with batch["mask"] == 0 count nothing."""
+        raise NotImplementedError
+
+    def gradients(self, graph: Any, params: Tree, stats: Tree, frozen: Tree, batch: Batch, key: jax.Array,
+                  step: jax.Array) -> tuple[Tree, Tree, dict]:
+        """(gradients, new stats, metrics): reverse mode through `loss`; meta-learners override it."""
+
+        def scalar(params):
+            module = merge(Parts(graph, params, stats, frozen))
+            loss, metrics = self.loss(module, batch, key, step)
+            return loss, (stats_of(module), {"loss": loss, **metrics})
+
+        gradients, (stats, metrics) = jax.grad(scalar, has_aux=True)(params)
+        return gradients, stats, metrics
+
+
+def auxiliary(aux: dict) -> jax.Array:
+    """The sum of the losses that layers ask for, weighted by themselves already."""
+    return sum((jnp.sum(value) for value in aux["losses"].values()), jnp.zeros(()))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """-sum_c t_c log softmax(logits)_c [...], float32, with t = (1 - smoothing) one_hot + smoothing / classes."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    picked = jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    return -((1 - smoothing) * picked + smoothing * log_p.mean(-1)) if smoothing else -picked

@@ -1,0 +1,72 @@
+"""A student that learns from the logits of a frozen teacher."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models.variables import freeze
+from lissom.training.objectives.base import auxiliary, cross_entropy
+from lissom.training.objectives.classification import Classification
+
+
+class Pair(nnx.Module):
+    """Student (trained) and teacher (frozen)."""
+
+    def __init__(self, student: nnx.Module, teacher: nnx.Module):
+        self.student, self.teacher = student, freeze(teacher)
+
+    def __call__(self, *args, **kwargs):
+        return self.student(*args, **kwargs)
+
+
+class Distillation(Classification):
+    """(1 - weight) CE(student, labels) + weight T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the
+    batch (Hinton et al. 2015, arXiv:1503.02531). `teacher` is the directory of a finished run, whose network is
+    rebuilt from its config and filled from its newest whole checkpoint."""
+
+    def __init__(self, *, teacher: str, temperature: float = 4.0, weight: float = 0.9, label_smoothing: float = 0.0):
+        super().__init__(label_smoothing=label_smoothing)
+        from lissom.training.runs import load_network
+
+        self.temperature, self.weight = temperature, weight
+        self._teacher = load_network(teacher)
+
+    def build(self, model, rngs):
+        del rngs
+        graph, params, stats, frozen = self._teacher
+        return Pair(model, nnx.merge(graph, params, stats, frozen))
+
+    def network(self, module):
+        return module.student
+
+    def fill(self, params, stats, frozen):
+        _, *trees = self._teacher
+        values = {}
+        for tree in trees:
+            values = _union(values, tree)
+        return params, stats, {**frozen, "teacher": _like(frozen["teacher"], values)}
+
+    def loss(self, module, batch, key, step):
+        del step
+        logits, aux = module.student(batch["inputs"], train=True, key=key)
+        target, _ = module.teacher(batch["inputs"])
+        target = jax.lax.stop_gradient(target)
+        hard = cross_entropy(logits, batch["labels"], self.label_smoothing).mean()
+        student = jax.nn.log_softmax(logits / self.temperature)
+        teacher = jax.nn.log_softmax(target / self.temperature)
+        soft = self.temperature**2 * jnp.sum(jnp.exp(teacher) * (teacher - student), -1).mean()
+        hits = (logits.argmax(-1) == batch["labels"]).mean()
+        agree = (logits.argmax(-1) == target.argmax(-1)).mean()
+        total = (1 - self.weight) * hard + self.weight * soft + auxiliary(aux)
+        return total, {"accuracy": hits, "agreement": agree, "distillation": soft}
+
+
+def _union(one: dict, other: dict) -> dict:
+    merged = dict(one)
+    for key, value in other.items():
+        merged[key] = _union(merged[key], value) if isinstance(value, dict) and key in merged else value
+    return merged
+
+
+def _like(shape: dict, values: dict) -> dict:
+    return {key: _like(leaf, values[key]) if isinstance(leaf, dict) else values[key] for key, leaf in shape.items()}

@@ -1,0 +1,35 @@
+"""The next token."""
+
+import jax.numpy as jnp
+
+from lissom.training.objectives.base import Objective, auxiliary, cross_entropy
+
+
+class LanguageModelling(Objective):
+    """Mean cross-entropy over the positions that batch["weights"] [B, T] scores, plus `z_loss` x mean(log Z)^2
+    (Chowdhery et al. 2022, arXiv:2204.02311) and the layers' own losses. Evaluated by loss (nats a scored token) and
+    accuracy (share of scored tokens whose argmax is right)."""
+
+    def __init__(self, *, z_loss: float = 0.0):
+        self.z_loss = z_loss
+
+    def loss(self, module, batch, key, step):
+        del step
+        logits, aux = module(batch["inputs"], train=True, key=key)
+        weights = batch["weights"] * batch["mask"][:, None]
+        count = jnp.maximum(weights.sum(), 1.0)
+        task = (cross_entropy(logits, batch["labels"]) * weights).sum() / count
+        total = task + auxiliary(aux)
+        if self.z_loss:
+            log_z = jnp.log(jnp.sum(jnp.exp(logits - logits.max(-1, keepdims=True)), -1)) + logits.max(-1)
+            total = total + self.z_loss * (jnp.square(log_z) * weights).sum() / count
+        hits = ((logits.argmax(-1) == batch["labels"]) * weights).sum() / count
+        return total, {"accuracy": hits}
+
+    def evaluate(self, module, batch, key):
+        del key
+        logits, _ = self.network(module)(batch["inputs"])
+        weights = batch["weights"] * batch["mask"][:, None]
+        hits = (logits.argmax(-1) == batch["labels"]) * weights
+        return {"loss": (jnp.sum(cross_entropy(logits, batch["labels"]) * weights), weights.sum()),
+                "accuracy": (jnp.sum(hits), weights.sum())}

@@ -1,0 +1,95 @@
+"""A run on the disk: `config.json`, `facts.json`, `provenance.json`, `metrics.jsonl`, `checkpoints/`, `rows.jsonl`."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lissom.models.stack import stacks
+from lissom.models.variables import Parts, split
+from lissom.training.building import build_network, build_objective
+from lissom.training.checkpoints import Checkpoints
+from lissom.training.config import differences, from_json, to_json
+from lissom.training.errors import UserError
+
+
+def is_run(path: pathlib.Path | str) -> bool:
+    """Whether a directory holds a run."""
+    return (pathlib.Path(path) / "config.json").is_file()
+
+
+def read_config(path: pathlib.Path | str):
+    """The resolved config of a run."""
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path} holds no run: there is no {file.name} in it")
+    try:
+        return from_json(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} can't be read: {error}") from error
+
+
+def read_facts(path: pathlib.Path | str) -> dict[str, Any]:
+    """What the data dictates to the model of a run: shapes, classes, and the size of the training set."""
+    return json.loads((pathlib.Path(path) / "facts.json").read_text())
+
+
+def claim(workdir: pathlib.Path, config, overwrite: bool) -> bool:
+    """Makes `workdir` the run of `config`; True where a run of the same config stands there to be resumed.
+
+    A directory that holds another config is an error, or is emptied of its run where `overwrite` is given.
+    """
+    if is_run(workdir):
+        changed = differences(read_config(workdir).to_dict(), from_json(to_json(config)).to_dict())
+        if not changed and not overwrite:
+            return True
+        if not overwrite:
+            raise UserError(f"{workdir} holds a run of another config ({'; '.join(changed[:5])}"
+                            f"{' ...' if len(changed) > 5 else ''}): give another --workdir, or --overwrite")
+        _remove_run(workdir)
+    elif workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(to_json(config))
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} can't be written: {error.strerror}") from error
+    return False
+
+
+def _remove_run(workdir: pathlib.Path) -> None:
+    import shutil
+
+    for name in ("config.json", "facts.json", "provenance.json", "metrics.jsonl", "rows.jsonl"):
+        (workdir / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "tensorboard", "exports", "profile"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+
+
+def load_network(path: pathlib.Path | str, structure=lambda module: module, say=print) -> Parts:
+    """The trained network of a run, from its newest whole checkpoint, on the first device."""
+    config, facts = read_config(path), read_facts(path)
+    if config.get("stages"):
+        from lissom.training.stages import final_config
+
+        config = final_config(config)
+    objective = build_objective(config)
+
+    def build():
+        rngs = nnx.Rngs(0)
+        return objective.build(structure(build_network(config, facts, rngs)), rngs)
+
+    module = nnx.eval_shape(build)
+    parts = split(module)
+    store = Checkpoints(pathlib.Path(path) / "checkpoints")
+    if not store.steps():
+        raise UserError(f"{path} has no checkpoint: the run was stopped before its first save")
+    shapes = {"params": parts.params, "stats": parts.stats, "frozen": parts.frozen}
+    found = store.newest(shapes, stacks(module), say)
+    if found is None:
+        raise UserError(f"{path} has no whole checkpoint: every one is damaged")
+    state = jax.tree.map(jax.numpy.asarray, found[1])
+    whole = nnx.merge(parts.graph, state["params"], state["stats"], state["frozen"])
+    return split(objective.network(whole))

@@ -1,0 +1,74 @@
+"""The training step and the evaluation step: pure functions of plain dicts."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lissom.models.variables import Parts, merge
+from lissom.training.building import Assembly
+
+
+def make_step(assembly: Assembly, accumulate: int) -> Callable:
+    """step(state without frozen, frozen, batch, key) -> (state, metrics).
+
+    With `accumulate` > 1 the batch is split into that many micro-batches, scanned over inside the one step:
+    gradients and metrics are their mean, statistics pass from one to the next.
+    """
+    objective, graph, optimizer = assembly.objective, assembly.graph, assembly.optimizer
+
+    def step(state: dict[str, Any], frozen: Any, batch: dict, key: jax.Array):
+        key = jax.random.fold_in(key, state["step"])
+        gradients = lambda stats, batch, key: objective.gradients(
+            graph, state["params"], stats, frozen, batch, key, state["step"])
+        if accumulate == 1:
+            grads, stats, metrics = gradients(state["stats"], batch, key)
+        else:
+            grads, stats, metrics = _accumulated(gradients, state["stats"], batch, key, accumulate)
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        return {"params": params, "stats": stats, "opt": opt, "step": state["step"] + 1}, metrics
+
+    return step
+
+
+def _accumulated(gradients: Callable, stats: Any, batch: dict, key: jax.Array, parts: int):
+    # Every micro-batch takes each parts-th row, so that rows stay on the device that holds them.
+    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(gradients, stats, first, key)
+    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+    def body(carry, over):
+        total, stats, metrics = carry
+        new, stats, values = gradients(stats, *over)
+        return (jax.tree.map(jnp.add, total, new), stats, jax.tree.map(jnp.add, metrics, values)), None
+
+    start = (zeros(shapes[0]), stats, zeros(shapes[2]))
+    (total, stats, metrics), _ = jax.lax.scan(body, start, (micro, jax.random.split(key, parts)))
+    mean = lambda tree: jax.tree.map(lambda leaf: leaf / parts, tree)
+    return mean(total), stats, mean(metrics)
+
+
+def make_evaluation(assembly: Assembly) -> Callable:
+    """evaluate(params, stats, frozen, batch, key) -> {name: (sum, count)}."""
+
+    def evaluate(params, stats, frozen, batch, key):
+        module = merge(Parts(assembly.graph, params, stats, frozen))
+        return assembly.objective.evaluate(module, batch, key)
+
+    return evaluate
+
+
+def mean_over(batches: Iterable[dict[str, tuple]]) -> dict[str, float]:
+    """Sums and counts of many batches -> {name: mean}; a name that was counted nowhere is left out."""
+    totals: dict[str, list[float]] = {}
+    for sums in batches:
+        for name, (value, count) in jax.device_get(sums).items():
+            entry = totals.setdefault(name, [0.0, 0.0])
+            entry[0] += float(value)
+            entry[1] += float(count)
+    return {name: value / count for name, (value, count) in totals.items() if count}
