@@ -134,13 +134,20 @@ class Checkpoints:
             return reader.restore(path, args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args,
                                                                     partial_restore=True))
 
+    def newest_at(self, step: int, shapes: Any, stacks: Mapping, say=print) -> Any | None:
+        """The state of one step, or None where it is damaged, which is said through `say`."""
+        try:
+            return self.load(step, shapes, stacks)
+        except Damaged as error:
+            say(f"the checkpoint of step {step} under {self.directory} is damaged and skipped: {error}")
+            return None
+
     def newest(self, shapes: Any, stacks: Mapping, say=print) -> tuple[int, Any] | None:
-        """(step, state) of the newest whole checkpoint; damaged ones are named through `say` and skipped."""
+        """(step, state) of the newest whole checkpoint; damaged ones are named and skipped."""
         for step in self.steps():
-            try:
-                return step, self.load(step, shapes, stacks)
-            except Damaged as error:
-                say(f"checkpoint of step {step} under {self.directory} is damaged and skipped: {error}")
+            state = self.newest_at(step, shapes, stacks, say)
+            if state is not None:
+                return step, state
         return None
 
     def discard_after(self, step: int) -> None:

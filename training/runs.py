@@ -2,17 +2,19 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
 from lissom.models.stack import stacks
-from lissom.models.variables import Parts, split
+from lissom.models.variables import Parts, flatten, split
 from lissom.training.building import build_network, build_objective
 from lissom.training.checkpoints import Checkpoints
 from lissom.training.config import differences, from_json, to_json
 from lissom.training.errors import UserError
+from lissom.training.stages import final_config, place
 
 
 def is_run(path: pathlib.Path | str) -> bool:
@@ -72,8 +74,6 @@ def load_network(path: pathlib.Path | str, structure=lambda module: module, say=
     """The trained network of a run, from its newest whole checkpoint, on the first device."""
     config, facts = read_config(path), read_facts(path)
     if config.get("stages"):
-        from lissom.training.stages import final_config
-
         config = final_config(config)
     objective = build_objective(config)
 
@@ -93,3 +93,22 @@ def load_network(path: pathlib.Path | str, structure=lambda module: module, say=
     state = jax.tree.map(jax.numpy.asarray, found[1])
     whole = nnx.merge(parts.graph, state["params"], state["stats"], state["frozen"])
     return split(objective.network(whole))
+
+
+def init_from(state: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """A fresh state whose parameters and statistics come from a finished run, or are the mean of several runs'
+    (a uniform soup: Wortsman et al. 2022, arXiv:2203.05482)."""
+    if isinstance(paths, str):
+        paths = (paths,)
+    networks = [load_network(path) for path in paths]
+    for kind in ("params", "stats"):
+        want = flatten(state[kind])
+        have = [flatten(getattr(network, kind)) for network in networks]
+        for path, values in zip(paths, have, strict=True):
+            wrong = [name for name in want if name not in values or values[name].shape != want[name].shape]
+            if wrong and kind == "params":
+                raise UserError(f"init_from: the run {path} has no {wrong[0]} of the shape that this model needs")
+        mean = {name: sum(values[name] for values in have) / len(have) for name in want
+                if all(name in values and values[name].shape == want[name].shape for values in have)}
+        state = {**state, kind: place(state[kind], mean)}
+    return state

@@ -1,0 +1,61 @@
+"""The fields that every recipe has. A recipe changes values and adds its model's own fields."""
+
+import ml_collections
+
+
+def base() -> ml_collections.ConfigDict:
+    """One training run; see docs/architecture.md for the fields."""
+    config = ml_collections.ConfigDict()
+    config.recipe = ""
+    config.seed = 0
+    config.data = {"name": "", "data_dir": "", "batch_size": 128, "augment": (), "kwargs": {}}
+    config.model = {"name": "", "size": "", "dtype": "float32"}
+    config.objective = "classification"
+    config.objective_kwargs = ml_collections.ConfigDict()
+    config.transforms = ()
+    config.optim = {
+        "name": "adamw",
+        "optim_kwargs": {},
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup": 0.05,  # fraction of the run
+        "final_fraction": 0.0,  # of the learning rate, at the end of the schedule
+        "weight_decay": 1e-4,
+        "decay": r"(kernel|table)$",  # parameters that decay, by path
+        "clip_norm": 1.0,  # 0 switches it off
+        "accumulate": 1,  # micro-batches a step
+    }
+    config.train = {}  # exactly one of steps, epochs, examples
+    config.stages = ()
+    config.init_from = ()  # directories of finished runs; several are averaged
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1}
+    config.checkpoint = {"every": 0, "keep": 2}  # steps; 0: at the end only
+    config.log = {"every": 20}
+    config.evaluation = {
+        "every": 0,  # steps; 0: at the end only
+        "batch_size": 500,
+        "transforms": (),  # each is one more row
+        "latency_batches": (1, 64),
+        "latency_repeats": 30,
+        "floor": True,  # the trivial method's row
+    }
+    return config
+
+
+def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """What every recipe's `tiny` mode shares: three steps of the smallest model, in seconds."""
+    config.model.size = "tiny"
+    with config.unlocked():
+        config.train = {"steps": 3}
+    config.data.batch_size = 16
+    config.log.every = 1
+    config.evaluation.update({"batch_size": 64, "latency_batches": (1,), "latency_repeats": 3, "floor": False})
+    return config
+
+
+def mode(arg: str, known: tuple[str, ...]) -> str:
+    """The mode of a recipe; an unknown one is an error that lists them."""
+    arg = arg or ""
+    if arg not in ("", *known):
+        raise ValueError(f"unknown mode {arg!r}: known are {', '.join(known)}")
+    return arg

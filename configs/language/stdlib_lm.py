@@ -1,0 +1,26 @@
+"""A byte-level decoder on the source text of Python's standard library; held-out modules are the test.
+
+Paper: Vaswani et al. 2017, arXiv:1706.03762, with rotary positions, RMSNorm and SwiGLU.
+Command: uv run train.py --config=configs/language/stdlib_lm.py --config.train.steps=2000
+Time: depends on the steps; about 0.3 s a step on 2 CPU cores. Result: not measured.
+Sweep: model.mixer=attention,window,none  model.size=tiny,small,medium  data.kwargs.stdlib_text.length
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    config.data.update({"name": "stdlib_text", "batch_size": 16, "kwargs": {"stdlib_text": {"length": 128}}})
+    config.model.update({"name": "language", "size": "small", "mixer": "attention",
+                         "mixer_kwargs": {"attention": {}, "window": {"window": 32}}, "ffn": "swiglu",
+                         "ffn_kwargs": {}, "norm": "rmsnorm", "norm_kwargs": {}, "tied": True, "dropout": 0.0,
+                         "stack": None, "remat": False})
+    config.objective = "language_modelling"
+    config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
+    config.train = {"steps": 1000}
+    config.evaluation.update({"batch_size": 50, "latency_batches": (1, 16), "transforms": ({"name": "int8_weights"},)})
+    if mode(arg, ("tiny",)):
+        config = tiny(config)
+        config.data.kwargs.stdlib_text.length = 32
+    return config

@@ -1,0 +1,22 @@
+"""A transformer on MNIST-1D, the set that separates local mixing from none: the first comparison.
+
+Paper: Greydanus & Kobak 2020, arXiv:2011.14439 (the data).
+Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py --vary=model.mixer=attention,window,none
+Time: about two minutes a run on 2 CPU cores. Result: see the table in README.md.
+Sweep: model.mixer=attention,window,none  model.ffn=mlp,swiglu  model.norm=layernorm,rmsnorm,none
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    config.data.update({"name": "mnist1d", "batch_size": 100})
+    config.model.update({"name": "sequence_transformer", "size": "small", "patch": None, "mixer": "attention",
+                         "mixer_kwargs": {"attention": {}, "window": {"window": 5}}, "ffn": "mlp", "ffn_kwargs": {},
+                         "norm": "layernorm", "norm_kwargs": {}, "causal": False, "positions": True, "dropout": 0.0,
+                         "stack": None, "remat": False})
+    config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
+    config.train = {"steps": 1500}
+    config.evaluation.update({"transforms": ({"name": "int8_weights"},)})
+    return tiny(config) if mode(arg, ("tiny",)) else config
