@@ -1,0 +1,19 @@
+"""Datasets and input pipelines. `load` a name, then `train_batches` and `eval_batches`."""
+
+from lissom.data.augmentations import AUGMENTATIONS
+from lissom.data.dataset import ArraySource, Dataset
+from lissom.data.errors import DataError
+from lissom.data.loading import DATASETS, load
+from lissom.data.pipelines import eval_batches, train_batch, train_batches
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "ArraySource",
+    "DataError",
+    "Dataset",
+    "eval_batches",
+    "load",
+    "train_batch",
+    "train_batches",
+]

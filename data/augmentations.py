@@ -1,0 +1,55 @@
+"""Random changes of training examples. Each is `f(inputs, rng) -> inputs` on one example, same shape and
+dtype.
+
+The generator is keyed by (seed, position in the stream of examples), never by process: the same example is
+changed in the same way on any number of hosts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lissom.data.errors import DataError, nearest
+
+
+def shift(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Moves by up to an eighth of each spatial axis, zeros moving in. Image [H, W, C] or signal [L, C]."""
+    out = inputs
+    for axis in range(inputs.ndim - 1):
+        reach = inputs.shape[axis] // 8
+        step = int(rng.integers(-reach, reach + 1))
+        moved = np.zeros_like(out)
+        size = inputs.shape[axis] - abs(step)
+        target = [slice(None)] * inputs.ndim
+        origin = [slice(None)] * inputs.ndim
+        target[axis] = slice(max(step, 0), max(step, 0) + size)
+        origin[axis] = slice(max(-step, 0), max(-step, 0) + size)
+        moved[tuple(target)] = out[tuple(origin)]
+        out = moved
+    return out
+
+
+def flip(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirrors the last spatial axis (an image's width, a signal's length) with probability 1/2."""
+    return inputs[..., ::-1, :] if rng.integers(2) else inputs
+
+
+def noise(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Adds independent normal noise of standard deviation 0.05."""
+    return inputs + 0.05 * rng.standard_normal(inputs.shape, dtype=np.float32)
+
+
+AUGMENTATIONS = {"shift": shift, "flip": flip, "noise": noise}
+
+
+def augmentations(names: str | Sequence[str] | None, kind: str) -> list:
+    """The functions of one name or several, in order; none of them takes tokens."""
+    names = [names] if isinstance(names, str) else list(names or ())
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise DataError(f"unknown augmentation {name!r}{nearest(name, AUGMENTATIONS)}")
+        if kind == "tokens":
+            raise DataError(
+                f"augmentation {name!r} changes images and signals, and this dataset is of tokens"
+            )
+    return [AUGMENTATIONS[name] for name in names]

@@ -1,0 +1,106 @@
+"""What every dataset looks like to the rest of the house: two random-access sources and the facts about them.
+
+Fields of one example, by kind (H height, W width, C channels, L length, T tokens):
+
+    image    inputs [H, W, C] float32, usually in [0, 1];  labels int32 scalar
+    signal   inputs [L, C] float32;                        labels int32 scalar
+    tokens   inputs [T] int32;  labels [T] int32;  weights [T] float32 (0 where a position does not score)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from lissom.data.errors import DataError
+
+KINDS = ("image", "signal", "tokens")
+
+Example = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Random access. `gather(indices)` is optional: where it exists, a batch is one call instead of many."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named dataset with a training and a test source.
+
+    `info` holds `classes` (image, signal) or `vocab_size` (tokens), `input_shape` (of one example),
+    `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `anchors`
+    (name -> published or exact accuracy) and facts that belong into a row, such as `sha256`.
+    """
+
+    name: str
+    kind: str
+    train: Source
+    test: Source
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def split(self, name: str) -> Source:
+        """The source of split "train" or "test"."""
+        if name not in ("train", "test"):
+            raise DataError(f"dataset {self.name!r} has no split {name!r}; known: train, test")
+        return self.train if name == "train" else self.test
+
+
+def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
+    """Stored fields -> the fields above; works on one example and on a stack of them.
+
+    Stored arrays may be compact: uint8 images (0..255 become [0, 1]), tokens and weights of any integer type,
+    and for running text one field `text` of T + 1 tokens, whose inputs and labels are the two shifted views.
+    """
+    if kind == "tokens":
+        if "text" in stored:
+            text = np.asarray(stored["text"]).astype(np.int32)
+            inputs, labels = text[..., :-1], text[..., 1:]
+            return {"inputs": inputs, "labels": labels, "weights": np.ones(labels.shape, np.float32)}
+        labels = np.asarray(stored["labels"]).astype(np.int32)
+        weights = np.asarray(stored["weights"]) if "weights" in stored else np.ones(labels.shape)
+        return {
+            "inputs": np.asarray(stored["inputs"]).astype(np.int32),
+            "labels": labels,
+            "weights": weights.astype(np.float32),
+        }
+    inputs = np.asarray(stored["inputs"])
+    scaled = inputs.astype(np.float32) / np.float32(255) if inputs.dtype == np.uint8 else inputs
+    return {
+        "inputs": scaled.astype(np.float32, copy=False),
+        "labels": np.asarray(stored["labels"]).astype(np.int32),
+    }
+
+
+class ArraySource:
+    """A source over arrays in memory, stacked along the first axis, in stored (compact) form."""
+
+    def __init__(self, kind: str, arrays: Mapping[str, np.ndarray]):
+        self.kind = kind
+        self.arrays = dict(arrays)
+        lengths = {name: len(array) for name, array in self.arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise DataError(f"the arrays of a split must have one length, got {lengths}")
+        self.length = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        return finish(self.kind, {name: array[index] for name, array in self.arrays.items()})
+
+    def gather(self, indices: np.ndarray) -> Example:
+        """The examples at `indices`, stacked."""
+        return finish(self.kind, {name: array[indices] for name, array in self.arrays.items()})
+
+
+def gather(source: Source, indices: np.ndarray) -> Example:
+    """The examples of any source at `indices`, stacked along a new first axis."""
+    if hasattr(source, "gather"):
+        return source.gather(np.asarray(indices))
+    rows = [source[int(index)] for index in indices]
+    return {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}

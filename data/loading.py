@@ -1,0 +1,92 @@
+"""`load`: a name or a path -> `Dataset`."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lissom.data import digits, mnist1d, mnist5k, sequences, stdlib_text
+from lissom.data.content import Definition
+from lissom.data.dataset import Dataset
+from lissom.data.errors import DataError, nearest, require
+from lissom.data.folders import load_folder
+from lissom.data.preparation import prepared
+from lissom.data.tfds import load_tfds
+
+DATASETS = {
+    "digits": Definition(digits.digits),
+    "mnist5k": Definition(mnist5k.mnist5k),
+    "mnist1d": Definition(mnist1d.mnist1d),
+    "sequences": Definition(sequences.sequences, choice=("task", sequences.TASKS)),
+    "stdlib_text": Definition(stdlib_text.stdlib_text, facts=stdlib_text.facts),
+}
+
+
+def load(name: str, *, data_dir: str | None = None, **settings) -> Dataset:
+    """The dataset of that name, prepared under `data_dir` on first use.
+
+    name: one of `DATASETS`; `package.module:function` (a callable that takes the settings and returns a
+    `Dataset`); a path of a folder of .npz arrays (see `folders.py`); any other name is a TFDS dataset, read
+    from its prepared `array_record` directory (see `tfds.py`).
+    data_dir: default the environment's TFDS_DATA_DIR, else ~/.cache/lissom/datasets.
+
+    Raises `DataError`, one sentence, for what is missing or not understood.
+    """
+    if name in DATASETS:
+        definition = DATASETS[name]
+        return prepared(name, definition, complete_settings(name, definition, settings), data_dir)
+    if ":" in name and not Path(name).exists():
+        return _plug_in(name, settings)
+    if "/" in name or "\\" in name or name.startswith((".", "~")) or Path(name).is_dir():
+        return load_folder(name, **check(name, load_folder, settings, skip=1))
+    return load_tfds(name, data_dir, known=DATASETS, **check(name, load_tfds, settings, skip=3))
+
+
+def complete_settings(name: str, definition: Definition, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with every default filled in; a setting that the dataset does not take is an error."""
+    functions = [definition.generate]
+    if definition.choice is not None:
+        key, variants = definition.choice
+        chosen = settings.get(key, inspect.signature(definition.generate).parameters[key].default)
+        require(chosen in variants, f"{name} has no {key} {chosen!r}{nearest(chosen, variants)}")
+        functions.append(variants[chosen])
+        name = f"{name} ({key}={chosen})"
+    defaults = {}
+    for function in functions:
+        defaults |= keywords(function)
+    unknown = [setting for setting in settings if setting not in defaults]
+    if unknown:
+        raise DataError(f"dataset {name} has no setting {unknown[0]!r}{nearest(unknown[0], defaults)}")
+    return defaults | settings
+
+
+def keywords(function: Callable, skip: int = 0) -> dict[str, Any]:
+    """Named arguments of a function with their defaults, without the first `skip`."""
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+
+
+def check(name: str, function: Callable, settings: dict[str, Any], skip: int) -> dict[str, Any]:
+    """The settings, if the function takes all of them."""
+    known = keywords(function, skip)
+    for setting in settings:
+        require(setting in known, f"dataset {name!r} has no setting {setting!r}{nearest(setting, known)}")
+    return settings
+
+
+def _plug_in(name: str, settings: dict[str, Any]) -> Dataset:
+    module_name, _, attribute = name.partition(":")
+    try:
+        target = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"dataset {name!r} cannot be imported ({error})") from error
+    parameters = inspect.signature(target).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        check(name, target, settings, skip=0)
+    made = target(**settings)
+    require(
+        isinstance(made, Dataset),
+        f"dataset {name!r} must return a lissom.data.Dataset, got {type(made).__name__}",
+    )
+    return made
