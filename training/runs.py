@@ -70,11 +70,13 @@ def _remove_run(workdir: pathlib.Path) -> None:
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 
-def load_network(path: pathlib.Path | str, structure=lambda module: module, say=print) -> Parts:
-    """The trained network of a run, from its newest whole checkpoint, on the first device."""
-    config, facts = read_config(path), read_facts(path)
-    if config.get("stages"):
-        config = final_config(config)
+def load_network(path: pathlib.Path | str, structure=lambda module: module, looped: bool = False, say=print) -> Parts:
+    """The trained network of a run, from its newest whole checkpoint, on the first device; `structure` applies the
+    transforms it was trained with, `looped` builds its layers apart."""
+    config, facts = final_config(read_config(path)), read_facts(path)
+    if looped and "stack" in config.model:
+        with config.ignore_type():
+            config.model.stack = "loop"
     objective = build_objective(config)
 
     def build():

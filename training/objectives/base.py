@@ -14,7 +14,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Objective:
-    """Subclasses define `loss` and `evaluate`; the rest has defaults."""
+    """Subclasses define `loss` and `judge` (or `evaluate`); the rest has defaults."""
 
     def build(self, model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
         """The module that is trained; called under `eval_shape` first."""
@@ -35,6 +35,10 @@ class Objective:
 
     def evaluate(self, module: nnx.Module, batch: Batch, key: jax.Array) -> Sums:
         """{name: (sum, count)} of an evaluation batch; rows with batch["mask"] == 0 count nothing."""
+        return self.judge(self.network(module), batch, key)
+
+    def judge(self, network: nnx.Module, batch: Batch, key: jax.Array) -> Sums:
+        """The same for the network alone: what is left of the module once it is exported."""
         raise NotImplementedError
 
     def gradients(self, graph: Any, params: Tree, stats: Tree, frozen: Tree, batch: Batch, key: jax.Array,

@@ -26,9 +26,9 @@ class LanguageModelling(Objective):
         hits = ((logits.argmax(-1) == batch["labels"]) * weights).sum() / count
         return total, {"accuracy": hits}
 
-    def evaluate(self, module, batch, key):
+    def judge(self, network, batch, key):
         del key
-        logits, _ = self.network(module)(batch["inputs"])
+        logits, _ = network(batch["inputs"])
         weights = batch["weights"] * batch["mask"][:, None]
         hits = (logits.argmax(-1) == batch["labels"]) * weights
         return {"loss": (jnp.sum(cross_entropy(logits, batch["labels"]) * weights), weights.sum()),
