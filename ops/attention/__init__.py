@@ -1,1 +1,114 @@
+"""Softmax attention."""
 
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lissom.ops import dispatch
+from lissom.ops.attention.masks import And, Causal, Full, Lengths, Mask, Segments, Span, Window
+
+__all__ = ["And", "Causal", "Full", "Lengths", "Mask", "OP", "Segments", "Span", "Window", "attention"]
+
+OP = dispatch.Op(
+    name="attention",
+    implementations={
+        "reference": "lissom.ops.attention.reference",
+        "xla": "lissom.ops.attention.xla",
+        "cudnn": "lissom.ops.attention.cudnn",
+    },
+    defaults={"cuda": ("cudnn", "xla"), "default": ("xla",)},
+)
+
+Queries = Float[Array, "batch q_len heads head_dim"]
+Keys = Float[Array, "batch kv_len kv_heads head_dim"]
+Values = Float[Array, "batch kv_len kv_heads v_dim"]
+Bias = Float[Array, "#batch #heads #q_len #kv_len"]
+Out = Float[Array, "batch q_len heads v_dim"]
+LogSumExp = Float[Array, "batch heads q_len"]
+
+
+def attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    mask: Mask = Full(),  # noqa: B008 (frozen and static)
+    scale: float | None = None,
+    bias: Bias | None = None,
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> Out | tuple[Out, LogSumExp]:
+    """Each query's mean of the values, weighted by the softmax of its products with the keys.
+
+        s[b,h,i,j] = scale * sum_d q[b,i,h,d] k[b,j,h//g,d] + bias[b,h,i,j]     over keys j that query i sees
+        lse[b,h,i] = log sum_j exp s[b,h,i,j]
+        out[b,i,h] = sum_j exp(s[b,h,i,j] - lse[b,h,i]) v[b,j,h//g]             g = heads / kv_heads
+
+    q, k, v: float arrays of one dtype (float16, bfloat16, float32, float64); `heads` is a multiple of `kv_heads`
+    (grouped queries), `v_dim` may differ from `head_dim`. Products are accumulated, and the softmax is taken, in float32 at
+    least. `out` has the dtype of v, `lse` is float32 (float64 for float64 inputs).
+
+    mask: an object of `masks` (`Causal() & Segments(ids)`). A query that sees no key gives out 0, lse -inf and zero
+    gradients. What stands at padding (`Lengths`, negative `Segments`) is never read, NaN or not; keys that are hidden from
+    some queries only have to be finite.
+    scale: a Python number, by default head_dim ** -0.5. A learned temperature is multiplied into q by the caller.
+    bias: rank 4, each dimension whole or 1; differentiable. It is added before masking.
+    implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "xla", "cudnn", or a sequence.
+    Only "reference" can be differentiated twice.
+
+    ValueError names the argument that does not fit; NotImplementedError comes from an implementation that was asked for by
+    name and cannot do the request.
+
+    Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). The papers leave open
+    what a row without keys gives; here it is the value that makes merging of partial results by (out, lse) exact.
+    """
+    _check(q, k, v, mask, scale, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    mask_dims = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else (), mask)
+    rows = ("batch", None, "heads", None)
+    return dispatch.call(
+        OP,
+        operands=(q, k, v, mask, bias),
+        options={"scale": scale, "return_lse": return_lse},
+        implementation=implementation,
+        operand_dims=(rows, rows, rows, mask_dims, None if bias is None else ("batch", "heads", None, None)),
+        result_dims=(rows, ("batch", "heads", None)) if return_lse else rows,
+    )
+
+
+def _check(q, k, v, mask, scale, bias) -> None:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} is [batch, length, heads, head_dim], got rank {array.ndim}: {array.shape}."
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} is a float array, got {array.dtype}.")
+        if array.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {array.dtype}, q has {q.dtype}: cast them to one.")
+        if 0 in array.shape:
+            raise ValueError(f"{name} is empty: {array.shape}.")
+    batch, q_len, heads, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(
+            f"k is [{batch}, length, kv_heads, {head_dim}] to go with q {q.shape}, got {k.shape}."
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v agrees with k {k.shape} in all but the last dimension, got {v.shape}.")
+    if heads % k.shape[2]:
+        raise ValueError(
+            f"q has {heads} heads, which is not a multiple of the {k.shape[2]} heads of k and v."
+        )
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask is an object of lissom.ops.attention.masks, got {type(mask).__name__}.")
+    mask.check(batch, q_len, k.shape[1])
+    if isinstance(scale, jax.Array):
+        raise ValueError("scale is a Python number; multiply an array into q instead.")
+    if bias is not None:
+        whole = (batch, heads, q_len, k.shape[1])
+        if bias.ndim != 4 or any(got not in (1, size) for got, size in zip(bias.shape, whole)):
+            raise ValueError(f"bias is broadcastable to {whole} with rank 4, got {bias.shape}.")
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise ValueError(f"bias is a float array (hide keys with mask), got {bias.dtype}.")
