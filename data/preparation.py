@@ -185,8 +185,9 @@ def _builder_class(name: str, content: Content, version: str, text: str) -> type
 
     class ArraysBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
-        # Given, since TFDS cannot infer it: the package `lissom` has no __init__.py and so no single folder.
+        # TFDS cannot infer these: the package `lissom` has no __init__.py and so no single folder.
         pkg_dir_path = epath.Path(Path(__file__).parent)
+        code_path = epath.Path(__file__)
 
         def _info(self):
             return tfds.core.DatasetInfo(
