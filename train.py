@@ -22,6 +22,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     """
     check(config)
     # jax is imported behind the check: a mistake is answered in 0.3 seconds instead of 6.
+    import dataclasses
     import json
     import math
     import os
@@ -73,7 +74,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     assemblies = [assembled(stage) for stage in plan]
     resuming = runs.claim(workdir, config, overwrite)
     (workdir / "facts.json").write_text(json.dumps(facts, indent=1, default=str))
-    (workdir / "provenance.json").write_text(json.dumps(provenance().as_dict(), indent=1))
+    (workdir / "provenance.json").write_text(json.dumps(dataclasses.asdict(provenance()), indent=1))
 
     # ----------------------------------------------------------------- state
     key = jax.random.key(config.seed)

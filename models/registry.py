@@ -46,12 +46,25 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
         raise UnknownName(f"{what} {name!r}: module {module} has no {attribute!r}") from error
 
 
+def settings_of(target: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a class's constructor or of a function. (nnx classes hide their own behind a metaclass;
+    a constructor that hands `**kwargs` on takes those of its parent class as well.)"""
+    if not inspect.isclass(target):
+        return inspect.signature(target).parameters
+    found: dict[str, inspect.Parameter] = {}
+    for kind in target.__mro__:
+        if "__init__" in vars(kind) and kind is not object:
+            own = inspect.signature(kind.__init__).parameters
+            found |= {name: p for name, p in own.items() if name not in found and name != "self"
+                      and p.kind is not inspect.Parameter.VAR_KEYWORD}
+            if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
+                break
+    return found
+
+
 def check_settings(target: Any, settings: Mapping[str, Any], what: str, reserved: tuple[str, ...] = ()) -> None:
     """Raises UnknownName for a setting that the constructor does not take; `reserved` are those the caller fills."""
-    parameters = inspect.signature(target).parameters
-    known = [name for name in parameters if name not in reserved and name not in ("self", "rngs")]
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return
+    known = [name for name in settings_of(target) if name not in reserved and name != "rngs"]
     for name in settings:
         if name not in known:
             raise UnknownName(

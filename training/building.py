@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lissom.models import MODELS, SIZES
-from lissom.models.registry import check_settings, construct, resolve
+from lissom.models.registry import check_settings, construct, resolve, settings_of
 from lissom.models.stack import stacks
 from lissom.models.variables import Tree, logical_axes, split
 from lissom.training import OBJECTIVES, sharding
@@ -48,7 +48,7 @@ def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Modul
     check_settings(network, settings, f"model {name!r}", reserved=FACTS)
     if "dtype" in settings:
         settings["dtype"] = jnp.dtype(settings["dtype"])
-    taken = inspect.signature(network).parameters
+    taken = settings_of(network)
     fixed = {key: facts[key] for key in FACTS if key in taken and key in facts}
     missing = [key for key in FACTS if key in taken and key not in facts
                and taken[key].default is inspect.Parameter.empty]
