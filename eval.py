@@ -27,7 +27,9 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
             matched = True
             root = pathlib.Path(match)
             candidates = [root] if is_run(root) else sorted(file.parent for file in root.rglob("config.json"))
-            candidates = [path for path in candidates if "exports" not in path.parts and "checkpoints" not in path.parts]
+            candidates = [
+                path for path in candidates if "exports" not in path.parts and "checkpoints" not in path.parts
+            ]
             if not candidates:
                 say(f"skipped {root}: it holds no run")
             for path in candidates:
@@ -70,8 +72,9 @@ def overrides_of(config) -> dict[str, Any]:
     return walk(config.to_dict(), base, "")
 
 
-def evaluate(runs: Iterable[pathlib.Path | str], *, variants: Mapping[str, str] | None = None,
-             floors: bool = True) -> list:
+def evaluate(
+    runs: Iterable[pathlib.Path | str], *, variants: Mapping[str, str] | None = None, floors: bool = True
+) -> list:
     """The rows of finished runs: one for each run, evaluation transform and seed, then the floors of each task.
 
     `variants` maps a run's path to its label in tables. Raises UserError for a directory without a whole run.
@@ -102,8 +105,11 @@ def evaluate(runs: Iterable[pathlib.Path | str], *, variants: Mapping[str, str] 
 def _dataset(config):
     from lissom import data
 
-    return data.load(config.data.name, data_dir=config.data.data_dir or None,
-                     **config.data.kwargs.get(config.data.name, {}))
+    return data.load(
+        config.data.name,
+        data_dir=config.data.data_dir or None,
+        **config.data.kwargs.get(config.data.name, {}),
+    )
 
 
 def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, variants: Mapping[str, str]):
@@ -117,8 +123,12 @@ def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, v
     from lissom.training.objectives.classification import Classification
 
     name = entry.get("name")
-    directory = export(run, run / "exports" / (name or "trained"), [entry] if name else [],
-                       data.train_batches(dataset, start_step=0, batch_size=config.data.batch_size, seed=config.seed))
+    directory = export(
+        run,
+        run / "exports" / (name or "trained"),
+        [entry] if name else [],
+        data.train_batches(dataset, start_step=0, batch_size=config.data.batch_size, seed=config.seed),
+    )
     parts = reload(directory)
     # A distilled student is judged as a classifier: its teacher's run need not exist any more.
     objective = Classification() if config.objective == "distillation" else build_objective(config)
@@ -131,12 +141,25 @@ def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, v
             times["examples_per_second"] = entry_["examples_per_second"]
     batches = lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size)
     return kind(
-        recipe=config.recipe, task=task, seed=config.seed, overrides=overrides_of(config), transform=name,
-        variant=variants.get(str(run)), provenance=json.loads((run / "provenance.json").read_text()),
-        graph=parts.graph, state=tuple(parts[1:]), merge=lambda graph, state: merge(type(parts)(graph, *state)),
-        judge=objective.judge, batches=batches, examples=dataset.test, kind=dataset.kind,
-        latency_batches=tuple(config.evaluation.latency_batches), repeats=config.evaluation.latency_repeats,
-        batch_size=config.evaluation.batch_size, artefact_bytes=size(directory), times=times if name is None else {},
+        recipe=config.recipe,
+        task=task,
+        seed=config.seed,
+        overrides=overrides_of(config),
+        transform=name,
+        variant=variants.get(str(run)),
+        provenance=json.loads((run / "provenance.json").read_text()),
+        graph=parts.graph,
+        state=tuple(parts[1:]),
+        merge=lambda graph, state: merge(type(parts)(graph, *state)),
+        judge=objective.judge,
+        batches=batches,
+        examples=dataset.test,
+        kind=dataset.kind,
+        latency_batches=tuple(config.evaluation.latency_batches),
+        repeats=config.evaluation.latency_repeats,
+        batch_size=config.evaluation.batch_size,
+        artefact_bytes=size(directory),
+        times=times if name is None else {},
     )
 
 
@@ -163,8 +186,10 @@ def report_run(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
     rows = evaluate([workdir])
     write_rows(workdir / "rows.jsonl", rows)
     print(markdown(rows))
-    print(f"compiled in {result['compile_seconds']:.1f} s, trained in {result['train_seconds']:.1f} s; "
-          f"the run lies in {workdir}")
+    print(
+        f"compiled in {result['compile_seconds']:.1f} s, trained in {result['train_seconds']:.1f} s; "
+        f"the run lies in {workdir}"
+    )
 
 
 def main(argv: list[str]) -> None:

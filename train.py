@@ -43,7 +43,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.training.step import make_evaluation, make_step, mean_over
 
     # ----------------------------------------------------------------- where
-    if "SLURM_NTASKS" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1 or "LISSOM_DISTRIBUTED" in os.environ:
+    if ("SLURM_NTASKS" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1) or "LISSOM_DISTRIBUTED" in os.environ:
         jax.distributed.initialize()
     process, processes = jax.process_index(), jax.process_count()
     workdir = pathlib.Path(workdir)
@@ -51,8 +51,11 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate, processes)
 
     # ------------------------------------------------------------------ data
-    dataset = data.load(config.data.name, data_dir=config.data.data_dir or None,
-                        **config.data.kwargs.get(config.data.name, {}))
+    dataset = data.load(
+        config.data.name,
+        data_dir=config.data.data_dir or None,
+        **config.data.kwargs.get(config.data.name, {}),
+    )
     total = total_steps(config, len(dataset.train))
     facts = {**dataset.info, "kind": dataset.kind, "examples": len(dataset.train), "steps": total}
 
@@ -86,8 +89,12 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         for step in store.steps():
             # A checkpoint at a boundary was written by the stage that ends there.
             current = next(i for i, stage in enumerate(plan) if step <= stage.stop)
-            found = store.newest_at(step, assemblies[current].shapes, assemblies[current].stacks,
-                                    lambda text: print(text, file=sys.stderr))
+            found = store.newest_at(
+                step,
+                assemblies[current].shapes,
+                assemblies[current].stacks,
+                lambda text: print(text, file=sys.stderr),
+            )
             if found is not None:
                 state = found
                 store.discard_after(step)
@@ -104,8 +111,10 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     # ------------------------------------------------------------------ loop
     logs = Logs(workdir, total, start, unit="tokens" if dataset.kind == "tokens" else "examples")
-    logs.say(f"{config.recipe or config.model.name}: {parameters:,} parameters, {total} steps of "
-             f"{config.data.batch_size} on {mesh.size} {jax.devices()[0].device_kind} device(s), in {workdir}")
+    logs.say(
+        f"{config.recipe or config.model.name}: {parameters:,} parameters, {total} steps of "
+        f"{config.data.batch_size} on {mesh.size} {jax.devices()[0].device_kind} device(s), in {workdir}"
+    )
     stopped, traces = [], {}
     previous = signal.signal(signal.SIGTERM, lambda *_: stopped.append("SIGTERM"))
     spent = {"compile": 0.0, "train": 0.0}
@@ -117,8 +126,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             compiled[id(assembly)] = jax.jit(make_evaluation(assembly))
         where = None
         sums = []
-        for batch in data.eval_batches(dataset, batch_size=config.evaluation.batch_size, process=process,
-                                       processes=processes):
+        for batch in data.eval_batches(
+            dataset, batch_size=config.evaluation.batch_size, process=process, processes=processes
+        ):
             where = where or {name: sharding.replicated(mesh) for name in batch}
             batch = sharding.put_batch(batch, where)
             sums.append(compiled[id(assembly)](state["params"], state["stats"], state["frozen"], batch, loop_key))
@@ -144,7 +154,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
             batch_size, step = stage.config.data.batch_size, int(state["step"])
             source = lambda at, size=batch_size: data.train_batch(
-                dataset, step=at, batch_size=size, seed=config.seed, process=process, processes=processes)
+                dataset, step=at, batch_size=size, seed=config.seed, process=process, processes=processes
+            )
             where = sharding.batch_shardings(mesh, source(step))
             frozen = state.pop("frozen")
             places = shardings_of({name: assembly.shapes[name] for name in state})
@@ -154,9 +165,17 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             spent["compile"] += time.monotonic() - began
 
             # run
-            batches = iter(data.train_batches(
-                dataset, start_step=step, batch_size=batch_size, seed=config.seed, process=process,
-                processes=processes, augment=stage.config.data.augment))
+            batches = iter(
+                data.train_batches(
+                    dataset,
+                    start_step=step,
+                    batch_size=batch_size,
+                    seed=config.seed,
+                    process=process,
+                    processes=processes,
+                    augment=stage.config.data.augment,
+                )
+            )
             pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step
             while step < stage.stop and not stopped:
                 if profile and step == start + min(5, total - start - 1):
@@ -177,15 +196,21 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     for at, entry in values:
                         if not math.isfinite(entry["loss"]):
                             whole = store.steps()
-                            raise UserError(f"the loss is {float(entry['loss'])} at step {at}; the last good "
-                                            f"checkpoint is {'step ' + str(whole[0]) if whole else 'none'}, in "
-                                            f"{workdir}: lower config.optim.learning_rate or clip_norm")
+                            raise UserError(
+                                f"the loss is {float(entry['loss'])} at step {at}; the last good "
+                                f"checkpoint is {'step ' + str(whole[0]) if whole else 'none'}, in "
+                                f"{workdir}: lower config.optim.learning_rate or clip_norm"
+                            )
                     now = time.monotonic()
                     rate = (step - mark_step) / max(now - mark, 1e-9)
                     mark, mark_step = now, step
                     logs.write(step, values[-1][1])
-                    logs.progress(step, float(values[-1][1]["loss"]), rate * batch_size * per_example,
-                                  (total - step) / rate)
+                    logs.progress(
+                        step,
+                        float(values[-1][1]["loss"]),
+                        rate * batch_size * per_example,
+                        (total - step) / rate,
+                    )
                 if config.evaluation.every and step % config.evaluation.every == 0 and step < total:
                     paused = time.monotonic()
                     logs.write(step, evaluate(assembly, {**state, "frozen": frozen}), "test")
@@ -207,7 +232,11 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             outcome = evaluate(assemblies[-1], state)
             logs.write(step, outcome, "test")
         speed = (step - start) * config.data.batch_size / spent["train"] if spent["train"] else math.nan
-        times = {"compile_seconds": spent["compile"], "train_seconds": spent["train"], "examples_per_second": speed}
+        times = {
+            "compile_seconds": spent["compile"],
+            "train_seconds": spent["train"],
+            "examples_per_second": speed,
+        }
         if step > start:
             logs.write(step, times, "times")
     finally:

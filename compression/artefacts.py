@@ -23,8 +23,12 @@ from lissom.training.runs import load_network, read_config, read_facts
 from lissom.training.stages import final_config
 
 
-def export(run: pathlib.Path | str, directory: pathlib.Path | str, transforms: Sequence[Mapping[str, Any]] = (),
-           data: Iterable[dict] = ()) -> pathlib.Path:
+def export(
+    run: pathlib.Path | str,
+    directory: pathlib.Path | str,
+    transforms: Sequence[Mapping[str, Any]] = (),
+    data: Iterable[dict] = (),
+) -> pathlib.Path:
     """Applies `transforms` to the trained network of a run and writes the result; returns the directory.
 
     Layers are told apart by their paths, so the network is built as a loop whatever the run trained with.

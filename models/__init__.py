@@ -1,8 +1,9 @@
 """Flax NNX modules: layers and the networks made of them.
 
-A network is picked by name: `MODELS` is the one visible dict (`NORMS`, `FFNS`, `mixers.MIXERS` likewise), its values are "module:Class" strings, so that a
-config can be checked before jax is imported and a plug-in ("my_package.module:Class") is the same mechanism.
-`SIZES` names settings of each network; a field of `config.model` that is set wins over them.
+A network is picked by name: `MODELS` is the one visible dict, `NORMS`, `FFNS` and `mixers.MIXERS` are those of its
+parts. Their values are "module:Class" strings, so that a config can be checked before jax is imported, and a plug-in
+("my_package.module:Class") is the same mechanism. `SIZES` names settings of each network; a field of `config.model`
+that is set wins over them.
 """
 
 MODELS = {
@@ -13,10 +14,17 @@ MODELS = {
     "language": "lissom.models.language:LanguageModel",
 }
 
-NORMS = {"layernorm": "lissom.models.norms:LayerNorm", "rmsnorm": "lissom.models.norms:RMSNorm",
-         "none": "lissom.models.norms:NoNorm"}
+NORMS = {
+    "layernorm": "lissom.models.norms:LayerNorm",
+    "rmsnorm": "lissom.models.norms:RMSNorm",
+    "none": "lissom.models.norms:NoNorm",
+}
 
-FFNS = {"mlp": "lissom.models.ffn:MLP", "swiglu": "lissom.models.ffn:SwiGLU", "none": "lissom.models.ffn:NoFFN"}
+FFNS = {
+    "mlp": "lissom.models.ffn:MLP",
+    "swiglu": "lissom.models.ffn:SwiGLU",
+    "none": "lissom.models.ffn:NoFFN",
+}
 
 SIZES = {
     "vit": {

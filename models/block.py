@@ -17,11 +17,23 @@ class Block(nnx.Module):
     """One layer: `y, cache, aux = block(x[B, T, M], context, cache, key)`. The norm in front of a mixer or a
     feed-forward named "none" is not built: it would be a parameter that nothing reads."""
 
-    def __init__(self, width: int, *, heads: int, mixer: str = "attention", mixer_kwargs: Mapping | None = None,
-                 ffn: str = "mlp", ffn_kwargs: Mapping | None = None, norm: str = "layernorm",
-                 norm_kwargs: Mapping | None = None, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        normed = lambda name: construct(NORMS, "none" if name == "none" else norm, norm_kwargs, "norm", width=width,
-                                        rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        mixer: str = "attention",
+        mixer_kwargs: Mapping | None = None,
+        ffn: str = "mlp",
+        ffn_kwargs: Mapping | None = None,
+        norm: str = "layernorm",
+        norm_kwargs: Mapping | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        normed = lambda name: construct(
+            NORMS, "none" if name == "none" else norm, norm_kwargs, "norm", width=width, rngs=rngs
+        )
         self.mixer_norm = normed(mixer)
         self.mixer = construct(MIXERS, mixer, mixer_kwargs, "mixer", width=width, heads=heads, dtype=dtype, rngs=rngs)
         self.ffn_norm = normed(ffn)
@@ -36,11 +48,18 @@ class Block(nnx.Module):
         return x + y, cache, aux
 
 
-def residual_stack(*, depth: int, width: int, heads: int, mixer: str | Sequence[str], stack: str | None,
-                   remat: bool, rngs: nnx.Rngs, **settings) -> Stack:
+def residual_stack(
+    *,
+    depth: int,
+    width: int,
+    heads: int,
+    mixer: str | Sequence[str],
+    stack: str | None,
+    remat: bool,
+    rngs: nnx.Rngs,
+    **settings,
+) -> Stack:
     """`depth` blocks; a tuple of mixer names repeats over the layers (its length must divide the depth)."""
     pattern = (mixer,) if isinstance(mixer, str) else tuple(mixer)
-    make = [
-        lambda rngs, name=name: Block(width, heads=heads, mixer=name, rngs=rngs, **settings) for name in pattern
-    ]
+    make = [lambda rngs, name=name: Block(width, heads=heads, mixer=name, rngs=rngs, **settings) for name in pattern]
     return Stack(make, depth=depth, mode=stack, remat=remat, rngs=rngs)

@@ -15,13 +15,32 @@ class ConvNet(nnx.Module):
     flattened rest. With channels (25, 25, 25), kernel 5 and stride 2 on 40 samples it is the convolutional baseline
     of MNIST-1D (Greydanus & Kobak 2020, arXiv:2011.14439)."""
 
-    def __init__(self, *, input_shape: Sequence[int], classes: int, channels: Sequence[int], kernel: int = 5,
-                 stride: int = 2, dropout: float = 0.0, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        classes: int,
+        channels: Sequence[int],
+        kernel: int = 5,
+        stride: int = 2,
+        dropout: float = 0.0,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         *spatial, inputs = input_shape
         layers = []
         for outputs in channels:
-            layers.append(Conv(inputs, outputs, (kernel,) * len(spatial), stride=stride, bias=True, dtype=dtype,
-                               rngs=rngs))
+            layers.append(
+                Conv(
+                    inputs,
+                    outputs,
+                    (kernel,) * len(spatial),
+                    stride=stride,
+                    bias=True,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+            )
             inputs, spatial = outputs, [-(-size // stride) for size in spatial]
         self.convs = nnx.List(layers)
         flat = inputs

@@ -13,8 +13,15 @@ NO_AUX = {"losses": {}, "metrics": {}}
 class MLP(nnx.Module):
     """y = gelu(x W1 + b1) W2 + b2 with a hidden width of `expansion` x M (tanh form of gelu)."""
 
-    def __init__(self, width: int, *, expansion: float = 4.0, dropout: float = 0.0, dtype: jnp.dtype = jnp.float32,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        expansion: float = 4.0,
+        dropout: float = 0.0,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         hidden = round(expansion * width)
         self.up = Linear(width, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
@@ -31,8 +38,15 @@ class SwiGLU(nnx.Module):
     The hidden width is `expansion` x M x 2/3, so that the parameters equal those of an MLP of the same expansion.
     """
 
-    def __init__(self, width: int, *, expansion: float = 4.0, dropout: float = 0.0, dtype: jnp.dtype = jnp.float32,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        expansion: float = 4.0,
+        dropout: float = 0.0,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         hidden = round(expansion * width * 2 / 3)
         self.gate = Linear(width, hidden, axes=("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs)
         self.up = Linear(width, hidden, axes=("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs)

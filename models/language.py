@@ -21,18 +21,46 @@ class LanguageModel(nnx.Module):
     mixer's affair (rotary angles in `attention`). `extend` continues sequences through a cache.
     """
 
-    def __init__(self, *, vocab_size: int, width: int, depth: int, heads: int,
-                 mixer: str | Sequence[str] = "attention", mixer_kwargs: Mapping | None = None, ffn: str = "swiglu",
-                 ffn_kwargs: Mapping | None = None, norm: str = "rmsnorm", norm_kwargs: Mapping | None = None,
-                 tied: bool = True, dropout: float = 0.0, stack: str | None = None, remat: bool = False,
-                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mixer: str | Sequence[str] = "attention",
+        mixer_kwargs: Mapping | None = None,
+        ffn: str = "swiglu",
+        ffn_kwargs: Mapping | None = None,
+        norm: str = "rmsnorm",
+        norm_kwargs: Mapping | None = None,
+        tied: bool = True,
+        dropout: float = 0.0,
+        stack: str | None = None,
+        remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.embed = Embedding(vocab_size, width, dtype=dtype, rngs=rngs)
         self.blocks = residual_stack(
-            depth=depth, width=width, heads=heads, mixer=mixer, mixer_kwargs=mixer_kwargs, ffn=ffn,
-            ffn_kwargs=ffn_kwargs, norm=norm, norm_kwargs=norm_kwargs, stack=stack, remat=remat, dtype=dtype, rngs=rngs)
+            depth=depth,
+            width=width,
+            heads=heads,
+            mixer=mixer,
+            mixer_kwargs=mixer_kwargs,
+            ffn=ffn,
+            ffn_kwargs=ffn_kwargs,
+            norm=norm,
+            norm_kwargs=norm_kwargs,
+            stack=stack,
+            remat=remat,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.norm = construct(NORMS, norm, norm_kwargs, "norm", width=width, rngs=rngs)
-        self.head = None if tied else Linear(width, vocab_size, axes=("embed", "vocab"), bias=False, dtype=dtype,
-                                             rngs=rngs)
+        self.head = (
+            None if tied else Linear(width, vocab_size, axes=("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
+        )
         self.dropout, self.dtype = dropout, dtype
 
     def _logits(self, x: jax.Array) -> jax.Array:
@@ -47,7 +75,10 @@ class LanguageModel(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> dict:
         """An empty cache for `batch` sequences of at most `length` tokens."""
-        return {"layers": self.blocks.init_cache(batch, length, self.dtype), "length": jnp.zeros(batch, jnp.int32)}
+        return {
+            "layers": self.blocks.init_cache(batch, length, self.dtype),
+            "length": jnp.zeros(batch, jnp.int32),
+        }
 
     def extend(self, inputs: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
         """The t next tokens [B, t] of each sequence -> (logits [B, t, vocab], cache). Writing past the cache's

@@ -15,8 +15,17 @@ KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 class Linear(nnx.Module):
     """y[..., out] = x[..., in] W[in, out] + b[out]; `out` may be several axes, e.g. (heads, head_dim)."""
 
-    def __init__(self, inputs: int, outputs: int | Sequence[int], *, axes: tuple, bias: bool = True,
-                 dtype: jnp.dtype = jnp.float32, init: nnx.Initializer = KERNEL_INIT, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | Sequence[int],
+        *,
+        axes: tuple,
+        bias: bool = True,
+        dtype: jnp.dtype = jnp.float32,
+        init: nnx.Initializer = KERNEL_INIT,
+        rngs: nnx.Rngs,
+    ):
         shape = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         flat = 1
         for size in shape:
@@ -34,8 +43,16 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Table[vocab, width]; rows by index, and logits[..., vocab] = x[..., width] Table^T when tied."""
 
-    def __init__(self, vocab: int, width: int, *, axes: tuple = ("vocab", "embed"), scale: float = 0.02,
-                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        *,
+        axes: tuple = ("vocab", "embed"),
+        scale: float = 0.02,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.table = nnx.Param(scale * jax.random.normal(rngs.params(), (vocab, width)), out_sharding=axes)
         self.dtype = dtype
 
@@ -49,8 +66,17 @@ class Embedding(nnx.Module):
 class Conv(nnx.Module):
     """Convolution over any number of spatial axes: x[B, *spatial, in] -> y[B, *spatial', out], 'SAME' padding."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], *, stride: int = 1, bias: bool = False,
-                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: Sequence[int],
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         shape = (*kernel, inputs, outputs)
         axes = (*("spatial",) * len(kernel), "channels", "mlp")
         init = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
@@ -61,7 +87,10 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         letters = "XYZ"[: self.spatial]
         y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), self.kernel[...].astype(self.dtype), (self.stride,) * self.spatial, "SAME",
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            (self.stride,) * self.spatial,
+            "SAME",
             dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         )
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)

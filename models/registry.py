@@ -55,8 +55,11 @@ def settings_of(target: Any) -> Mapping[str, inspect.Parameter]:
     for kind in target.__mro__:
         if "__init__" in vars(kind) and kind is not object:
             own = inspect.signature(kind.__init__).parameters
-            found |= {name: p for name, p in own.items() if name not in found and name != "self"
-                      and p.kind is not inspect.Parameter.VAR_KEYWORD}
+            found |= {
+                name: p
+                for name, p in own.items()
+                if name not in found and name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
+            }
             if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
                 break
     return found
@@ -72,8 +75,13 @@ def check_settings(target: Any, settings: Mapping[str, Any], what: str, reserved
             )
 
 
-def construct(table: Mapping[str, str], name: str, kwargs: Mapping[str, Mapping[str, Any]] | None, what: str,
-              **fixed: Any) -> Any:
+def construct(
+    table: Mapping[str, str],
+    name: str,
+    kwargs: Mapping[str, Mapping[str, Any]] | None,
+    what: str,
+    **fixed: Any,
+) -> Any:
     """Builds what `name` stands for with `kwargs[name]` (its own settings) and `fixed` (what the caller provides).
 
     Every entry of `kwargs` is checked against its own constructor, also those of names that were not chosen.

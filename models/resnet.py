@@ -37,8 +37,16 @@ class ResNet(nnx.Module):
     channels in stage i (stride 2 between stages), mean over space (He et al. 2015, arXiv:1512.03385, section 4.2;
     the shortcut is a projection where the shape changes, the paper's option B)."""
 
-    def __init__(self, *, input_shape: Sequence[int], classes: int, widths: Sequence[int], blocks: Sequence[int],
-                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        classes: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         if len(widths) != len(blocks):
             raise ValueError(f"model.widths {tuple(widths)} and model.blocks {tuple(blocks)} must be as long")
         *space, channels = input_shape

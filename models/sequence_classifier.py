@@ -20,24 +20,51 @@ class SequenceTransformer(nnx.Module):
     `causal` masks the future; `positions=False` leaves order to the mixer alone.
     """
 
-    def __init__(self, *, input_shape: Sequence[int], classes: int, width: int, depth: int, heads: int,
-                 patch: int = 1, mixer: str | Sequence[str] = "attention", mixer_kwargs: Mapping | None = None,
-                 ffn: str = "mlp", ffn_kwargs: Mapping | None = None, norm: str = "layernorm",
-                 norm_kwargs: Mapping | None = None, causal: bool = False, positions: bool = True,
-                 dropout: float = 0.0, stack: str | None = None, remat: bool = False,
-                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int = 1,
+        mixer: str | Sequence[str] = "attention",
+        mixer_kwargs: Mapping | None = None,
+        ffn: str = "mlp",
+        ffn_kwargs: Mapping | None = None,
+        norm: str = "layernorm",
+        norm_kwargs: Mapping | None = None,
+        causal: bool = False,
+        positions: bool = True,
+        dropout: float = 0.0,
+        stack: str | None = None,
+        remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         length, channels = input_shape
         if length % patch:
             raise ValueError(f"model.patch={patch} must divide the signal's length {length}")
         self.patch, self.dropout, self.causal, self.dtype = patch, dropout, causal, dtype
         self.embed = Linear(patch * channels, width, axes=("channels", "embed"), dtype=dtype, rngs=rngs)
-        self.positions = None
-        if positions:
-            table = 0.02 * jax.random.normal(rngs.params(), (length // patch, width))
-            self.positions = nnx.Param(table, out_sharding=("positions", "embed"))
+        table = 0.02 * jax.random.normal(rngs.params(), (length // patch, width))
+        self.positions = nnx.Param(table, out_sharding=("positions", "embed")) if positions else None
         self.blocks = residual_stack(
-            depth=depth, width=width, heads=heads, mixer=mixer, mixer_kwargs=mixer_kwargs, ffn=ffn,
-            ffn_kwargs=ffn_kwargs, norm=norm, norm_kwargs=norm_kwargs, stack=stack, remat=remat, dtype=dtype, rngs=rngs)
+            depth=depth,
+            width=width,
+            heads=heads,
+            mixer=mixer,
+            mixer_kwargs=mixer_kwargs,
+            ffn=ffn,
+            ffn_kwargs=ffn_kwargs,
+            norm=norm,
+            norm_kwargs=norm_kwargs,
+            stack=stack,
+            remat=remat,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.norm = construct(NORMS, norm, norm_kwargs, "norm", width=width, rngs=rngs)
         self.head = Linear(width, classes, axes=("embed", "classes"), init=nnx.initializers.zeros, rngs=rngs)
 

@@ -12,5 +12,20 @@
 Logical axes name what a parameter's dimension *is*; `training/sharding.py` maps them to mesh axes.
 """
 
-LOGICAL_AXES = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "classes", "spatial", "channels",
-                "positions", "norm", "experts", "batch", "length")
+LOGICAL_AXES = (
+    "layers",
+    "embed",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "vocab",
+    "classes",
+    "spatial",
+    "channels",
+    "positions",
+    "norm",
+    "experts",
+    "batch",
+    "length",
+)

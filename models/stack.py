@@ -22,8 +22,15 @@ class Stack(nnx.List):
     """`y, caches, aux = stack(x, context, caches=None, key=None)` over layers `y, cache, aux = layer(x, context,
     cache, key)`; aux losses are summed over the layers, aux metrics stacked [L]."""
 
-    def __init__(self, make: Sequence[Callable[[nnx.Rngs], nnx.Module]], *, depth: int, mode: str | None = None,
-                 remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        make: Sequence[Callable[[nnx.Rngs], nnx.Module]],
+        *,
+        depth: int,
+        mode: str | None = None,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
         if mode not in (None, "loop", "scan"):
             raise ValueError(f"model.stack is {mode!r}: it must be 'loop', 'scan' or None (loop up to {LOOP_UP_TO})")
         if depth < 1 or depth % len(make):
@@ -59,8 +66,13 @@ class Stack(nnx.List):
         auxes, stats, new_caches = [], [], []
         for i, part in enumerate(parts):
             call = _layer_call(part.graph, self.remat)
-            x, cache, aux, new = call(*part[1:], x, context, None if caches is None else caches[i],
-                                      None if keys is None else keys[i])
+            x, cache, aux, new = call(
+                *part[1:],
+                x,
+                context,
+                None if caches is None else caches[i],
+                None if keys is None else keys[i],
+            )
             auxes.append(aux)
             stats.append(new)
             new_caches.append(cache)
@@ -79,14 +91,15 @@ class Stack(nnx.List):
             for place, call in enumerate(calls):
                 cache = None
                 if caches is not None:
-                    cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False),
-                                         caches[place])
-                x, cache, aux, new = call(*variables[place], x, context, cache,
-                                          None if keys is None else keys[place])
+                    cache = jax.tree.map(
+                        lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False), caches[place]
+                    )
+                x, cache, aux, new = call(*variables[place], x, context, cache, None if keys is None else keys[place])
                 if caches is not None:
                     caches = list(caches)
                     caches[place] = jax.tree.map(
-                        lambda c, u: jax.lax.dynamic_update_index_in_dim(c, u, index, 0), caches[place], cache)
+                        lambda c, u: jax.lax.dynamic_update_index_in_dim(c, u, index, 0), caches[place], cache
+                    )
                 auxes.append(aux)
                 stats.append(new)
             return (x, caches), (jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes), stats)
@@ -123,8 +136,11 @@ def _stacked(build: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array) -> nnx.Mo
 
 def stacks(module: nnx.Module) -> dict[tuple, tuple[int, int]]:
     """{path of a scanned stack: (depth, length of its pattern)}; empty where nothing is scanned."""
-    return {path: (node.depth, len(node)) for path, node in nnx.iter_graph(module)
-            if isinstance(node, Stack) and node.mode == "scan"}
+    return {
+        path: (node.depth, len(node))
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, Stack) and node.mode == "scan"
+    }
 
 
 def unstack_layers(tree: Any, where: dict[tuple, tuple[int, int]]) -> Any:
@@ -132,8 +148,11 @@ def unstack_layers(tree: Any, where: dict[tuple, tuple[int, int]]) -> Any:
     layer: layer g x period + p is slice g of place p."""
 
     def unstack(places: Tree, depth: int, period: int) -> Tree:
-        return {i: jax.tree.map(lambda leaf: leaf[i // period], places[i % period]) for i in range(depth)
-                if i % period in places}
+        return {
+            i: jax.tree.map(lambda leaf: leaf[i // period], places[i % period])
+            for i in range(depth)
+            if i % period in places
+        }
 
     return _convert(tree, where, unstack)
 
@@ -142,8 +161,11 @@ def stack_layers(tree: Any, where: dict[tuple, tuple[int, int]]) -> Any:
     """The inverse of `unstack_layers`."""
 
     def stack(layers: Tree, depth: int, period: int) -> Tree:
-        return {p: jax.tree.map(lambda *leaves: _stack(leaves), *(layers[i] for i in range(p, depth, period)))
-                for p in range(period) if p in layers}
+        return {
+            p: jax.tree.map(lambda *leaves: _stack(leaves), *(layers[i] for i in range(p, depth, period)))
+            for p in range(period)
+            if p in layers
+        }
 
     return _convert(tree, where, stack)
 
@@ -182,5 +204,3 @@ def _get(tree: Any, path: tuple) -> Any:
 def _set(tree: Tree, path: tuple, value: Any) -> Tree:
     key, *rest = path
     return {**tree, key: _set(tree[key], tuple(rest), value) if rest else value}
-
-

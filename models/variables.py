@@ -112,6 +112,12 @@ def freeze(module: nnx.Module) -> nnx.Module:
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
                 if isinstance(value, nnx.Variable):
-                    setattr(node, name, Frozen(value[...], **{k: v for k, v in value.get_metadata().items()
-                                                              if k == "out_sharding"}))
+                    setattr(
+                        node,
+                        name,
+                        Frozen(
+                            value[...],
+                            **{k: v for k, v in value.get_metadata().items() if k == "out_sharding"},
+                        ),
+                    )
     return module

@@ -22,11 +22,27 @@ class VisionTransformer(nnx.Module):
     mixer's rotary angles count tokens in raster order and are switched off unless `rope_theta` is asked for).
     """
 
-    def __init__(self, *, input_shape: Sequence[int], classes: int, width: int, depth: int, heads: int, patch: int,
-                 mixer: str | Sequence[str] = "attention", mixer_kwargs: Mapping | None = None, ffn: str = "mlp",
-                 ffn_kwargs: Mapping | None = None, norm: str = "layernorm", norm_kwargs: Mapping | None = None,
-                 dropout: float = 0.0, stack: str | None = None, remat: bool = False,
-                 dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        mixer: str | Sequence[str] = "attention",
+        mixer_kwargs: Mapping | None = None,
+        ffn: str = "mlp",
+        ffn_kwargs: Mapping | None = None,
+        norm: str = "layernorm",
+        norm_kwargs: Mapping | None = None,
+        dropout: float = 0.0,
+        stack: str | None = None,
+        remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         rows, columns, channels = input_shape
         if rows % patch or columns % patch:
             raise ValueError(f"model.patch={patch} must divide the image of {rows} x {columns} pixels")
@@ -36,8 +52,20 @@ class VisionTransformer(nnx.Module):
         table = 0.02 * jax.random.normal(rngs.params(), (self.grid[0] * self.grid[1], width))
         self.positions = nnx.Param(table, out_sharding=("positions", "embed"))
         self.blocks = residual_stack(
-            depth=depth, width=width, heads=heads, mixer=mixer, mixer_kwargs=mixer_kwargs, ffn=ffn,
-            ffn_kwargs=ffn_kwargs, norm=norm, norm_kwargs=norm_kwargs, stack=stack, remat=remat, dtype=dtype, rngs=rngs)
+            depth=depth,
+            width=width,
+            heads=heads,
+            mixer=mixer,
+            mixer_kwargs=mixer_kwargs,
+            ffn=ffn,
+            ffn_kwargs=ffn_kwargs,
+            norm=norm,
+            norm_kwargs=norm_kwargs,
+            stack=stack,
+            remat=remat,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.norm = construct(NORMS, norm, norm_kwargs, "norm", width=width, rngs=rngs)
         self.head = Linear(width, classes, axes=("embed", "classes"), init=nnx.initializers.zeros, rngs=rngs)
 

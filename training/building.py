@@ -50,11 +50,14 @@ def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Modul
         settings["dtype"] = jnp.dtype(settings["dtype"])
     taken = settings_of(network)
     fixed = {key: facts[key] for key in FACTS if key in taken and key in facts}
-    missing = [key for key in FACTS if key in taken and key not in facts
-               and taken[key].default is inspect.Parameter.empty]
+    missing = [
+        key for key in FACTS if key in taken and key not in facts and taken[key].default is inspect.Parameter.empty
+    ]
     if missing:
-        raise UserError(f"model {name!r} needs {', '.join(missing)}, which data {config.data.name!r} does not have: "
-                        f"it is not made for this kind of data")
+        raise UserError(
+            f"model {name!r} needs {', '.join(missing)}, which data {config.data.name!r} does not have: "
+            f"it is not made for this kind of data"
+        )
     try:
         return network(**{**SIZES.get(name, {}).get(size, {}), **settings, **fixed}, rngs=rngs)
     except ValueError as error:
@@ -80,10 +83,13 @@ def assemble(config, facts: Mapping[str, Any], total: int, mesh: Mesh, structure
     places = {name: sharding.tree_shardings(tree, axes, mesh) for name, tree in trees.items()}
     opt = jax.eval_shape(optimizer.init, parts.params)
     trees |= {"opt": opt, "step": jax.ShapeDtypeStruct((), jnp.int32)}
-    places |= {"opt": sharding.optimizer_shardings(optimizer, opt, places["params"], mesh),
-               "step": sharding.replicated(mesh)}
-    shapes = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                          trees, places)
+    places |= {
+        "opt": sharding.optimizer_shardings(optimizer, opt, places["params"], mesh),
+        "step": sharding.replicated(mesh),
+    }
+    shapes = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), trees, places
+    )
     return Assembly(objective, parts.graph, make, shapes, optimizer, stacks(abstract), mesh)
 
 
@@ -97,8 +103,9 @@ def fresh_state(assembly: Assembly, key: jax.Array) -> dict[str, Any]:
     places = shardings_of(assembly.shapes)
     trees = jax.jit(assembly.make, out_shardings=tuple(places[n] for n in ("params", "stats", "frozen")))(key)
     filled = assembly.objective.fill(*trees)
-    params, stats, frozen = (jax.device_put(tree, places[name])
-                             for name, tree in zip(("params", "stats", "frozen"), filled, strict=True))
+    params, stats, frozen = (
+        jax.device_put(tree, places[name]) for name, tree in zip(("params", "stats", "frozen"), filled, strict=True)
+    )
     # Without out_shardings the moments of a sharded parameter would all lie on the first device.
     opt = jax.jit(assembly.optimizer.init, out_shardings=places["opt"])(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), places["step"])

@@ -73,8 +73,10 @@ class Checkpoints:
             meta = {**meta, f"crc_{jax.process_index()}": crc}
         record = {**meta, "crc": crc}
         try:
-            self._open().save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves),
-                                                            record=ocp.args.JsonSave(record)))
+            self._open().save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), record=ocp.args.JsonSave(record)),
+            )
         except DAMAGE as error:
             raise self._refused(step, error) from error
 
@@ -91,8 +93,10 @@ class Checkpoints:
         whole = self.steps()
         reason = str(error).strip().split("\n")[0][:300]
         what = "the checkpoint" if step is None else f"the checkpoint of step {step}"
-        return UserError(f"{what} could not be written under {self.directory} ({reason}); the newest whole one is "
-                         f"{'step ' + str(whole[0]) if whole else 'none'}: make room and run the same command again")
+        return UserError(
+            f"{what} could not be written under {self.directory} ({reason}); the newest whole one is "
+            f"{'step ' + str(whole[0]) if whole else 'none'}: make room and run the same command again"
+        )
 
     def record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step."""
@@ -108,16 +112,20 @@ class Checkpoints:
         wanted, crc = flat(target), self.record(step)["crc"]
         missing = [name for name in wanted if name not in crc]
         if missing:
-            raise UserError(f"the checkpoint of step {step} under {self.directory} has no {missing[0]!r} "
-                            f"({len(missing)} of {len(wanted)} arrays are not in it): it is of another model")
+            raise UserError(
+                f"the checkpoint of step {step} under {self.directory} has no {missing[0]!r} "
+                f"({len(missing)} of {len(wanted)} arrays are not in it): it is of another model"
+            )
         try:
             restored = self._restore(step, wanted)
         except DAMAGE as error:
             raise Damaged(f"it can't be read ({str(error).strip().splitlines()[0][:160]})") from error
         for name, leaf in restored.items():
             if leaf.shape != wanted[name].shape:
-                raise UserError(f"the checkpoint of step {step} under {self.directory} has {name} of shape "
-                                f"{leaf.shape}, the model of {wanted[name].shape}: it is of another model")
+                raise UserError(
+                    f"the checkpoint of step {step} under {self.directory} has {name} of shape "
+                    f"{leaf.shape}, the model of {wanted[name].shape}: it is of another model"
+                )
             known = crc[name]
             for index, value in checksums(leaf).items():
                 if index in known and known[index] != value:
@@ -129,10 +137,13 @@ class Checkpoints:
         path = self.directory / str(step) / "state"
         with ocp.PyTreeCheckpointer() as reader:
             everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            args = {name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or everywhere)
-                    for name, leaf in wanted.items()}
-            return reader.restore(path, args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args,
-                                                                    partial_restore=True))
+            args = {
+                name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or everywhere)
+                for name, leaf in wanted.items()
+            }
+            return reader.restore(
+                path, args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
+            )
 
     def newest_at(self, step: int, shapes: Any, stacks: Mapping, say=print) -> Any | None:
         """The state of one step, or None where it is damaged, which is said through `say`."""

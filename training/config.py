@@ -1,6 +1,6 @@
 """Recipes and overrides: the one loader. It does not import jax: a mistake is answered in a fraction of a second.
 
-    --config=configs/vision/digits_vit.py[:mode] --config.train.steps=100 --config.model.mixer=window
+--config=configs/vision/digits_vit.py[:mode] --config.train.steps=100 --config.model.mixer=window
 """
 
 import ast
@@ -126,7 +126,13 @@ def _read(key: str, text: str, present: Any) -> Any:
 
 
 def _article(present: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list a,b,c", list: "a list a,b,c"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        tuple: "a list a,b,c",
+        list: "a list a,b,c",
+    }
     return names.get(type(present), f"a {type(present).__name__}")
 
 
@@ -143,8 +149,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_name(MODELS, config.model.name, "model")
     if config.model.get("size") and config.model.name in SIZES and config.model.size not in SIZES[config.model.name]:
         sizes = SIZES[config.model.name]
-        raise UserError(f"model {config.model.name!r} has no size {config.model.size!r}: it has "
-                        f"{', '.join(sizes)}{nearest(config.model.size, sizes)}")
+        raise UserError(
+            f"model {config.model.name!r} has no size {config.model.size!r}: it has "
+            f"{', '.join(sizes)}{nearest(config.model.size, sizes)}"
+        )
     for field, table in (("mixer", MIXERS), ("ffn", FFNS), ("norm", NORMS)):
         value = config.model.get(field)
         for name in (value,) if isinstance(value, str) else value or ():
@@ -155,15 +163,22 @@ def check(config: ml_collections.ConfigDict) -> None:
     given = [name for name in DURATIONS if name in config.train]
     if len(given) != 1:
         raise UserError(f"config.train must have exactly one of steps, epochs, examples, not {given or 'none'}")
-    for key, value in (("data.batch_size", config.data.batch_size), (f"train.{given[0]}", config.train[given[0]]),
-                       ("optim.accumulate", config.optim.accumulate), ("log.every", config.log.every)):
+    for key, value in (
+        ("data.batch_size", config.data.batch_size),
+        (f"train.{given[0]}", config.train[given[0]]),
+        ("optim.accumulate", config.optim.accumulate),
+        ("log.every", config.log.every),
+    ):
         if value <= 0:
             raise UserError(f"config.{key}={value} must be positive")
     if config.data.batch_size % config.optim.accumulate:
-        raise UserError(f"config.data.batch_size={config.data.batch_size} must be a multiple of "
-                        f"config.optim.accumulate={config.optim.accumulate}")
-    if sum(size == -1 for size in config.mesh.values()) > 1 or any(size < 1 and size != -1
-                                                                    for size in config.mesh.values()):
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} must be a multiple of "
+            f"config.optim.accumulate={config.optim.accumulate}"
+        )
+    if sum(size == -1 for size in config.mesh.values()) > 1 or any(
+        size < 1 and size != -1 for size in config.mesh.values()
+    ):
         raise UserError(f"config.mesh={dict(config.mesh)}: sizes are positive, and one of them may be -1 (the rest)")
 
 

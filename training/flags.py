@@ -19,7 +19,7 @@ def parse(argv: list[str]) -> list[tuple[str, str]]:
                 value = next(words, None)
                 if value is None:
                     raise UserError(f"{word} needs a value")
-            pairs.append((name[len("config."):], value))
+            pairs.append((name[len("config.") :], value))
         else:
             rest.append(word)
     if any(word in ("--help", "-h", "--helpfull") for word in rest):

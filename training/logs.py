@@ -23,8 +23,13 @@ class Logs:
             from rich.console import Console
 
             self._bar = progress.Progress(
-                progress.TextColumn("[bold]{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[text]}"), progress.TimeRemainingColumn(), console=Console(stderr=True))
+                progress.TextColumn("[bold]{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[text]}"),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
             self._bar.start()
 

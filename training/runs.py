@@ -48,8 +48,10 @@ def claim(workdir: pathlib.Path, config, overwrite: bool) -> bool:
         if not changed and not overwrite:
             return True
         if not overwrite:
-            raise UserError(f"{workdir} holds a run of another config ({'; '.join(changed[:5])}"
-                            f"{' ...' if len(changed) > 5 else ''}): give another --workdir, or --overwrite")
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(changed[:5])}"
+                f"{' ...' if len(changed) > 5 else ''}): give another --workdir, or --overwrite"
+            )
         _remove_run(workdir)
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file")
@@ -110,7 +112,10 @@ def init_from(state: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
             wrong = [name for name in want if name not in values or values[name].shape != want[name].shape]
             if wrong and kind == "params":
                 raise UserError(f"init_from: the run {path} has no {wrong[0]} of the shape that this model needs")
-        mean = {name: sum(values[name] for values in have) / len(have) for name in want
-                if all(name in values and values[name].shape == want[name].shape for values in have)}
+        mean = {
+            name: sum(values[name] for values in have) / len(have)
+            for name in want
+            if all(name in values and values[name].shape == want[name].shape for values in have)
+        }
         state = {**state, kind: place(state[kind], mean)}
     return state

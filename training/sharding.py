@@ -1,8 +1,8 @@
 """The mesh and where every array lies on it: rules from logical axes to mesh axes, in one place.
 
-    data      splits the batch                          tensor     splits heads, hidden widths, vocabulary
-    fsdp      splits the batch and every parameter      sequence   splits the tokens of a sequence
-    expert    splits experts
+data      splits the batch                          tensor     splits heads, hidden widths, vocabulary
+fsdp      splits the batch and every parameter      sequence   splits the tokens of a sequence
+expert    splits experts
 """
 
 import math
@@ -42,8 +42,9 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     if needed > devices:
         raise UserError(f"the mesh {sizes} needs {needed} devices, and there are {devices}")
     # Auto: under Explicit axes, jax's default, indexing a sharded table raises.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                         devices=jax.devices()[:needed])
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:needed]
+    )
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -55,8 +56,10 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, processes: int) ->
     """One sentence where the batch does not divide."""
     ways = batch_ways(mesh) * accumulate
     if batch_size % ways:
-        raise UserError(f"config.data.batch_size={batch_size} must be a multiple of {ways}: data x fsdp axes "
-                        f"{batch_ways(mesh)} x accumulate {accumulate}")
+        raise UserError(
+            f"config.data.batch_size={batch_size} must be a multiple of {ways}: data x fsdp axes "
+            f"{batch_ways(mesh)} x accumulate {accumulate}"
+        )
     if batch_size % processes:
         raise UserError(f"config.data.batch_size={batch_size} must be a multiple of the {processes} processes")
 
@@ -78,8 +81,9 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedShar
 
 def put_batch(batch: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
     """This process's rows -> global arrays."""
-    return {name: jax.make_array_from_process_local_data(shardings[name], np.asarray(leaf))
-            for name, leaf in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(shardings[name], np.asarray(leaf)) for name, leaf in batch.items()
+    }
 
 
 def partition(axes: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -118,5 +122,6 @@ def whole(tree: Tree, shardings: Tree, prefix: tuple = ()) -> list[str]:
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, params: Tree, mesh: Mesh) -> Any:
     """Copies of parameters inside the optimizer's state lie where the parameters lie; all else is replicated."""
-    return optax.tree_map_params(tx, lambda _, sharding: sharding, shapes, params,
-                                 transform_non_params=lambda _: replicated(mesh))
+    return optax.tree_map_params(
+        tx, lambda _, sharding: sharding, shapes, params, transform_non_params=lambda _: replicated(mesh)
+    )

@@ -47,8 +47,17 @@ def plan(config, total: int) -> list[Stage]:
             length = total - at  # fractions round; the last stage takes what is left
         changed = overridden(config, list(dict(entry.get("overrides", {})).items()))
         check(changed)
-        stages.append(Stage(entry.get("name", f"stage{i}"), at, at + length, changed, entry.get("optimizer", "keep"),
-                            entry.get("schedule", "run"), entry.get("converter", "")))
+        stages.append(
+            Stage(
+                entry.get("name", f"stage{i}"),
+                at,
+                at + length,
+                changed,
+                entry.get("optimizer", "keep"),
+                entry.get("schedule", "run"),
+                entry.get("converter", ""),
+            )
+        )
         at += length
     if at != total:
         raise UserError(f"the stages last {at} steps in all, the run {total}: durations must fill the run")
@@ -74,14 +83,18 @@ def carry(old: Mapping[str, Any], fresh: dict[str, Any], stage: Stage) -> dict[s
         have, want = flatten(old[kind]), flatten(fresh[kind])
         for path, leaf in want.items():
             if kind == "params" and (path not in have or have[path].shape != leaf.shape):
-                raise UserError(f"stage {stage.name!r}: parameter {path} has no counterpart of its shape in the stage "
-                                "before, and no converter is named")
+                raise UserError(
+                    f"stage {stage.name!r}: parameter {path} has no counterpart of its shape in the stage "
+                    "before, and no converter is named"
+                )
         state[kind] = place(fresh[kind], {p: v for p, v in have.items() if p in want and v.shape == want[p].shape})
     if stage.optimizer == "keep":
         have, want = flat(old["opt"]), flat(fresh["opt"])
         if {n: v.shape for n, v in have.items()} != {n: v.shape for n, v in want.items()}:
-            raise UserError(f"stage {stage.name!r}: the optimizer's state does not fit the new model or optimizer: say "
-                            "optimizer='reset'")
+            raise UserError(
+                f"stage {stage.name!r}: the optimizer's state does not fit the new model or optimizer: say "
+                "optimizer='reset'"
+            )
         leaves = [jax.device_put(have[name], leaf.sharding) for name, leaf in want.items()]
         state["opt"] = jax.tree.unflatten(jax.tree.structure(fresh["opt"]), leaves)
     state["step"] = jax.device_put(old["step"], fresh["step"].sharding)

@@ -22,7 +22,8 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
     def step(state: dict[str, Any], frozen: Any, batch: dict, key: jax.Array):
         key = jax.random.fold_in(key, state["step"])
         gradients = lambda stats, batch, key: objective.gradients(
-            graph, state["params"], stats, frozen, batch, key, state["step"])
+            graph, state["params"], stats, frozen, batch, key, state["step"]
+        )
         if accumulate == 1:
             grads, stats, metrics = gradients(state["stats"], batch, key)
         else:

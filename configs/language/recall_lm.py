@@ -11,12 +11,32 @@ from lissom.configs.base import base, mode, tiny
 
 def get_config(arg: str = ""):
     config = base()
-    config.data.update({"name": "sequences", "batch_size": 64,
-                        "kwargs": {"sequences": {"task": "recall", "length": 64, "vocab_size": 64, "pairs": 8}}})
-    config.model.update({"name": "language", "size": "", "width": 64, "depth": 2, "heads": 2, "mixer": "attention",
-                         "mixer_kwargs": {"attention": {}, "window": {"window": 8}}, "ffn": "swiglu",
-                         "ffn_kwargs": {}, "norm": "rmsnorm", "norm_kwargs": {}, "tied": True, "dropout": 0.0,
-                         "stack": None, "remat": False})
+    config.data.update(
+        {
+            "name": "sequences",
+            "batch_size": 64,
+            "kwargs": {"sequences": {"task": "recall", "length": 64, "vocab_size": 64, "pairs": 8}},
+        }
+    )
+    config.model.update(
+        {
+            "name": "language",
+            "size": "",
+            "width": 64,
+            "depth": 2,
+            "heads": 2,
+            "mixer": "attention",
+            "mixer_kwargs": {"attention": {}, "window": {"window": 8}},
+            "ffn": "swiglu",
+            "ffn_kwargs": {},
+            "norm": "rmsnorm",
+            "norm_kwargs": {},
+            "tied": True,
+            "dropout": 0.0,
+            "stack": None,
+            "remat": False,
+        }
+    )
     config.objective = "language_modelling"
     config.optim.update({"learning_rate": 3e-3, "weight_decay": 1e-2})
     config.train = {"steps": 3000}

@@ -12,10 +12,22 @@ from lissom.configs.base import base, mode, tiny
 def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "stdlib_text", "batch_size": 16, "kwargs": {"stdlib_text": {"length": 128}}})
-    config.model.update({"name": "language", "size": "small", "mixer": "attention",
-                         "mixer_kwargs": {"attention": {}, "window": {"window": 32}}, "ffn": "swiglu",
-                         "ffn_kwargs": {}, "norm": "rmsnorm", "norm_kwargs": {}, "tied": True, "dropout": 0.0,
-                         "stack": None, "remat": False})
+    config.model.update(
+        {
+            "name": "language",
+            "size": "small",
+            "mixer": "attention",
+            "mixer_kwargs": {"attention": {}, "window": {"window": 32}},
+            "ffn": "swiglu",
+            "ffn_kwargs": {},
+            "norm": "rmsnorm",
+            "norm_kwargs": {},
+            "tied": True,
+            "dropout": 0.0,
+            "stack": None,
+            "remat": False,
+        }
+    )
     config.objective = "language_modelling"
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
     config.train = {"steps": 1000}

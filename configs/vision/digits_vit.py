@@ -12,11 +12,21 @@ from lissom.configs.base import base, mode, tiny
 def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "digits", "batch_size": 128, "augment": ("shift",)})
-    config.model.update({"name": "vit", "size": "digits", "mixer": "attention",
-                         "mixer_kwargs": {"attention": {"rope_theta": 0.0},
-                                          "window": {"window": 5, "rope_theta": 0.0}},
-                         "ffn": "mlp", "ffn_kwargs": {}, "norm": "layernorm", "norm_kwargs": {}, "dropout": 0.0,
-                         "stack": None, "remat": False})
+    config.model.update(
+        {
+            "name": "vit",
+            "size": "digits",
+            "mixer": "attention",
+            "mixer_kwargs": {"attention": {"rope_theta": 0.0}, "window": {"window": 5, "rope_theta": 0.0}},
+            "ffn": "mlp",
+            "ffn_kwargs": {},
+            "norm": "layernorm",
+            "norm_kwargs": {},
+            "dropout": 0.0,
+            "stack": None,
+            "remat": False,
+        }
+    )
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 60}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})

@@ -12,10 +12,24 @@ from lissom.configs.base import base, mode, tiny
 def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "mnist1d", "batch_size": 100})
-    config.model.update({"name": "sequence_transformer", "size": "small", "patch": None, "mixer": "attention",
-                         "mixer_kwargs": {"attention": {}, "window": {"window": 5}}, "ffn": "mlp", "ffn_kwargs": {},
-                         "norm": "layernorm", "norm_kwargs": {}, "causal": False, "positions": True, "dropout": 0.0,
-                         "stack": None, "remat": False})
+    config.model.update(
+        {
+            "name": "sequence_transformer",
+            "size": "small",
+            "patch": None,
+            "mixer": "attention",
+            "mixer_kwargs": {"attention": {}, "window": {"window": 5}},
+            "ffn": "mlp",
+            "ffn_kwargs": {},
+            "norm": "layernorm",
+            "norm_kwargs": {},
+            "causal": False,
+            "positions": True,
+            "dropout": 0.0,
+            "stack": None,
+            "remat": False,
+        }
+    )
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
     config.train = {"steps": 1500}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})

@@ -21,12 +21,27 @@ class Attention(nnx.Module):
     here with RMSNorm). The cache is heads-major: k, v [B, K, length, D], so that decoding reads contiguous rows.
     """
 
-    cache_axes = {"k": ("batch", "kv_heads", "length", "head_dim"), "v": ("batch", "kv_heads", "length", "head_dim"),
-                  "length": ("batch",)}
+    cache_axes = {
+        "k": ("batch", "kv_heads", "length", "head_dim"),
+        "v": ("batch", "kv_heads", "length", "head_dim"),
+        "length": ("batch",),
+    }
 
-    def __init__(self, width: int, *, heads: int, kv_heads: int | None = None, head_dim: int | None = None,
-                 rope_theta: float = 10_000.0, qk_norm: bool = False, bias: bool = False, dropout: float = 0.0,
-                 implementation: str | None = None, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float = 10_000.0,
+        qk_norm: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        implementation: str | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         kv_heads = heads if kv_heads is None else kv_heads
         if heads % kv_heads:
             raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")

@@ -41,8 +41,16 @@ class Objective:
         """The same for the network alone: what is left of the module once it is exported."""
         raise NotImplementedError
 
-    def gradients(self, graph: Any, params: Tree, stats: Tree, frozen: Tree, batch: Batch, key: jax.Array,
-                  step: jax.Array) -> tuple[Tree, Tree, dict]:
+    def gradients(
+        self,
+        graph: Any,
+        params: Tree,
+        stats: Tree,
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        step: jax.Array,
+    ) -> tuple[Tree, Tree, dict]:
         """(gradients, new stats, metrics): reverse mode through `loss`; meta-learners override it."""
 
         def scalar(params):

@@ -23,5 +23,7 @@ class Classification(Objective):
         logits, _ = network(batch["inputs"])
         mask, count = batch["mask"], batch["mask"].sum()
         hits = (logits.argmax(-1) == batch["labels"]) * mask
-        return {"accuracy": (jnp.sum(hits), count),
-                "loss": (jnp.sum(cross_entropy(logits, batch["labels"]) * mask), count)}
+        return {
+            "accuracy": (jnp.sum(hits), count),
+            "loss": (jnp.sum(cross_entropy(logits, batch["labels"]) * mask), count),
+        }

@@ -31,5 +31,7 @@ class LanguageModelling(Objective):
         logits, _ = network(batch["inputs"])
         weights = batch["weights"] * batch["mask"][:, None]
         hits = (logits.argmax(-1) == batch["labels"]) * weights
-        return {"loss": (jnp.sum(cross_entropy(logits, batch["labels"]) * weights), weights.sum()),
-                "accuracy": (jnp.sum(hits), weights.sum())}
+        return {
+            "loss": (jnp.sum(cross_entropy(logits, batch["labels"]) * weights), weights.sum()),
+            "accuracy": (jnp.sum(hits), weights.sum()),
+        }

@@ -1,0 +1,13 @@
+"""One recipe a (network, objective, transform) family: what resume, reload and meshes are tested on.
+
+A recipe that only sets other values of a family listed here needs no line.
+"""
+
+FAMILIES = {
+    "vit": ("vision/digits_vit", {}),
+    "resnet": ("vision/digits_resnet", {}),
+    "cnn": ("vision/mnist1d_cnn", {}),
+    "sequence": ("vision/mnist1d_transformer", {}),
+    "sequence_scan": ("vision/mnist1d_transformer", {"model.stack": "scan", "model.dropout": 0.1}),
+    "language": ("language/recall_lm", {}),
+}

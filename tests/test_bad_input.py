@@ -1,0 +1,140 @@
+"""What a user gets wrong is answered in one sentence, exit code 2, before jax is imported where that can be."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+VIT = "--config=configs/vision/digits_vit.py:tiny"
+
+
+def run(script, *args, cwd, **env):
+    import os
+
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+
+
+# jax is made unimportable: these answers must not need it.
+EARLY = [
+    ((), ["--config=RECIPE is missing", "configs/vision/digits_vit.py", "configs/language/stdlib_lm.py"]),
+    (("--config=configs/vision/digits_vitt.py",), ["no recipe", "digits_vit.py"]),
+    ((VIT + "y",), ["unknown mode 'tinyy'", "tiny"]),
+    ((VIT, "--config.model.mixerr=none"), ["mixerr", "did you mean 'mixer'"]),
+    ((VIT, "--config.model.mixer=attentoin"), ["unknown mixer 'attentoin'", "did you mean 'attention'"]),
+    ((VIT, "--config.optim.name=adam"), ["unknown optimizer 'adam'", "adamw"]),
+    ((VIT, "--config.train.steps=three"), ["train.steps='three'", "whole number"]),
+    ((VIT, "--config.optim.accumulate=3"), ["multiple of", "accumulate=3"]),
+    ((VIT, "--nonsense=1"), ["nonsense"]),
+    ((VIT, "stray"), ["'stray' is no flag"]),
+]
+
+
+@pytest.mark.parametrize("args,words", EARLY, ids=lambda v: str(v)[:60])
+def test_before_jax(args, words, tmp_path):
+    (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
+    done = run("train.py", *args, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+LATE = [
+    (("--config.mesh.data=16",), ["needs 16 devices"]),
+    (("--config.mesh.data=8", "--config.data.batch_size=12"), ["batch_size=12", "multiple of 8"]),
+    (("--config.model.mixer_kwargs.window.windoww=3",), ["windoww", "window"]),
+    (("--config.model.depth=3",), ["depth"]),
+    (("--config.data.name=mnist99",), ["mnist99"]),
+    (("--config.init_from=nowhere",), ["nowhere"]),
+]
+
+
+@pytest.mark.parametrize("args,words", LATE, ids=lambda v: str(v)[:60])
+def test_train(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    from lissom.train import train
+    from lissom.training import flags as command_line
+    from lissom.training.errors import one_sentence
+
+    with pytest.raises(SystemExit) as error, one_sentence():
+        pairs = [(word.partition("=")[0][len("--config.") :], word.partition("=")[2]) for word in args]
+        _, config = command_line.config_from([("", VIT.partition("=")[2]), *pairs])
+        train(config, tmp_path / "run")
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said.splitlines()[-1]
+    if "init_from" not in args[0]:
+        assert not (tmp_path / "run").exists()
+
+
+def test_another_config_stands_there(tmp_path, capsys):
+    from lissom.training.config import load_recipe, overridden
+    from lissom.training.errors import UserError
+    from lissom.training.runs import claim
+
+    one = load_recipe(VIT.partition("=")[2])
+    assert claim(tmp_path / "run", one, False) is False
+    assert claim(tmp_path / "run", one, False) is True
+    other = overridden(one, [("seed", "1")])
+    with pytest.raises(UserError, match="seed: 0 -> 1.*--overwrite"):
+        claim(tmp_path / "run", other, False)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+    assert claim(tmp_path / "run", other, True) is False
+
+
+def test_eval_finds_nothing(tmp_path):
+    done = run("eval.py", "--runs=nothing/*", cwd=tmp_path)
+    assert done.returncode == 2 and "matches nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_without_checkpoint(tmp_path, capsys):
+    from lissom.eval import find_runs
+    from lissom.training.config import load_recipe
+    from lissom.training.errors import UserError
+    from lissom.training.runs import claim
+
+    claim(tmp_path / "run", load_recipe(VIT.partition("=")[2]), False)
+    (tmp_path / "other").mkdir()
+    said = []
+    with pytest.raises(UserError, match="no directory with a finished run"):
+        find_runs([str(tmp_path / "*")], said.append)
+    assert any("no checkpoint" in line for line in said) and any("no run" in line for line in said)
+
+
+def test_disk_fills(tmp_path):
+    """A limit on the size of a file is how a full disk looks to the writer, without a disk to fill."""
+    limit = (
+        "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    run("train.py", VIT, "--config.model.mixer=none", cwd=tmp_path)  # so that the data is prepared
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            limit,
+            str(ROOT / "train.py"),
+            VIT,
+            "--workdir=full",
+            "--config.model.width=64",
+            "--config.model.mixer=none",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "could not be written" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr

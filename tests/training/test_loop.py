@@ -1,0 +1,184 @@
+"""The loop's promises: resumed == uninterrupted, many devices == one, damage is named, nothing is lost."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lissom.training.checkpoints import Checkpoints
+from lissom.training.errors import UserError
+from tests.families import FAMILIES
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def arrays(workdir, step):
+    """The saved arrays of a step, by name."""
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as reader:
+        return {k: np.asarray(v) for k, v in reader.restore(workdir / "checkpoints" / str(step) / "state").items()}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return [name for name in one if not np.array_equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resumed_is_uninterrupted(family, tiny_run, tmp_path):
+    recipe, overrides = FAMILIES[family]
+    settings = {**overrides, "train.steps": 4, "checkpoint.every": 2, "checkpoint.keep": 5}
+    _, whole = tiny_run(recipe, "whole", **settings)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    result, cut = tiny_run(recipe, "cut", **settings)
+    assert result["step"] == 4
+    assert same(arrays(whole, 4), arrays(cut, 4)) == []
+    assert same(arrays(whole, 2), arrays(whole, 4)) != []
+
+
+MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "sequence_scan", "language"])
+def test_eight_devices_are_one(family, tiny_run):
+    recipe, overrides = FAMILIES[family]
+    _, one = tiny_run(recipe, "one", **overrides)
+    single = arrays(one, 3)
+    for i, mesh in enumerate(MESHES):
+        sizes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
+        _, many = tiny_run(recipe, f"mesh{i}", **overrides, **sizes)
+        for name, value in arrays(many, 3).items():
+            if value.dtype == np.float32 and not name.startswith("opt"):
+                np.testing.assert_allclose(value, single[name], atol=2e-4, err_msg=f"{mesh} {name}")
+
+
+def test_parameters_and_moments_are_split(tiny_run):
+    from lissom.training import sharding
+    from lissom.training.building import assemble, fresh_state
+    from lissom.training.config import load_recipe, overridden
+
+    config = overridden(load_recipe("configs/language/recall_lm.py:tiny"), [("mesh.data", 1), ("mesh.fsdp", 8)])
+    mesh = sharding.make_mesh(config.mesh)
+    state = fresh_state(assemble(config, {"vocab_size": 64}, 3, mesh), jax.random.key(0))
+    kernel = state["params"]["blocks"][0]["ffn"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    moments = [leaf for leaf in jax.tree.leaves(state["opt"]) if leaf.shape == kernel.shape]
+    assert moments and all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in moments)
+
+
+def test_accumulation_is_the_whole_batch(tiny_run):
+    _, one = tiny_run("vision/mnist1d_transformer", "one")
+    _, four = tiny_run("vision/mnist1d_transformer", "four", **{"optim.accumulate": 4})
+    whole, parts = arrays(one, 3), arrays(four, 3)
+    for name in whole:
+        if name.startswith("params"):
+            np.testing.assert_allclose(parts[name], whole[name], atol=1e-4, err_msg=name)
+
+
+def _damage(workdir, how):
+    files = [p for p in (workdir / "checkpoints" / "3" / "state" / "d").iterdir()]
+    for file in files:
+        raw = bytearray(file.read_bytes())
+        if how == "truncated":
+            raw = raw[: len(raw) // 2]
+        else:
+            for at in range(len(raw) // 4, len(raw), max(len(raw) // 4, 1)):
+                raw[at] ^= 0x10
+        file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_damaged_checkpoint_is_named_and_skipped(how, tiny_run, capsys):
+    settings = {"checkpoint.every": 1, "checkpoint.keep": 5, "model.width": 64, "model.mixer": "none"}
+    _, workdir = tiny_run("vision/digits_vit", **settings)
+    before = arrays(workdir, 3)
+    _damage(workdir, how)
+    result, _ = tiny_run("vision/digits_vit", **settings)
+    said = capsys.readouterr().err
+    assert "step 3" in said and "damaged and skipped" in said and "resuming" in said
+    assert result["step"] == 3 and same(before, arrays(workdir, 3)) == []
+
+
+def test_flipped_bit_names_the_leaf(tmp_path):
+    """Orbax compresses, so a flipped bit on the disk mostly fails to decode; a changed value must fail as well."""
+    store = Checkpoints(tmp_path)
+    store.save(1, {"params": {"w": jax.numpy.arange(4.0)}}, {}, {})
+    store.close()
+    record = tmp_path / "1" / "record" / "metadata"
+    values = json.loads(record.read_text())
+    values["crc"]["params.w"][""] ^= 1
+    record.write_text(json.dumps(values))
+    said = []
+    assert store.newest({"params": {"w": jax.ShapeDtypeStruct((4,), np.float32)}}, {}, said.append) is None
+    assert "params.w" in said[0]
+
+
+def test_nan_stops_with_the_step(tiny_run):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d"):
+        tiny_run(
+            "vision/mnist1d_cnn",
+            **{"optim.learning_rate": 1e30, "optim.name": "sgd", "train.steps": 20, "optim.clip_norm": 0.0},
+        )
+
+
+def _command(workdir, *extra):
+    # One device: eight virtual ones would only slow the process down.
+    env = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--config=configs/vision/digits_vit.py:tiny",
+            f"--workdir={workdir}",
+            "--config.model.mixer=none",
+            *extra,
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+
+
+def _wait_for(condition, process):
+    for _ in range(600):
+        if condition():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError("the run did not get there in a minute")
+
+
+def test_sigterm_saves_and_exits_0(tmp_path):
+    process = _command(tmp_path / "run", "--config.train.steps=1000000", "--config.log.every=100")
+    _wait_for(
+        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size,
+        process,
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert "stopped by SIGTERM" in process.stderr.read()
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[0] > 0
+
+
+def test_kill_9_leaves_a_loadable_run(tmp_path, capsys):
+    from lissom.training.runs import load_network
+
+    process = _command(tmp_path / "run", "--config.train.steps=1000000", "--config.checkpoint.every=1")
+    folder = tmp_path / "run" / "checkpoints"
+    _wait_for(lambda: folder.exists() and len(Checkpoints(folder).steps()) > 1, process)
+    # Wait for the middle of a save: a directory that is not yet renamed to its step.
+    _wait_for(lambda: any(not p.name.isdigit() for p in folder.iterdir()), process)
+    process.kill()
+    process.wait()
+    assert load_network(tmp_path / "run").params

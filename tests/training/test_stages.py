@@ -1,0 +1,99 @@
+"""Stages, starting points and distillation: all in the one loop."""
+
+import jax
+import numpy as np
+import pytest
+
+from lissom.training.errors import UserError
+from tests.training.test_loop import arrays, same
+
+RECIPE = "vision/mnist1d_cnn"
+NOOP = ({"name": "a", "duration": 2}, {"name": "b", "duration": 2, "overrides": {}})
+
+
+def test_a_stage_that_changes_nothing_changes_nothing(tiny_run):
+    _, plain = tiny_run(RECIPE, "plain", **{"train.steps": 4})
+    result, staged = tiny_run(RECIPE, "staged", **{"train.steps": 4, "stages": NOOP})
+    assert result["traces"] == {"a": 1, "b": 1}
+    assert same(arrays(plain, 4), arrays(staged, 4)) == []
+
+
+def test_a_stage_changes_the_config(tiny_run):
+    stages = (
+        {"name": "a", "duration": 2},
+        {"name": "still", "duration": 2, "overrides": {"optim.learning_rate": 0.0}},
+    )
+    _, run = tiny_run(RECIPE, **{"train.steps": 4, "stages": stages, "checkpoint.keep": 5})
+    two, four = arrays(run, 2), arrays(run, 4)
+    assert [name for name in same(two, four) if name.startswith("params")] == []
+    assert int(four["step"]) == 4
+
+
+@pytest.mark.parametrize(
+    "stages,words",
+    [
+        (({"name": "a", "duration": 2},), "durations must fill the run"),
+        (
+            (
+                {"name": "a", "duration": 0.5},
+                {"name": "b", "duration": 0.5, "overrides": {"model.channels": (5, 5)}},
+            ),
+            "no counterpart",
+        ),
+        (({"name": "a", "lenght": 4},), "lenght"),
+    ],
+)
+def test_bad_stages(stages, words, tiny_run):
+    with pytest.raises(UserError, match=words):
+        tiny_run(RECIPE, **{"train.steps": 4, "stages": stages})
+
+
+def test_init_from(tiny_run):
+    _, one = tiny_run(RECIPE, "one", seed=1)
+    _, two = tiny_run(RECIPE, "two", seed=2)
+    still = {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.steps": 1}
+    _, both = tiny_run(RECIPE, "both", **still, init_from=(str(one), str(two)))
+    a, b, mean = arrays(one, 3), arrays(two, 3), arrays(both, 1)
+    for name in mean:
+        if name.startswith("params"):
+            np.testing.assert_allclose(mean[name], (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_distillation_keeps_its_teacher(tiny_run):
+    from lissom.eval import evaluate
+
+    _, teacher = tiny_run("vision/digits_resnet", "teacher")
+    settings = {"objective": "distillation", "objective_kwargs": {"distillation": {"teacher": str(teacher)}}}
+    result, student = tiny_run("vision/digits_vit", "student", **settings)
+    assert np.isfinite(result["loss"])
+    saved, taught = arrays(teacher, 3), arrays(student, 3)
+    inside = {name.removeprefix("frozen.teacher."): v for name, v in taught.items() if name.startswith("frozen")}
+    for kind in ("params", "stats"):
+        for name, value in saved.items():
+            if name.startswith(kind):
+                np.testing.assert_array_equal(inside[name.removeprefix(f"{kind}.")], value)
+    # What is exported is the student alone.
+    rows = evaluate([student], floors=False)
+    parameters = {m.name: m.value for m in rows[0].measurements}["parameters"]
+    assert parameters == sum(v.size for n, v in taught.items() if n.startswith("params"))
+
+
+def test_distillation_loss_by_hand():
+    """Two classes, logits s = (0, 0) and t = (2 ln 3, 0), T = 2: softmax(t / 2) = (3/4, 1/4), so the divergence is
+    3/4 ln(3/4 / 1/2) + 1/4 ln(1/4 / 1/2) = 3/4 ln 1.5 - 1/4 ln 2, times T^2 = 4; the hard loss is ln 2."""
+    from lissom.training.objectives.distillation import Distillation
+
+    objective = Distillation.__new__(Distillation)
+    objective.temperature, objective.weight, objective.label_smoothing = 2.0, 0.25, 0.0
+
+    class Fixed:
+        def student(self, inputs, train, key):
+            return jax.numpy.zeros((1, 2)), {"losses": {}, "metrics": {}}
+
+        def teacher(self, inputs):
+            return jax.numpy.array([[2 * np.log(3.0), 0.0]]), {}
+
+    batch = {"inputs": None, "labels": jax.numpy.array([0])}
+    loss, _ = objective.loss(Fixed(), batch, None, 0)
+    soft = 4 * (0.75 * np.log(1.5) - 0.25 * np.log(2))
+    np.testing.assert_allclose(loss, 0.75 * np.log(2) + 0.25 * soft, rtol=1e-5)
