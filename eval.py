@@ -155,9 +155,9 @@ def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, v
         batches=batches,
         examples=dataset.test,
         kind=dataset.kind,
+        vocab_size=dataset.info.get("vocab_size"),
         latency_batches=tuple(config.evaluation.latency_batches),
         repeats=config.evaluation.latency_repeats,
-        batch_size=config.evaluation.batch_size,
         artefact_bytes=size(directory),
         times=times if name is None else {},
     )

@@ -1,0 +1,147 @@
+"""Measures one reloaded network: what it gets right, what it costs; and the trivial methods beside it.
+
+A `Subject` is a network as plain data and functions, so that this room needs neither training nor compression.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lissom.evaluation import costs, floors, memory
+from lissom.evaluation.latency import latency_measurements, measure_interleaved
+from lissom.evaluation.rows import Identity, Measurement, Provenance, Row, measure
+
+ROTATED = 4  # different inputs a latency is taken over
+
+
+@dataclasses.dataclass
+class Subject:
+    """One network to be measured. `state` is (params, stats, frozen), `merge(graph, state)` the network, `judge` an
+    objective's (network, batch, key) -> {name: (sum, count)}, `batches()` the test set."""
+
+    recipe: str
+    task: str
+    seed: int
+    overrides: Mapping[str, Any]
+    transform: str | None
+    variant: str | None
+    provenance: Mapping[str, Any]
+    graph: Any
+    state: tuple
+    merge: Callable
+    judge: Callable
+    batches: Callable[[], Iterable[dict]]
+    examples: Sequence[dict]
+    kind: str
+    vocab_size: int | None
+    latency_batches: tuple[int, ...]
+    repeats: int
+    artefact_bytes: int
+    times: Mapping[str, float]
+    measurements: list[Measurement] = dataclasses.field(default_factory=list)
+
+    def forward(self, params: Any, stats: Any, frozen: Any, inputs: jax.Array) -> jax.Array:
+        """The network's output for a batch of inputs."""
+        return self.merge(self.graph, (params, stats, frozen))(inputs)[0]
+
+    def row(self) -> Row:
+        """What was measured, as a row."""
+        identity = Identity(
+            recipe=self.recipe,
+            task=self.task,
+            seed=self.seed,
+            overrides=self.overrides,
+            transform=self.transform,
+            variant=self.variant,
+        )
+        return Row(identity, Provenance(**self.provenance), tuple(self.measurements))
+
+
+def measure_subject(subject: Subject) -> None:
+    """Everything but latency: test means, parameters, bytes, FLOPs of one example."""
+    note = subject.measurements.append
+    judge = jax.jit(lambda state, batch, key: subject.judge(subject.merge(subject.graph, state), batch, key))
+    sums: dict[str, np.ndarray] = {}
+    for batch in subject.batches():
+        for name, pair in jax.device_get(judge(subject.state, batch, jax.random.key(0))).items():
+            sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+    means = {name: float(total / count) for name, (total, count) in sums.items() if count}
+    for name, value in means.items():
+        examples = int(sums[name][1])
+        tokens = subject.kind == "tokens"
+        if not math.isfinite(value):
+            value = None
+        if name == "accuracy" and tokens:
+            note(measure("token_accuracy", value, tokens=examples))
+        else:
+            note(measure(name, value, **{"tokens" if tokens else "examples": examples}))
+        if name == "loss" and tokens and subject.vocab_size == 256 and value is not None:
+            note(measure("bits_per_byte", value / math.log(2), tokens=examples))
+    note(measure("parameters", memory.parameter_count((subject.state[0], subject.state[2])), "compiled"))
+    note(measure("parameter_bytes", memory.parameter_bytes((subject.state[0], subject.state[2])), "compiled"))
+    note(measure("artefact_bytes", subject.artefact_bytes))
+    one = jnp.asarray(subject.examples[0]["inputs"])[None]
+    note(measure("flops", costs.count(subject.forward, *subject.state, one).flops, "compiled", batch=1))
+    for name, value in subject.times.items():
+        note(measure(name, value))
+
+
+def latencies(subjects: Sequence[Subject]) -> None:
+    """Forward latency of all subjects of a task, interleaved, at each batch size, and the compiled peak memory at the
+    largest. Inputs are test examples, rotated."""
+    for batch in sorted({size for subject in subjects for size in subject.latency_batches}):
+        candidates = {}
+        for number, subject in enumerate(subjects):
+            if batch not in subject.latency_batches:
+                continue
+            inputs = _batches_of(subject.examples, batch)
+            compiled = jax.jit(subject.forward).lower(*subject.state, inputs[0]).compile()
+            bound = functools.partial(compiled, *subject.state)
+            candidates[number] = (bound, [(array,) for array in inputs])
+            if batch == max(subject.latency_batches):
+                subject.measurements.append(memory.peak_measurement(compiled, batch=batch))
+        repeats = max(subjects[number].repeats for number in candidates)
+        for number, latency in measure_interleaved(candidates, repeats=repeats).items():
+            subjects[number].measurements += latency_measurements(latency, batch)
+
+
+def _batches_of(examples: Sequence[dict], batch: int) -> list[jax.Array]:
+    at = lambda i: np.asarray(examples[i % len(examples)]["inputs"])
+    return [jnp.asarray(np.stack([at(start * batch + i) for i in range(batch)])) for start in range(ROTATED)]
+
+
+def floor_rows(
+    task: str, kind: str, train: Sequence[dict], test: Sequence[dict], info: Mapping[str, Any], provenance: Provenance
+) -> list[Row]:
+    """The trivial methods of a task, as rows of role "floor"; and the anchors that its paper reports."""
+    rows = []
+
+    def add(name: str, *measurements: Measurement, role: str = "floor") -> None:
+        rows.append(Row(Identity(recipe=name, task=task, variant=name, role=role), provenance, tuple(measurements)))
+
+    if kind == "tokens":
+        if info.get("vocab_size") == 256:
+            ends = [
+                np.concatenate([np.ravel(split[i]["labels"]) for i in range(len(split))]) for split in (train, test)
+            ]
+            add("unigram", measure("bits_per_byte", floors.unigram_bits_per_byte(*ends)))
+            add("bigram", measure("bits_per_byte", floors.bigram_bits_per_byte(*ends)))
+        elif "chance" in info:
+            add("chance", measure("token_accuracy", float(info["chance"]), "modelled"))
+        return rows
+    (x, y), (x_test, y_test) = (_arrays(split) for split in (train, test))
+    methods = {"1-nearest neighbour": floors.nearest_neighbour, "linear": floors.linear}
+    for name, method in methods.items():
+        add(name, measure("accuracy", floors.accuracy(method(x, y, x_test), y_test), examples=len(y_test)))
+    return rows
+
+
+def _arrays(split: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [split[i] for i in range(len(split))]
+    return np.stack([row["inputs"] for row in rows]), np.asarray([row["labels"] for row in rows])
