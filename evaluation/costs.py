@@ -37,20 +37,38 @@ KERNELS = ("pallas_call", "core_map", "mpmd_map")
 # These hold a jaxpr that combines two scalars: elementwise work, not products.
 COMBINERS = ("reduce", "reduce_window", "scatter", "select_and_scatter", "cumred", "argmin", "argmax", "sort")
 # Arithmetic that is neither elementwise nor countable from the shapes alone.
-OPAQUE = (
-    *("eig", "eigh", "svd", "lu", "qr", "geqrf", "geqp3", "householder_product", "schur", "hessenberg"),
-    *("tridiagonal", "tridiagonal_solve", "ffi_call", "pure_callback", "io_callback", "custom_linear_solve"),
-    *(
-        "tpu_custom_call",
-        "triton_kernel_call",
+OPAQUE = frozenset(
+    [
+        "eig",
+        "eigh",
+        "svd",
+        "lu",
+        "qr",
+        "geqrf",
+        "geqp3",
+        "householder_product",
+        "schur",
+        "hessenberg",
+        "tridiagonal",
+        "tridiagonal_solve",
+        "ffi_call",
+        "pure_callback",
+        "io_callback",
+        "buffer_callback",
+        "custom_linear_solve",
         "linear_call",
         "call_exported",
         "call_hi_primitive",
-        "buffer_callback",
-    ),
-    *("call_hi_primitive", "custom_fusion", "cudnn_fusion", "scaled_matmul", "scaled_matmul_wrapper"),
-    *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
-    *("dot_product_attention_bwd", "dot_product_attention_bwd_wrapper"),
+        "custom_fusion",
+        "cudnn_fusion",
+        "scaled_matmul",
+        "tpu_custom_call",
+        "triton_kernel_call",
+        "dot_product_attention_fwd",
+        "dot_product_attention_bwd",
+        "dot_product_attention_fp8_fwd",
+        "dot_product_attention_fp8_bwd",
+    ]
 )
 
 
@@ -133,7 +151,7 @@ class _Counter:
             if estimate is None:
                 return {}, [f"{name} {params.get('name') or ''} without a cost estimate".replace("  ", " ")]
             return {name: estimate.flops}, []
-        if name in OPAQUE:
+        if name.removesuffix("_wrapper") in OPAQUE:
             return {}, [name]
         return self.other(equation)
 
@@ -281,9 +299,7 @@ def _convolution(equation) -> int:
     params, output = equation.params, equation.outvars[0].aval
     numbers = params["dimension_numbers"]
     left, right = _shape(equation.invars[0]), _shape(equation.invars[1])
-    flops = (
-        _multiply_add(output.dtype) * output.shape[numbers.out_spec[0]] * output.shape[numbers.out_spec[1]]
-    )
+    flops = _multiply_add(output.dtype) * output.shape[numbers.out_spec[0]] * output.shape[numbers.out_spec[1]]
     flops *= right[numbers.rhs_spec[1]]
     for axis in range(len(params["window_strides"])):
         low, _ = params["padding"][axis]

@@ -29,9 +29,7 @@ METRICS = {
     # What learning it costs.
     "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine=True),
     "compile_seconds": Metric("s", "lower", "wall time of tracing and compiling", machine=True),
-    "examples_per_second": Metric(
-        "1/s", "higher", "training examples a second, compilation apart", machine=True
-    ),
+    "examples_per_second": Metric("1/s", "higher", "training examples a second, compilation apart", machine=True),
     "train_steps": Metric("1", None, "optimizer steps taken"),
     "train_examples": Metric("1", None, "training examples seen, repeats counted"),
     "train_flops": Metric("FLOP", "lower", "products and convolutions of the whole training"),

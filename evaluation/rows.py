@@ -48,13 +48,9 @@ class Measurement:
             raise ValueError(f"a measurement is one of {', '.join(KINDS)}, not {self.kind!r}")
         if self.value is not None:
             if isinstance(self.value, bool) or not isinstance(self.value, int | float):
-                raise TypeError(
-                    f"{self.name} must be a Python number or None, not {type(self.value).__name__}"
-                )
+                raise TypeError(f"{self.name} must be a Python number or None, not {type(self.value).__name__}")
             if not math.isfinite(self.value):
-                raise ValueError(
-                    f"{self.name} is {self.value}: a row holds finite numbers, or None for unknown"
-                )
+                raise ValueError(f"{self.name} is {self.value}: a row holds finite numbers, or None for unknown")
         for key, value in self.conditions.items():
             if not isinstance(value, str | int | float | bool):
                 raise TypeError(f"condition {key} of {self.name} must be a string or a number, not {value!r}")
@@ -177,9 +173,7 @@ def append_row(path: str | os.PathLike, row: Row) -> None:
             raise
         if written != len(line):  # a disk that fills takes what fits
             os.ftruncate(descriptor, before)
-            raise OSError(
-                f"only {written} of {len(line)} bytes fitted at the end of {path}: the row was taken back"
-            )
+            raise OSError(f"only {written} of {len(line)} bytes fitted at the end of {path}: the row was taken back")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

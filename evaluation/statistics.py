@@ -72,9 +72,7 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(mean, sd, float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n), n)
 
 
-def paired_difference(
-    first: Mapping[int, float], other: Mapping[int, float], direction: str | None
-) -> Difference:
+def paired_difference(first: Mapping[int, float], other: Mapping[int, float], direction: str | None) -> Difference:
     """`other` minus `first` over the seeds both have; `direction` as in `METRICS`."""
     if direction not in ("higher", "lower", None):
         raise ValueError(f"direction is 'higher', 'lower' or None, not {direction!r}")
@@ -135,9 +133,7 @@ def verdict(
     return Verdict(word, not lacks and difference.n >= MIN_SEEDS_FOR_HEADLINE, tuple(lacks))
 
 
-def pareto_front(
-    points: Sequence[tuple[float, float]], directions: tuple[str, str] = ("lower", "higher")
-) -> list[int]:
+def pareto_front(points: Sequence[tuple[float, float]], directions: tuple[str, str] = ("lower", "higher")) -> list[int]:
     """Indices of the points that no other point beats, ordered along the first coordinate.
 
     One point beats another when it is at least as good in both coordinates and better in one; equal points

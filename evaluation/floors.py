@@ -1,0 +1,74 @@
+"""Trivial methods: the floor that a table shows beside what was trained. All on numpy arrays, with known
+answers.
+"""
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Fraction of equal entries."""
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    if predicted.shape != labels.shape or not labels.size:
+        raise ValueError(f"{predicted.shape} predictions do not match {labels.shape} labels")
+    return float(np.mean(predicted == labels))
+
+
+def majority_class(train_labels: np.ndarray, count: int) -> np.ndarray:
+    """The most frequent training label (the smallest of equals), `count` times."""
+    values, counts = np.unique(train_labels, return_counts=True)
+    return np.full(count, values[np.argmax(counts)])
+
+
+def nearest_neighbour(train_inputs: np.ndarray, train_labels: np.ndarray, test_inputs: np.ndarray) -> np.ndarray:
+    """Label of the nearest training example by Euclidean distance between flattened inputs."""
+    return KNeighborsClassifier(n_neighbors=1).fit(_flat(train_inputs), train_labels).predict(_flat(test_inputs))
+
+
+def linear(train_inputs: np.ndarray, train_labels: np.ndarray, test_inputs: np.ndarray) -> np.ndarray:
+    """Multinomial logistic regression on standardized, flattened inputs (L2 weight 1, scikit-learn's
+    default).
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return model.fit(_flat(train_inputs), train_labels).predict(_flat(test_inputs))
+
+
+def unigram_bits_per_byte(train: np.ndarray, test: np.ndarray, alphabet: int = 256) -> float:
+    """-mean log2 p(b) with p(b) = (count(b) + 1) / (n + alphabet), Laplace's rule."""
+    return float(-np.log2(_unigram(train, alphabet)[_symbols(test, alphabet)]).mean())
+
+
+def bigram_bits_per_byte(train: np.ndarray, test: np.ndarray, alphabet: int = 256) -> float:
+    """-mean log2 p(b | a) over the test bytes after the first.
+
+        p(b | a) = (count(a b) + p(b)) / (count(a .) + 1)
+
+    with the unigram p(b): additive smoothing by one imagined observation that is spread as the unigram says.
+    """
+    train, test = _symbols(train, alphabet), _symbols(test, alphabet)
+    if len(test) < 2:
+        raise ValueError("a bigram needs at least two test symbols")
+    pairs = np.zeros((alphabet, alphabet))
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    conditional = (pairs + _unigram(train, alphabet)) / (pairs.sum(1, keepdims=True) + 1)
+    return float(-np.log2(conditional[test[:-1], test[1:]]).mean())
+
+
+def _unigram(train: np.ndarray, alphabet: int) -> np.ndarray:
+    counts = np.bincount(_symbols(train, alphabet), minlength=alphabet)
+    return (counts + 1) / (counts.sum() + alphabet)
+
+
+def _symbols(values: np.ndarray, alphabet: int) -> np.ndarray:
+    symbols = np.asarray(values).astype(np.int64).ravel()
+    if not symbols.size or symbols.min() < 0 or symbols.max() >= alphabet:
+        raise ValueError(f"symbols must be one or more integers in [0, {alphabet})")
+    return symbols
+
+
+def _flat(inputs: np.ndarray) -> np.ndarray:
+    inputs = np.asarray(inputs)
+    return inputs.reshape(len(inputs), -1)

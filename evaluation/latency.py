@@ -1,0 +1,133 @@
+"""Latency of compiled functions, taken in turns (A B A B ...) in one process.
+
+Interleaving spreads whatever the machine does meanwhile (clock changes, other processes) over all candidates.
+Inputs rotate, so that no cache and no speculation can learn one input; the garbage collector rests while the
+clock runs.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from lissom.evaluation.rows import Measurement, measure
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median and 90th percentile in seconds, and all samples in the order taken."""
+
+    p50: float
+    p90: float
+    samples: tuple[float, ...]
+
+
+# Argument tuples that are given in rotation, or a function call number -> fresh argument tuple.
+Inputs = Sequence[tuple] | Callable[[int], tuple]
+
+
+def measure_interleaved(
+    candidates: Mapping[str, tuple[Callable, Inputs]], *, repeats: int = 50, warmup: int = 3
+) -> dict[str, Latency]:
+    """Times each compiled callable `repeats` times, all of them in turns, after `warmup` untimed calls each.
+
+    `candidates` maps a label to (callable, inputs). Inputs are two or more argument tuples of equal shapes,
+    used in rotation; where the callable donates its arguments, a function `call number -> argument tuple`
+    that makes fresh ones: it is called, and waited for, outside of the timed region. A sample runs from the
+    call to `block_until_ready` of everything it returns. Every rotated input is called once before the clock
+    runs.
+    """
+    if repeats < 2:
+        raise ValueError(f"a latency needs at least 2 repeats, not {repeats}")
+    if warmup < 1:
+        raise ValueError("at least one untimed call is needed: the first one may compile")
+    for label, (_, inputs) in candidates.items():
+        _check_inputs(label, inputs)
+    for function, inputs in candidates.values():
+        calls = warmup if callable(inputs) else max(warmup, len(inputs))
+        for number in range(calls):
+            jax.block_until_ready(function(*_arguments(inputs, number)))
+    samples: dict[str, list[float]] = {label: [] for label in candidates}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(repeats):
+            for label, (function, inputs) in candidates.items():
+                arguments = _arguments(inputs, number)
+                start = time.perf_counter()
+                output = jax.block_until_ready(function(*arguments))
+                samples[label].append(time.perf_counter() - start)
+                del output, arguments  # freed here, not inside the next sample
+    finally:
+        if collecting:
+            gc.enable()
+    return {label: summarize_samples(times) for label, times in samples.items()}
+
+
+def summarize_samples(samples: Sequence[float]) -> Latency:
+    """Percentiles with linear interpolation between the nearest samples."""
+    p50, p90 = np.percentile(samples, [50, 90])
+    return Latency(float(p50), float(p90), tuple(samples))
+
+
+def latency_measurements(latency: Latency, batch: int, **conditions) -> list[Measurement]:
+    """p50, p90 and throughput (batch / p50, examples a second) at this batch size."""
+    conditions = {"batch": batch, **conditions}
+    return [
+        measure("latency_p50", latency.p50, **conditions),
+        measure("latency_p90", latency.p90, **conditions),
+        measure("throughput", batch / latency.p50, **conditions),
+    ]
+
+
+def iid_inputs(shapes, count: int, *, seed: int = 0, integers_below: int = 256) -> list:
+    """`count` independent copies of the tree of shapes, filled with random numbers on the default device.
+
+    Floats are standard normal, integers uniform in [0, integers_below), booleans fair coins: never zeros,
+    which sparse kernels and denormal handling would treat differently. Serves as `inputs` where `shapes` is a
+    tuple.
+    """
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), count * len(leaves)).reshape(count, len(leaves))
+    copies = [
+        jax.tree.unflatten(tree, [_random(k, leaf, integers_below) for k, leaf in zip(row, leaves)]) for row in keys
+    ]
+    return jax.block_until_ready(copies)
+
+
+def _random(key, leaf, integers_below: int) -> jax.Array:
+    if jax.numpy.issubdtype(leaf.dtype, jax.numpy.bool_):
+        return jax.random.bernoulli(key, 0.5, leaf.shape)
+    if jax.numpy.issubdtype(leaf.dtype, jax.numpy.integer):
+        # int8 and int4 cannot hold every bound: those are drawn over what they hold.
+        below = min(integers_below, int(jax.numpy.iinfo(leaf.dtype).max) + 1)
+        return jax.random.randint(key, leaf.shape, 0, below, jax.numpy.int32).astype(leaf.dtype)
+    if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+        return jax.random.normal(key, leaf.shape, jax.numpy.float32).astype(leaf.dtype)
+    raise ValueError(f"no random input is defined for dtype {leaf.dtype}")
+
+
+def _arguments(inputs: Inputs, number: int) -> tuple:
+    if callable(inputs):
+        return jax.block_until_ready(inputs(number))
+    return inputs[number % len(inputs)]
+
+
+def _check_inputs(label: str, inputs: Inputs) -> None:
+    if callable(inputs):
+        return
+    if len(inputs) < 2:
+        raise ValueError(f"{label}: inputs are rotated, so at least 2 argument tuples are needed, not {len(inputs)}")
+    kinds = [_shapes(arguments) for arguments in inputs]
+    for number, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ValueError(f"{label}: input {number} has other shapes or dtypes than input 0")
+
+
+def _shapes(arguments: tuple):
+    leaves, tree = jax.tree.flatten(arguments)
+    return tree, [(np.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves]
