@@ -49,7 +49,5 @@ def augmentations(names: str | Sequence[str] | None, kind: str) -> list:
         if name not in AUGMENTATIONS:
             raise DataError(f"unknown augmentation {name!r}{nearest(name, AUGMENTATIONS)}")
         if kind == "tokens":
-            raise DataError(
-                f"augmentation {name!r} changes images and signals, and this dataset is of tokens"
-            )
+            raise DataError(f"augmentation {name!r} changes images and signals, and this dataset is of tokens")
     return [AUGMENTATIONS[name] for name in names]

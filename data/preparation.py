@@ -41,9 +41,7 @@ def identity(definition: Definition, settings: dict[str, Any]) -> tuple[str, str
     try:
         text = json.dumps(content, sort_keys=True, default=list)
     except TypeError as error:
-        raise DataError(
-            f"settings of a dataset are numbers, strings, booleans and lists ({error})"
-        ) from error
+        raise DataError(f"settings of a dataset are numbers, strings, booleans and lists ({error})") from error
     return "s" + hashlib.sha256(text.encode()).hexdigest()[:12], text
 
 
@@ -89,8 +87,7 @@ class RecordSource:
         """Example `index` as it was given to the builder."""
         record = self.records[int(index)]
         return {
-            name: decode_image(value) if name in self.images else np.asarray(value)
-            for name, value in record.items()
+            name: decode_image(value) if name in self.images else np.asarray(value) for name, value in record.items()
         }
 
     def __getitem__(self, index: int) -> Example:
@@ -239,6 +236,4 @@ def _feature(field: str, array: np.ndarray):
         return tfds.features.Image(shape=array.shape[1:], encoding_format="png")
     if array.ndim == 1:
         return tfds.features.Scalar(array.dtype)
-    return tfds.features.Tensor(
-        shape=array.shape[1:], dtype=array.dtype, encoding=tfds.features.Encoding.BYTES
-    )
+    return tfds.features.Tensor(shape=array.shape[1:], dtype=array.dtype, encoding=tfds.features.Encoding.BYTES)

@@ -175,9 +175,7 @@ def _draw_copy(rng: np.random.Generator, count: int, *, length: int, vocab_size:
     return {"inputs": text[:, :-1], "labels": text[:, 1:], "weights": weights}
 
 
-def _draw_selective_copy(
-    rng: np.random.Generator, count: int, *, length: int, items: int, vocab_size: int
-) -> Arrays:
+def _draw_selective_copy(rng: np.random.Generator, count: int, *, length: int, items: int, vocab_size: int) -> Arrays:
     context = np.ones((count, length - items), np.int64)
     tokens = rng.integers(2, vocab_size, (count, items))
     places = np.sort(_distinct(rng, count, length - items, items), axis=1)

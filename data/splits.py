@@ -13,9 +13,7 @@ def stratified_split(labels: np.ndarray, *, train_size: int, seed: int) -> tuple
     rng = np.random.RandomState(seed)
     counts = np.bincount(labels)
     train_counts = _proportional(counts, train_size, rng)
-    _proportional(
-        counts - train_counts, len(labels) - train_size, rng
-    )  # draws nothing, or what scikit-learn draws
+    _proportional(counts - train_counts, len(labels) - train_size, rng)  # draws nothing, or what scikit-learn draws
     train, test = [], []
     for label, count in enumerate(train_counts):
         members = np.flatnonzero(labels == label)[rng.permutation(counts[label])]

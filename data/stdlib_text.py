@@ -43,9 +43,7 @@ def stdlib_text(*, length: int = 256) -> Content:
     training text.
     """
     require(length >= 1, f"stdlib_text: length must be at least 1, got {length}")
-    texts = {
-        split: module_bytes(modules) for split, modules in (("train", TRAIN_MODULES), ("test", TEST_MODULES))
-    }
+    texts = {split: module_bytes(modules) for split, modules in (("train", TRAIN_MODULES), ("test", TEST_MODULES))}
     for split, text in texts.items():
         require(
             len(text) > length,

@@ -169,9 +169,7 @@ def _test_split(name: str, builder) -> str:
 
 
 def _no_split(name: str, split: str, builder) -> str:
-    return (
-        f"dataset {name!r} has no {split} split; say {split}_split=, one of: {', '.join(builder.info.splits)}"
-    )
+    return f"dataset {name!r} has no {split} split; say {split}_split=, one of: {', '.join(builder.info.splits)}"
 
 
 def _check_fixed_size(name: str, builder, kind: str, image_size: int | None) -> None:
