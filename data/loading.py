@@ -60,7 +60,18 @@ def complete_settings(name: str, definition: Definition, settings: dict[str, Any
     unknown = [setting for setting in settings if setting not in defaults]
     if unknown:
         raise DataError(f"dataset {name} has no setting {unknown[0]!r}{nearest(unknown[0], defaults)}")
-    return defaults | settings
+    return defaults | {key: typed(name, key, value, defaults[key]) for key, value in settings.items()}
+
+
+def typed(name: str, key: str, value: Any, default: Any) -> Any:
+    """The value, if it is of the default's type (an integer also passes for a float, a list for a tuple)."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, list | tuple):
+        value = tuple(value)
+    fits = default is None or type(value) is type(default)
+    require(fits, f"dataset {name}: {key} is of type {type(default).__name__} (default {default!r}), got {value!r}")
+    return value
 
 
 def keywords(function: Callable, skip: int = 0) -> dict[str, Any]:
