@@ -1,18 +1,19 @@
 """Which implementation of an op runs: the only place that decides.
 
-An op lists its implementations in one visible dict (name -> module) and, for each platform, an ordered default.
-A module of an implementation has
+An op lists its implementations in one visible dict (name -> module) and, for each platform, an ordered
+default. A module of an implementation has
 
-* `check(*operands, **options)`: raises `NotImplementedError` (or `Unavailable`) with the reason when it cannot do this
-  request exactly. It looks at shapes, dtypes and types only: no arithmetic.
+* `check(*operands, **options)`: raises `NotImplementedError` (or `Unavailable`) with the reason when it
+  cannot do this request exactly. It looks at shapes, dtypes and types only: no arithmetic.
 * `run(*operands, **options)`: the computation.
-* `LOCAL`: True where the compiler cannot partition `run` well (a kernel, or a loop over the batch or head axis). Such an
-  implementation is wrapped in `shard_map` over the axes that `partition` names.
+* `LOCAL`: True where the compiler cannot partition `run` well (a kernel, or a loop over the batch or head
+  axis). Such an implementation is wrapped in `shard_map` over the axes that `partition` names.
 
-`implementation=None` takes the platform's default order, decided while lowering by `jax.lax.platform_dependent` and not by
-`jax.default_backend()`, which says "cpu" while compiling for a described TPU or GPU. `platform_dependent` traces
-every branch, so an implementation stands only in the order of the platforms that it exists for. A name means exactly that
-implementation or an error. A sequence means the first that accepts.
+`implementation=None` takes the platform's default order, decided while lowering by
+`jax.lax.platform_dependent` and not by `jax.default_backend()`, which says "cpu" while compiling for a
+described TPU or GPU. `platform_dependent` traces every branch, so an implementation stands only in the order
+of the platforms that it exists for. A name means exactly that implementation or an error. A sequence means
+the first that accepts.
 """
 
 import contextlib
@@ -37,13 +38,15 @@ Names = str | Sequence[str]
 
 
 class Unavailable(NotImplementedError):
-    """The library or device behind an implementation is not on this machine: a refusal that is not worth a warning."""
+    """The library or device behind an implementation is not on this machine: a refusal that is not worth a
+    warning."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """name: as it stands in records and scopes. implementations: name -> module. defaults: platform -> names in order,
-    where the platforms are those of `jax.lax.platform_dependent` ("cpu", "cuda", "rocm", "tpu") and "default"."""
+    """name: as it stands in records and scopes. implementations: name -> module. defaults: platform -> names
+    in order, where the platforms are those of `jax.lax.platform_dependent` ("cpu", "cuda", "rocm", "tpu") and
+    "default"."""
 
     name: str
     implementations: Mapping[str, str]
@@ -60,7 +63,8 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Partition:
-    """Mesh axes by label of an array dimension ("batch", "heads"); mesh None means the mesh of the context."""
+    """Mesh axes by label of an array dimension ("batch", "heads"); mesh None means the mesh of the
+    context."""
 
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None
     axes: tuple[tuple[str, tuple[str, ...]], ...]
@@ -74,11 +78,12 @@ _logged: set[tuple] = set()
 
 @contextlib.contextmanager
 def use(names: Names) -> Iterator[None]:
-    """Within it, `implementation=None` means `names` (a name, or a sequence) on every platform and for every op.
+    """Within it, `implementation=None` means `names` (a name, or a sequence) on every platform and for every
+    op.
 
-    It is read while tracing. Functions that were compiled outside are traced anew inside, and the other way round: the
-    choice also enters jax's own trace context (as metadata on the operations), which keys the caches of `jit` and
-    `checkpoint`. An implementation that the caller names is not overridden.
+    It is read while tracing. Functions that were compiled outside are traced anew inside, and the other way
+    round: the choice also enters jax's own trace context (as metadata on the operations), which keys the
+    caches of `jit` and `checkpoint`. An implementation that the caller names is not overridden.
     """
     token = _used.set(names if isinstance(names, str) else tuple(names))
     try:
@@ -93,13 +98,12 @@ def partition(mesh: jax.sharding.Mesh | None = None, **axes: str | Sequence[str]
     """Names the mesh axes over which the batch and the heads of every op inside are split, for example
     `partition(mesh, batch=("data", "fsdp"), heads="tensor")`.
 
-    Implementations that the compiler cannot partition run under `shard_map` over these axes; every other mesh axis sees
-    whole arrays. A dimension of size 1 is repeated instead of split; any other has to divide evenly. `mesh=None` takes
-    the mesh of the context (`jax.set_mesh`). Read while tracing, and part of the key of jax's caches, as `use` is.
+    Implementations that the compiler cannot partition run under `shard_map` over these axes; every other mesh
+    axis sees whole arrays. A dimension of size 1 is repeated instead of split; any other has to divide
+    evenly. `mesh=None` takes the mesh of the context (`jax.set_mesh`). Read while tracing, and part of the
+    key of jax's caches, as `use` is.
     """
-    split = tuple(
-        (label, (names,) if isinstance(names, str) else tuple(names)) for label, names in axes.items()
-    )
+    split = tuple((label, (names,) if isinstance(names, str) else tuple(names)) for label, names in axes.items())
     token = _partition.set(Partition(mesh, split))
     key = ";".join(f"{label}={'+'.join(names)}" for label, names in split)
     try:
@@ -111,8 +115,8 @@ def partition(mesh: jax.sharding.Mesh | None = None, **axes: str | Sequence[str]
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Choice]]:
-    """Collects the choices that are made while it is open. A function that is already compiled is not traced again and
-    adds none; `chosen_in` reads what a compiled program really contains."""
+    """Collects the choices that are made while it is open. A function that is already compiled is not traced
+    again and adds none; `chosen_in` reads what a compiled program really contains."""
     choices: list[Choice] = []
     token = _records.set((*_records.get(), choices))
     try:
@@ -122,8 +126,9 @@ def record() -> Iterator[list[Choice]]:
 
 
 def chosen_in(program: str) -> set[tuple[str, str]]:
-    """The (op, implementation) pairs in the text of a compiled program (`compiled.as_text()`), or of a lowered one
-    (`lowered.as_text(debug_info=True)`): what runs on that platform, after `platform_dependent` is decided."""
+    """The (op, implementation) pairs in the text of a compiled program (`compiled.as_text()`), or of a
+    lowered one (`lowered.as_text(debug_info=True)`): what runs on that platform, after `platform_dependent`
+    is decided."""
     return set(re.findall(r"lissom\.(\w+)\.(\w+)", program))
 
 
@@ -137,9 +142,9 @@ def call(
 ) -> Any:
     """Runs `op` on `operands` (pytrees of arrays) with static `options`.
 
-    `operand_dims` has, for every array among the operands, a tuple with one label or None a dimension ("batch", "heads");
-    `result_dims` has the same for the results. Raises ValueError for a name that the op does not have, and
-    NotImplementedError when nothing that was asked for can do the request.
+    `operand_dims` has, for every array among the operands, a tuple with one label or None a dimension
+    ("batch", "heads"); `result_dims` has the same for the results. Raises ValueError for a name that the op
+    does not have, and NotImplementedError when nothing that was asked for can do the request.
     """
     wanted = _used.get() if implementation is None else implementation
     if wanted is None:
@@ -159,9 +164,7 @@ def call(
     for platform, name in {None: names.copy().pop()}.items() if len(names) == 1 else chosen.items():
         for choices in _records.get():
             choices.append(Choice(op.name, name, platform))
-    branches = {
-        name: functools.partial(_run, op, name, dict(options), operand_dims, result_dims) for name in names
-    }
+    branches = {name: functools.partial(_run, op, name, dict(options), operand_dims, result_dims) for name in names}
     if len(names) == 1:
         return branches[names.pop()](*operands)
     by_platform: dict[str, Callable] = {platform: branches[name] for platform, name in chosen.items()}
@@ -173,9 +176,7 @@ def _load(op: Op, name: str) -> ModuleType:
     return importlib.import_module(op.implementations[name])
 
 
-def _first(
-    op: Op, order: Sequence[str], operands: tuple, options: Mapping, platform: str, by_default: bool
-) -> str:
+def _first(op: Op, order: Sequence[str], operands: tuple, options: Mapping, platform: str, by_default: bool) -> str:
     refusals = []
     for name in order:
         try:
@@ -222,9 +223,7 @@ def _sharded(op: Op, run: Callable, plan: Partition, operands: tuple, operand_di
     axes = {label: tuple(a for a in names if a not in manual) for label, names in plan.axes}
     unknown = {a for names in axes.values() for a in names} - set(mesh.axis_names)
     if unknown:
-        raise ValueError(
-            f"partition: the mesh has no axis {sorted(unknown)}; it has {list(mesh.axis_names)}."
-        )
+        raise ValueError(f"partition: the mesh has no axis {sorted(unknown)}; it has {list(mesh.axis_names)}.")
     free = frozenset(mesh.axis_names) - manual
     if not free:
         return run
@@ -249,8 +248,7 @@ def _sharded(op: Op, run: Callable, plan: Partition, operands: tuple, operand_di
         return PartitionSpec(*entries)
 
     in_specs = tuple(
-        jax.tree.map(spec, dims, operand, is_leaf=is_dims)
-        for dims, operand in zip(operand_dims, operands, strict=True)
+        jax.tree.map(spec, dims, operand, is_leaf=is_dims) for dims, operand in zip(operand_dims, operands, strict=True)
     )
     out_specs = jax.tree.map(
         lambda dims: PartitionSpec(*(axes.get(d) or None if d in split else None for d in dims)),

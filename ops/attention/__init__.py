@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from lissom.ops import dispatch
 from lissom.ops.attention.masks import And, Causal, Full, Lengths, Mask, Segments, Span, Window
 
-__all__ = ["And", "Causal", "Full", "Lengths", "Mask", "OP", "Segments", "Span", "Window", "attention"]
+__all__ = ["OP", "And", "Causal", "Full", "Lengths", "Mask", "Segments", "Span", "Window", "attention"]
 
 OP = dispatch.Op(
     name="attention",
@@ -46,23 +46,26 @@ def attention(
         lse[b,h,i] = log sum_j exp s[b,h,i,j]
         out[b,i,h] = sum_j exp(s[b,h,i,j] - lse[b,h,i]) v[b,j,h//g]             g = heads / kv_heads
 
-    q, k, v: float arrays of one dtype (float16, bfloat16, float32, float64); `heads` is a multiple of `kv_heads`
-    (grouped queries), `v_dim` may differ from `head_dim`. Products are accumulated, and the softmax is taken, in float32 at
-    least. `out` has the dtype of v, `lse` is float32 (float64 for float64 inputs).
+    q, k, v: float arrays of one dtype (float16, bfloat16, float32, float64); `heads` is a multiple of
+    `kv_heads` (grouped queries), `v_dim` may differ from `head_dim`. Products are accumulated, and the
+    softmax is taken, in float32 at least. `out` has the dtype of v, `lse` is float32 (float64 for float64
+    inputs).
 
-    mask: an object of `masks` (`Causal() & Segments(ids)`). A query that sees no key gives out 0, lse -inf and zero
-    gradients. What stands at padding (`Lengths`, negative `Segments`) is never read, NaN or not; keys that are hidden from
-    some queries only have to be finite.
-    scale: a Python number, by default head_dim ** -0.5. A learned temperature is multiplied into q by the caller.
+    mask: an object of `masks` (`Causal() & Segments(ids)`). A query that sees no key gives out 0, lse -inf
+    and zero gradients. What stands at padding (`Lengths`, negative `Segments`) is never read, NaN or not;
+    keys that are hidden from some queries only have to be finite.
+    scale: a Python number, by default head_dim ** -0.5. A learned temperature is multiplied into q by the
+    caller.
     bias: rank 4, each dimension whole or 1; differentiable. It is added before masking.
-    implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "xla", "cudnn", or a sequence.
-    Only "reference" can be differentiated twice.
+    implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "xla", "cudnn", or
+    a sequence. Only "reference" can be differentiated twice.
 
-    ValueError names the argument that does not fit; NotImplementedError comes from an implementation that was asked for by
-    name and cannot do the request.
+    ValueError names the argument that does not fit; NotImplementedError comes from an implementation that was
+    asked for by name and cannot do the request.
 
-    Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). The papers leave open
-    what a row without keys gives; here it is the value that makes merging of partial results by (out, lse) exact.
+    Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). The
+    papers leave open what a row without keys gives; here it is the value that makes merging of partial
+    results by (out, lse) exact.
     """
     _check(q, k, v, mask, scale, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -81,9 +84,7 @@ def attention(
 def _check(q, k, v, mask, scale, bias) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4:
-            raise ValueError(
-                f"{name} is [batch, length, heads, head_dim], got rank {array.ndim}: {array.shape}."
-            )
+            raise ValueError(f"{name} is [batch, length, heads, head_dim], got rank {array.ndim}: {array.shape}.")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} is a float array, got {array.dtype}.")
         if array.dtype != q.dtype:
@@ -92,15 +93,11 @@ def _check(q, k, v, mask, scale, bias) -> None:
             raise ValueError(f"{name} is empty: {array.shape}.")
     batch, q_len, heads, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(
-            f"k is [{batch}, length, kv_heads, {head_dim}] to go with q {q.shape}, got {k.shape}."
-        )
+        raise ValueError(f"k is [{batch}, length, kv_heads, {head_dim}] to go with q {q.shape}, got {k.shape}.")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v agrees with k {k.shape} in all but the last dimension, got {v.shape}.")
     if heads % k.shape[2]:
-        raise ValueError(
-            f"q has {heads} heads, which is not a multiple of the {k.shape[2]} heads of k and v."
-        )
+        raise ValueError(f"q has {heads} heads, which is not a multiple of the {k.shape[2]} heads of k and v.")
     if not isinstance(mask, Mask):
         raise ValueError(f"mask is an object of lissom.ops.attention.masks, got {type(mask).__name__}.")
     mask.check(batch, q_len, k.shape[1])

@@ -1,16 +1,20 @@
 """Masks of attention as small objects: which key may a query see.
 
-A mask is a frozen pytree: what is a Python number is static (part of the compiled program), what is an array is an operand
-that passes through `jit`, `vmap` and `shard_map`. Positions are counted from 0 in `q` and in `k`; query i of a chunk stands
-at position i + offset among the keys.
+A mask is a frozen pytree: what is a Python number is static (part of the compiled program), what is an array
+is an operand that passes through `jit`, `vmap` and `shard_map`. Positions are counted from 0 in `q` and in
+`k`; query i of a chunk stands at position i + offset among the keys.
 
 Every mask answers four questions:
 
-* `block(q, k)`: the boolean square of the queries and keys in two `Span`s, or None where everything in it is seen;
-* `key_range(start, stop, kv_len)`: static bounds on the keys that queries start..stop-1 can see, to skip the rest;
-* `valid_keys(kv_len)`, `valid_queries(q_len)`: what is padding, hidden from everybody. Padding may hold anything, NaN too.
-  A key that is hidden from some queries only has to be finite: its weight is an exact 0, and 0 * NaN is NaN;
-* `dense(q_len, kv_len)`: the whole square. This is the definition that all implementations are tested against.
+* `block(q, k)`: the boolean square of the queries and keys in two `Span`s, or None where everything in it is
+  seen;
+* `key_range(start, stop, kv_len)`: static bounds on the keys that queries start..stop-1 can see, to skip the
+  rest;
+* `valid_keys(kv_len)`, `valid_queries(q_len)`: what is padding, hidden from everybody. Padding may hold
+  anything, NaN too. A key that is hidden from some queries only has to be finite: its weight is an exact 0,
+  and 0 * NaN is NaN;
+* `dense(q_len, kv_len)`: the whole square. This is the definition that all implementations are tested
+  against.
 """
 
 from dataclasses import dataclass
@@ -46,7 +50,8 @@ class Mask:
         return And(parts) if len(parts) > 1 else parts[0] if parts else Full()
 
     def block(self, q: Span, k: Span) -> jax.Array | np.ndarray | None:
-        """Bool [1 or batch, 1, q.size, k.size], True where seen; None where all is seen, known without running."""
+        """Bool [1 or batch, 1, q.size, k.size], True where seen; None where all is seen, known without
+        running."""
         return None
 
     def key_range(self, start: int, stop: int, kv_len: int) -> tuple[int, int]:
@@ -86,9 +91,7 @@ def _is_static(value) -> bool:
 
 def _check_offset(name: str, offset, batch: int) -> None:
     if not _is_static(offset) and (not _is_integer(offset) or offset.shape not in ((), (1,), (batch,))):
-        raise ValueError(
-            f"mask: the offset of {name} is an integer scalar or [batch={batch}], got {_of(offset)}."
-        )
+        raise ValueError(f"mask: the offset of {name} is an integer scalar or [batch={batch}], got {_of(offset)}.")
 
 
 def _is_integer(array) -> bool:
@@ -134,8 +137,8 @@ class _Band(Mask):
 
 @dataclass(frozen=True)
 class Causal(_Band):
-    """Query i sees keys 0..i+offset. The offset is the number of keys before the first query: a Python int, or a traced
-    scalar or [batch] array (chunked prefill, cached decode)."""
+    """Query i sees keys 0..i+offset. The offset is the number of keys before the first query: a Python int,
+    or a traced scalar or [batch] array (chunked prefill, cached decode)."""
 
     offset: Index = 0
 
@@ -145,8 +148,8 @@ class Causal(_Band):
 
 @dataclass(frozen=True)
 class Window(_Band):
-    """Query i sees keys i+offset-left .. i+offset+right, both ends included, cut at the ends of the sequence; None is
-    unbounded. `left` and `right` are Python ints of at least 0; `offset` as in `Causal`."""
+    """Query i sees keys i+offset-left .. i+offset+right, both ends included, cut at the ends of the sequence;
+    None is unbounded. `left` and `right` are Python ints of at least 0; `offset` as in `Causal`."""
 
     left: int | None
     right: int | None
@@ -163,8 +166,9 @@ class Window(_Band):
 
 @dataclass(frozen=True)
 class Segments(Mask):
-    """Packed documents: a query sees the keys that carry its own number. Negative numbers are padding: they see nothing
-    and nobody sees them. `q_ids` [batch, q_len], `kv_ids` [batch, kv_len] (None: the same as `q_ids`), integers."""
+    """Packed documents: a query sees the keys that carry its own number. Negative numbers are padding: they
+    see nothing and nobody sees them. `q_ids` [batch, q_len], `kv_ids` [batch, kv_len] (None: the same as
+    `q_ids`), integers."""
 
     q_ids: jax.Array
     kv_ids: jax.Array | None = None
@@ -185,12 +189,7 @@ class Segments(Mask):
 
     def check(self, batch: int, q_len: int, kv_len: int) -> None:
         for name, ids, length in (("q_ids", self.q_ids, q_len), ("kv_ids", self._keys(), kv_len)):
-            if (
-                not _is_integer(ids)
-                or ids.ndim != 2
-                or ids.shape[0] not in (1, batch)
-                or ids.shape[1] != length
-            ):
+            if not _is_integer(ids) or ids.ndim != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
                 raise ValueError(
                     f"mask: Segments {name} is an integer array [batch={batch}, length={length}], got {_of(ids)}."
                 )
@@ -198,8 +197,8 @@ class Segments(Mask):
 
 @dataclass(frozen=True)
 class Lengths(Mask):
-    """Only the first `kv_length` keys of each batch entry are seen, the rest is padding (the free part of a cache).
-    `kv_length` [batch], integers."""
+    """Only the first `kv_length` keys of each batch entry are seen, the rest is padding (the free part of a
+    cache). `kv_length` [batch], integers."""
 
     kv_length: jax.Array
 
@@ -213,9 +212,7 @@ class Lengths(Mask):
     def check(self, batch: int, q_len: int, kv_len: int) -> None:
         length = self.kv_length
         if not _is_integer(length) or length.shape not in ((1,), (batch,)):
-            raise ValueError(
-                f"mask: Lengths kv_length is an integer array [batch={batch}], got {_of(length)}."
-            )
+            raise ValueError(f"mask: Lengths kv_length is an integer array [batch={batch}], got {_of(length)}.")
 
 
 @dataclass(frozen=True)
@@ -280,7 +277,8 @@ jax.tree_util.register_dataclass(And, data_fields=["parts"], meta_fields=[])
 
 
 def without_padding(mask: Mask, q, k, v):
-    """q, k, v with zeros at padding, so that whatever stands there (NaN too) reaches neither results nor gradients."""
+    """q, k, v with zeros at padding, so that whatever stands there (NaN too) reaches neither results nor
+    gradients."""
     keys, queries = mask.valid_keys(k.shape[1]), mask.valid_queries(q.shape[1])
     if keys is not None:
         k, v = (jnp.where(keys[:, :, None, None], x, 0) for x in (k, v))

@@ -1,6 +1,8 @@
-"""Attention as its equation, in plain jnp: written to be read, and the definition of right for every other form.
+"""Attention as its equation, in plain jnp: written to be read, and the definition of right for every other
+form.
 
-Differentiable to any order. Memory is quadratic in length. Softmax is taken in float32, or float64 when the inputs are.
+Differentiable to any order. Memory is quadratic in length. Softmax is taken in float32, or float64 when the
+inputs are.
 """
 
 import jax
@@ -30,8 +32,8 @@ def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
         scores += bias.astype(exact)
     scores = jnp.where(mask.dense(q_len, kv_len), scores, -jnp.inf)
 
-    # A row that sees nothing has maximum -inf and sum 0; both are replaced before they are divided or subtracted, so
-    # that neither the row nor its gradient meets inf - inf or 0 / 0.
+    # A row that sees nothing has maximum -inf and sum 0; both are replaced before they are divided or
+    # subtracted, so that neither the row nor its gradient meets inf - inf or 0 / 0.
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     largest = jnp.where(jnp.isneginf(largest), 0, largest)
     weights = jnp.exp(scores - largest)

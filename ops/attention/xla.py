@@ -1,13 +1,15 @@
 """Attention in plain XLA operations that is fast on CPUs and linear in memory, forward and backward.
 
-Queries go in blocks, and each block meets only the keys that its mask can show it: a triangle for causal masks, a band for
-windows, known while tracing. Blocks of like width share one `scan` body, so the program stays small at any length. One
-head is computed at a time, which keeps a block's scores in the cache of the CPU: causal attention of 4096 positions runs
-two times faster so than with all heads in one product. A row's softmax is taken whole, over one block of queries by all
-its keys, so memory is O(block * kv_len) beside inputs and outputs.
+Queries go in blocks, and each block meets only the keys that its mask can show it: a triangle for causal
+masks, a band for windows, known while tracing. Blocks of like width share one `scan` body, so the program
+stays small at any length. One head is computed at a time, which keeps a block's scores in the cache of the
+CPU: causal attention of 4096 positions runs two times faster so than with all heads in one product. A row's
+softmax is taken whole, over one block of queries by all its keys, so memory is O(block * kv_len) beside
+inputs and outputs.
 
-The backward pass keeps q, k, v, out and lse, and computes the scores again (FlashAttention-2, Dao 2023, arXiv 2307.08691,
-section 3.1.2). It is a `custom_vjp` over loops: it cannot be differentiated twice; `reference` can.
+The backward pass keeps q, k, v, out and lse, and computes the scores again (FlashAttention-2, Dao 2023, arXiv
+2307.08691, section 3.1.2). It is a `custom_vjp` over loops: it cannot be differentiated twice; `reference`
+can.
 
 Small problems and few queries (decode) take one direct product over all heads: nothing is unrolled.
 """
@@ -28,17 +30,23 @@ DECODE_QUERIES = 16
 """Up to so many queries are one block: the keys are read once either way."""
 
 DIRECT_SCORES = 2**21
-"""Up to so many scores over all heads (8 MB in float32, about a cache) are one block: loops would only add overhead."""
+"""Up to so many scores over all heads (8 MB in float32, about a cache) are one block: loops would only add
+overhead."""
 
 BLOCK_SCORES = 2**21
-"""Scores of one block of one head; with it the block's queries shrink as the keys grow, and memory stays linear."""
+"""Scores of one block of one head; with it the block's queries shrink as the keys grow, and memory stays
+linear."""
+
+LEAST_ROWS, MOST_ROWS = 64, 512
+"""Bounds on the queries of a block: fewer make thin products, more compute too much beside a triangle."""
 
 GROUPS = 8
 """Bodies to unroll at most. A causal triangle in 8 steps computes 1/8 more than the triangle itself."""
 
 
 class Group(NamedTuple):
-    """Query blocks that share one program: `starts` and `key_starts`, one each a block; `size` queries, `width` keys."""
+    """Query blocks that share one program: `starts` and `key_starts`, one each a block; `size` queries,
+    `width` keys."""
 
     starts: tuple[int, ...]
     key_starts: tuple[int, ...]
@@ -56,7 +64,8 @@ def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
     kv_heads = k.shape[2]
     valid = mask.valid_queries(q_len)
     q, k, v = without_padding(mask, q, k, v)
-    # Heads before positions: one head's keys lie together. A heads-major cache given as a transposed view costs no copy.
+    # Heads before positions: one head's keys lie together. A heads-major cache given as a transposed view
+    # costs no copy.
     q = q.transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, q_len, -1)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     if bias is not None:
@@ -122,7 +131,8 @@ def _scores(scale, q, k, keep, bias):
 
 
 def _block(scale, q, k, v, keep, bias):
-    """out in v's dtype and lse of queries against all of their keys; `keep` broadcasts to [..., group, t, s]."""
+    """out in v's dtype and lse of queries against all of their keys; `keep` broadcasts to [..., group, t,
+    s]."""
     scores = _scores(scale, q, k, keep, bias)
     largest = scores.max(-1, keepdims=True)
     largest = jnp.where(jnp.isneginf(largest), 0, largest)
@@ -155,7 +165,8 @@ def _sum_to(array, shape):
 
 
 def plan(mask: Mask, q_len: int, kv_len: int, rows: int) -> tuple[Group, ...]:
-    """Cuts the queries into blocks of about `rows`, finds each block's keys, and joins neighbours into groups."""
+    """Cuts the queries into blocks of about `rows`, finds each block's keys, and joins neighbours into
+    groups."""
     size = min(rows, q_len)
     starts = list(range(0, q_len, size))
     ranges = [mask.key_range(s, min(s + size, q_len), kv_len) for s in starts]
@@ -177,11 +188,10 @@ def plan(mask: Mask, q_len: int, kv_len: int, rows: int) -> tuple[Group, ...]:
 def _plan(q, k, mask) -> tuple[Group, ...]:
     group, q_len = q.shape[2:4]
     kv_len = k.shape[2]
-    seen = max(
-        high - low for low, high in (mask.key_range(i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1))
-    )
-    # Narrow bands take blocks of about their own width: a block of n queries meets n keys more than one query does.
-    rows = min(max(BLOCK_SCORES // (max(seen, 1) * group), 64), 512, max(64, _round(seen)))
+    seen = max(high - low for low, high in (mask.key_range(i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1)))
+    # Narrow bands take blocks of about their own width: a block of n queries meets n keys more than one query
+    # does.
+    rows = max(LEAST_ROWS, min(BLOCK_SCORES // (max(seen, 1) * group), _round(seen), MOST_ROWS))
     return plan(mask, q_len, kv_len, rows)
 
 
@@ -191,15 +201,14 @@ def _round(n: int) -> int:
 
 def _take(array, start, size, axis):
     """Slices an axis, or leaves it where it is 1 and stands for all (bias)."""
-    if array is None or (array.shape[axis] == 1 and size != 1):
-        return array
-    if array.shape[axis] == 1:
+    if array is None or array.shape[axis] == 1:
         return array
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
 def _over_blocks(group: Group, body, carry):
-    """body(carry, (start, key_start)) over a group's blocks; results are joined along the query axis, 1 of [g, t, ...]."""
+    """body(carry, (start, key_start)) over a group's blocks; results are joined along the query axis, 1 of
+    [g, t, ...]."""
     if len(group.starts) == 1:
         return body(carry, (group.starts[0], group.key_starts[0]))
     xs = (np.asarray(group.starts, np.int32), np.asarray(group.key_starts, np.int32))
@@ -271,9 +280,7 @@ def _by_heads_backward(scale, q, k, v, mask, bias, d_out, lse, shift):
             def body(carry, at, group=group):
                 dk, dv, d_bias = carry
                 start, key_start = at
-                q_part, d_part, lse_part, shift_part = (
-                    _take(x, start, group.size, 1) for x in (q, d_out, lse, shift)
-                )
+                q_part, d_part, lse_part, shift_part = (_take(x, start, group.size, 1) for x in (q, d_out, lse, shift))
                 k_part, v_part = (_take(x, key_start, group.width, 0) for x in (k, v))
                 keep = _keep(head_mask, start, group.size, key_start, group.width)
                 b = _take(_take(head_bias, start, group.size, 1), key_start, group.width, 2)

@@ -1,0 +1,281 @@
+"""Every implementation of attention against the float64 reference, and the reference against hand-computed numbers."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.ops import testing
+from lissom.ops.attention import OP, Causal, Full, Lengths, Segments, Window, attention, cudnn, xla
+from lissom.ops.attention.cases import REAL, TINY
+
+PACKED = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, -1, -1], [5] * 13], np.int32)
+
+# name: mask, (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim), shape of bias or None
+CASES = {
+    **{
+        n: (c.mask, (c.batch, c.q_len, c.kv_len, c.heads, c.kv_heads, c.head_dim, c.v_dim), None)
+        for n, c in TINY.items()
+    },
+    "bias_whole": (Causal(), (2, 9, 9, 4, 2, 8, 8), (2, 4, 9, 9)),
+    "bias_of_keys": (Full(), (2, 9, 7, 4, 2, 8, 8), (1, 1, 1, 7)),
+    "bias_of_heads": (Window(3, 1), (1, 21, 21, 2, 2, 8, 4), (1, 2, 21, 1)),
+    "packed": (Segments(PACKED) & Causal(), (2, 13, 13, 2, 1, 8, 8), None),
+    "cache": (Lengths(np.array([0, 7])) & Causal(np.array([-3, 4])), (2, 5, 19, 2, 2, 8, 8), (1, 1, 5, 1)),
+    "window_at_offset": (Window(4, 0, np.array(6)), (2, 5, 16, 2, 1, 8, 8), None),
+    "offset_below_all_keys": (Causal(-4), (1, 9, 9, 2, 1, 8, 8), None),
+    "window_past_all_keys": (Window(1, 0, 9), (1, 9, 9, 2, 1, 8, 8), None),
+}
+
+
+def cut_small(patch):
+    """Makes tiny problems take the path of long ones: several blocks, scans and a remainder."""
+    for name, value in {"DIRECT_SCORES": 0, "DECODE_QUERIES": 0, "LEAST_ROWS": 4, "MOST_ROWS": 4, "GROUPS": 2}.items():
+        patch.setattr(xla, name, value)
+
+
+@pytest.fixture
+def blocked(monkeypatch):
+    cut_small(monkeypatch)
+
+
+def problem(name, dtype=np.float32, seed=0):
+    mask, (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim), bias = CASES[name]
+    shapes = {
+        "q": (batch, q_len, heads, head_dim),
+        "k": (batch, kv_len, kv_heads, head_dim),
+        "v": (batch, kv_len, kv_heads, v_dim),
+    }
+    if bias:
+        shapes["bias"] = bias
+    arrays = dict(zip(shapes, testing.normal(seed, *shapes.values(), dtype=dtype)))
+    keys, queries = mask.valid_keys(kv_len), mask.valid_queries(q_len)
+    if keys is not None:
+        arrays["k"][~np.broadcast_to(keys, arrays["k"].shape[:2])] = np.nan
+        arrays["v"][~np.broadcast_to(keys, arrays["v"].shape[:2])] = np.nan
+    if queries is not None:
+        arrays["q"][~np.broadcast_to(queries, arrays["q"].shape[:2])] = np.nan
+    return arrays, functools.partial(call, mask)
+
+
+def call(mask, implementation, q, k, v, bias=None):
+    return attention(q, k, v, mask=mask, bias=bias, return_lse=True, implementation=implementation)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_direct_form_equals_reference(name):
+    arrays, run = problem(name)
+    testing.check_case(OP, run, arrays, "xla", np.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocked_form_equals_reference(name, blocked):
+    arrays, run = problem(name, seed=1)
+    testing.check_case(OP, run, arrays, "xla", np.float32)
+
+
+@pytest.mark.parametrize("name", ["causal_odd", "packed", "cache", "bias_whole"])
+def test_bfloat16(name, blocked):
+    arrays, run = problem(name, jnp.bfloat16, seed=2)
+    testing.check_case(OP, run, arrays, "xla", jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["window_odd", "cache"])
+def test_under_remat(name, blocked):
+    arrays, run = problem(name, seed=3)
+    testing.check_case(OP, run, arrays, "xla", np.float32, transform=jax.checkpoint)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_vmap_over_arrays_and_masks_equals_a_loop(implementation, blocked):
+    q, k, v, weight = testing.normal(4, (3, 2, 6, 2, 4), (3, 2, 9, 1, 4), (3, 2, 9, 1, 4), (3, 2, 6, 2, 4))
+    lengths, offsets = np.array([[0, 4], [9, 1], [5, 9]]), np.array([0, 3, -2])
+
+    def one(q, k, v, weight, length, offset):
+        mask = Lengths(length) & Causal(offset)
+        f = lambda *x: (attention(*x, mask=mask, implementation=implementation) * weight).sum()
+        return jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v)
+
+    args = (q, k, v, weight, lengths, offsets)
+    together = jax.jit(jax.vmap(one))(*args)
+    for i in range(3):
+        alone = jax.jit(one)(*(a[i] for a in args))
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), together, alone
+        )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_rows_without_keys_give_zero_minus_infinity_and_no_gradient(implementation):
+    q, k, v = testing.normal(5, (1, 3, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
+    run = lambda q, k, v: attention(
+        q, k, v, mask=Causal(-1), return_lse=True, implementation=implementation
+    )
+    (out, lse), pull = jax.vjp(run, q, k, v)
+    assert (out[0, 0] == 0).all() and lse[0, 0, 0] == -np.inf
+    np.testing.assert_allclose(out[0, 1], v[0, 0], rtol=1e-6)  # sees key 0 alone
+    dq, dk, dv = pull((jnp.ones_like(out), jnp.ones_like(lse)))
+    assert (dq[0, 0] == 0).all() and (dk[0, 2] == 0).all() and (dv[0, 2] == 0).all()
+    assert all(np.isfinite(g).all() for g in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_hand_computed(implementation):
+    # Scores ln 1, ln 3 -> weights 1/4, 3/4 over values 8 and 16 -> 2 + 12 = 14; lse = ln 4. Two query heads, one key head.
+    q = jnp.array([1.0, 2.0]).reshape(1, 1, 2, 1)
+    k = jnp.array([0.0, math.log(3)]).reshape(1, 2, 1, 1)
+    v = jnp.array([8.0, 16.0]).reshape(1, 2, 1, 1)
+    out, lse = attention(q, k, v, scale=1.0, return_lse=True, implementation=implementation)
+    # The second head has scores 0, 2 ln 3 = ln 9: weights 1/10, 9/10 -> 0.8 + 14.4 = 15.2; lse = ln 10.
+    np.testing.assert_allclose(out.ravel(), [14.0, 15.2], rtol=1e-6)
+    np.testing.assert_allclose(lse.ravel(), [math.log(4), math.log(10)], rtol=1e-6)
+
+
+def test_reference_differentiates_twice():
+    q, k, v = (jnp.asarray(x) for x in testing.normal(6, (1, 3, 1, 2), (1, 3, 1, 2), (1, 3, 1, 2)))
+    f = lambda q: (attention(q, k, v, mask=Causal(-1), implementation="reference") ** 2).sum()
+    hessian = jax.hessian(f)(q)
+    step = 1e-2 * jnp.ones_like(q)
+    slope = (jax.grad(f)(q + step) - jax.grad(f)(q - step)) / 2
+    np.testing.assert_allclose(jnp.tensordot(hessian, step, 4), slope, rtol=1e-2, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    q_len=st.integers(1, 12),
+    kv_len=st.integers(1, 12),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    left=st.none() | st.integers(0, 6),
+    right=st.none() | st.integers(0, 6),
+    offset=st.integers(-5, 8),
+    seed=st.integers(0, 99),
+)
+def test_any_band_and_packing(q_len, kv_len, heads, left, right, offset, seed):
+    rng = np.random.default_rng(seed)
+    q_ids, kv_ids = rng.integers(-1, 2, (1, q_len)), rng.integers(-1, 2, (1, kv_len))
+    mask = Window(left, right, offset) & Segments(q_ids, kv_ids)
+    arrays = dict(
+        zip("qkv", testing.normal(seed, (1, q_len, heads[0], 4), *[(1, kv_len, heads[1], 4)] * 2))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch)
+        testing.check_case(OP, functools.partial(call, mask), arrays, "xla", np.float32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    q_len=st.integers(1, 90),
+    kv_len=st.integers(1, 90),
+    left=st.none() | st.integers(0, 40),
+    right=st.none() | st.integers(0, 40),
+    offset=st.integers(-50, 50),
+    rows=st.integers(1, 16),
+)
+def test_plan_covers_every_query_once_and_every_seen_key(q_len, kv_len, left, right, offset, rows):
+    mask = Window(left, right, offset)
+    seen = np.asarray(mask.dense(q_len, kv_len))[0, 0]
+    covered = np.zeros((q_len, kv_len), bool)
+    queries = []
+    groups = xla.plan(mask, q_len, kv_len, rows)
+    for group in groups:
+        for start, key_start in zip(group.starts, group.key_starts):
+            assert 0 <= key_start and key_start + group.width <= kv_len
+            queries += range(start, start + group.size)
+            covered[start : start + group.size, key_start : key_start + group.width] = True
+    assert queries == list(range(q_len))
+    assert not (seen & ~covered).any()
+    assert len(groups) <= xla.GROUPS + 1
+
+
+def test_work_follows_the_mask():
+    area = lambda mask, n: sum(len(g.starts) * g.size * g.width for g in xla.plan(mask, n, n, 64))
+    assert area(Full(), 2048) == 2048**2
+    assert area(Causal(), 2048) <= 0.58 * 2048**2  # a triangle is 0.5
+    assert area(Window(63, 0), 2048) == 2048 * 128 - 64 * 0
+    assert area(Window(63, 0), 4096) == 2 * area(Window(63, 0), 2048)
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(31, 0)])
+def test_memory_is_linear_in_length(mask):
+    def temporary(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), np.float32)
+        f = lambda q, k, v: attention(q, k, v, mask=mask, implementation="xla").sum()
+        compiled = jax.jit(jax.grad(f, argnums=(0, 1, 2))).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # From 8192 on a block holds BLOCK_SCORES scores, however long the rows are.
+    assert temporary(32768) <= 4.4 * temporary(8192)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(q=(2, 3, 4)), "q is [batch, length, heads, head_dim], got rank 3"),
+        (dict(q=(2, 3, 3, 4)), "q has 3 heads, which is not a multiple of the 2 heads"),
+        (dict(k=(1, 5, 2, 4)), "k is [2, length, kv_heads, 4]"),
+        (dict(v=(2, 6, 2, 4)), "v agrees with k"),
+        (dict(k=(2, 0, 2, 4), v=(2, 0, 2, 4)), "k is empty"),
+        (dict(bias=(1, 1, 1, 3)), "bias is broadcastable to (2, 4, 3, 5)"),
+        (dict(mask=np.ones((3, 5), bool)), "mask is an object of"),
+        (dict(mask=Lengths(np.zeros(3, np.int32))), "Lengths kv_length"),
+        (dict(mask=Segments(np.zeros((2, 4), np.int32))), "Segments q_ids"),
+        (dict(mask=Causal(np.zeros(2))), "offset of Causal"),
+        (dict(scale=jnp.ones(())), "scale is a Python number"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, words):
+    shapes = {"q": (2, 3, 4, 4), "k": (2, 5, 2, 4), "v": (2, 5, 2, 4)}
+    given_ = {**shapes, **arguments}
+    given_ = {n: jnp.zeros(a) if isinstance(a, tuple) else a for n, a in given_.items()}
+    with pytest.raises(ValueError) as error:
+        attention(given_.pop("q"), given_.pop("k"), given_.pop("v"), **given_)
+    assert words in str(error.value)
+
+
+def test_mixed_dtypes_are_named():
+    x = jnp.zeros((1, 2, 1, 4))
+    with pytest.raises(ValueError, match="v has dtype bfloat16, q has float32"):
+        attention(x, x, x.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"mask": Full()}, None),
+        ({"mask": Window(4, 0)}, None),
+        ({"mask": Window(4, 1)}, "mask Window"),
+        ({"mask": Causal(2)}, "mask Causal"),
+        ({"mask": Causal(np.array(0))}, "mask Causal"),
+        ({"mask": Lengths(np.array([3]))}, "mask Lengths"),
+        ({"mask": Causal() & Segments(PACKED)}, "mask And"),
+        ({"dtype": np.float32}, "float32"),
+        ({"kv_len": 9}, "equal lengths"),
+        ({"head_dim": 12}, "multiple of 8"),
+        ({"v_dim": 8}, "differ"),
+        ({"return_lse": True}, "return_lse"),
+        ({"bias": np.zeros((1, 1, 8, 8))}, "bias"),
+    ],
+)
+def test_what_cudnn_takes_and_refuses(changes, reason):
+    r = {"mask": Causal(), "dtype": jnp.bfloat16, "kv_len": 8, "head_dim": 16, "v_dim": None, "bias": None}
+    r = {**r, "return_lse": False, **changes}
+    q = jax.ShapeDtypeStruct((1, 8, 2, r["head_dim"]), r["dtype"])
+    k = jax.ShapeDtypeStruct((1, r["kv_len"], 2, r["head_dim"]), r["dtype"])
+    v = jax.ShapeDtypeStruct((1, r["kv_len"], 2, r["v_dim"] or r["head_dim"]), r["dtype"])
+    why = cudnn.refusal(q, k, v, r["mask"], r["bias"], r["return_lse"])
+    assert (why is None) if reason is None else (reason in why)
+
+
+def test_real_cases_are_valid_requests():
+    for case in REAL.values():
+        q = jax.ShapeDtypeStruct((case.batch, case.q_len, case.heads, case.head_dim), np.float32)
+        k = jax.ShapeDtypeStruct((case.batch, case.kv_len, case.kv_heads, case.head_dim), np.float32)
+        v = jax.ShapeDtypeStruct((*k.shape[:3], case.v_dim), np.float32)
+        run = functools.partial(attention, mask=case.mask, implementation="xla")
+        assert jax.eval_shape(run, q, k, v).shape == (*q.shape[:3], case.v_dim)
