@@ -105,17 +105,13 @@ def test_vmap_over_arrays_and_masks_equals_a_loop(implementation, blocked):
     together = jax.jit(jax.vmap(one))(*args)
     for i in range(3):
         alone = jax.jit(one)(*(a[i] for a in args))
-        jax.tree.map(
-            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), together, alone
-        )
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), together, alone)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_rows_without_keys_give_zero_minus_infinity_and_no_gradient(implementation):
     q, k, v = testing.normal(5, (1, 3, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
-    run = lambda q, k, v: attention(
-        q, k, v, mask=Causal(-1), return_lse=True, implementation=implementation
-    )
+    run = lambda q, k, v: attention(q, k, v, mask=Causal(-1), return_lse=True, implementation=implementation)
     (out, lse), pull = jax.vjp(run, q, k, v)
     assert (out[0, 0] == 0).all() and lse[0, 0, 0] == -np.inf
     np.testing.assert_allclose(out[0, 1], v[0, 0], rtol=1e-6)  # sees key 0 alone
@@ -159,9 +155,7 @@ def test_any_band_and_packing(q_len, kv_len, heads, left, right, offset, seed):
     rng = np.random.default_rng(seed)
     q_ids, kv_ids = rng.integers(-1, 2, (1, q_len)), rng.integers(-1, 2, (1, kv_len))
     mask = Window(left, right, offset) & Segments(q_ids, kv_ids)
-    arrays = dict(
-        zip("qkv", testing.normal(seed, (1, q_len, heads[0], 4), *[(1, kv_len, heads[1], 4)] * 2))
-    )
+    arrays = dict(zip("qkv", testing.normal(seed, (1, q_len, heads[0], 4), *[(1, kv_len, heads[1], 4)] * 2)))
     with pytest.MonkeyPatch.context() as patch:
         cut_small(patch)
         testing.check_case(OP, functools.partial(call, mask), arrays, "xla", np.float32)
@@ -184,7 +178,7 @@ def test_plan_covers_every_query_once_and_every_seen_key(q_len, kv_len, left, ri
     groups = xla.plan(mask, q_len, kv_len, rows)
     for group in groups:
         for start, key_start in zip(group.starts, group.key_starts):
-            assert 0 <= key_start and key_start + group.width <= kv_len
+            assert key_start >= 0 and key_start + group.width <= kv_len
             queries += range(start, start + group.size)
             covered[start : start + group.size, key_start : key_start + group.width] = True
     assert queries == list(range(q_len))
