@@ -8,6 +8,8 @@ import jax
 
 from lissom.ops.attention import masks
 
+FULL = masks.Full()
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -22,6 +24,6 @@ class Context:
 
     positions: jax.Array | None = None
     segments: jax.Array | None = None
-    mask: Any = masks.Full()
+    mask: Any = FULL
     train: bool = False
     grid: tuple[int, ...] | None = None

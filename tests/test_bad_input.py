@@ -87,7 +87,7 @@ def test_another_config_stands_there(tmp_path, capsys):
     assert claim(tmp_path / "run", one, False) is False
     assert claim(tmp_path / "run", one, False) is True
     other = overridden(one, [("seed", "1")])
-    with pytest.raises(UserError, match="seed: 0 -> 1.*--overwrite"):
+    with pytest.raises(UserError, match=r"seed: 0 -> 1.*--overwrite"):
         claim(tmp_path / "run", other, False)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
     assert claim(tmp_path / "run", other, True) is False

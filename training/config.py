@@ -71,7 +71,8 @@ def default_workdir(spec: str) -> pathlib.Path:
 def override(config: ml_collections.ConfigDict, key: str, text: Any) -> None:
     """Sets `a.b.c` to a value given as text, read as the type of the present value; unknown fields are an error.
 
-    Below a field named `*kwargs` new entries may be made: `model.mixer_kwargs.window.window=64`.
+    Below a field named `*kwargs` new entries may be made: `model.mixer_kwargs.window.window=64`; and the settings of the
+    model's named size may be set one by one: `model.width=96`.
     """
     *parents, last = key.split(".")
     node, free = config, False
@@ -86,14 +87,18 @@ def override(config: ml_collections.ConfigDict, key: str, text: Any) -> None:
         node = node[name]
     if not isinstance(node, ml_collections.ConfigDict):
         raise UserError(f"config.{'.'.join(parents)} is a value, so config.{key} cannot be set")
+    present = node.get(last)
     if last not in node and not free:
-        durations = len(parents) == 1 and parents[0] == "train" and last in DURATIONS
-        if not durations:
-            raise _unknown(key, last, list(node))
+        sized = SIZES.get(node.get("name"), {}).get(node.get("size"), {}) if parents == ["model"] else {}
+        present = sized.get(last)
+        if not (parents == ["train"] and last in DURATIONS) and last not in sized:
+            raise _unknown(key, last, [*node, *sized])
+    if parents == ["train"] and last in DURATIONS:
         with config.unlocked():  # steps, epochs, examples: the new one takes the place of the recipe's
             for name in DURATIONS:
-                node.pop(name, None)
-    value = _read(key, text, node.get(last)) if isinstance(text, str) else text
+                if name != last and name in node:
+                    del node[name]
+    value = _read(key, text, present) if isinstance(text, str) else text
     with config.unlocked(), node.ignore_type():
         node[last] = value
 

@@ -30,7 +30,7 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
             grads, stats, metrics = _accumulated(gradients, state["stats"], batch, key, accumulate)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         return {"params": params, "stats": stats, "opt": opt, "step": state["step"] + 1}, metrics
 
     return step

@@ -52,6 +52,8 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 @pytest.mark.parametrize("family", ["vit", "resnet", "sequence_scan", "language"])
 def test_eight_devices_are_one(family, tiny_run):
     recipe, overrides = FAMILIES[family]
+    # Not Adam: where a gradient is zero but for rounding it would make a whole step of the rounding.
+    overrides = {**overrides, "optim.name": "sgd", "optim.learning_rate": 0.1}
     _, one = tiny_run(recipe, "one", **overrides)
     single = arrays(one, 3)
     for i, mesh in enumerate(MESHES):
@@ -86,7 +88,7 @@ def test_accumulation_is_the_whole_batch(tiny_run):
 
 
 def _damage(workdir, how):
-    files = [p for p in (workdir / "checkpoints" / "3" / "state" / "d").iterdir()]
+    files = list((workdir / "checkpoints" / "3" / "state" / "d").iterdir())
     for file in files:
         raw = bytearray(file.read_bytes())
         if how == "truncated":
