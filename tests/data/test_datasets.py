@@ -144,7 +144,7 @@ def test_glyphs_held_out_scripts_are_new_classes():
 
 
 def test_glyphs_are_repeatable_pictures_with_ink():
-    settings = dict(size=32, classes=8, scripts=("armenian",), train_size=40, test_size=16)
+    settings = {"size": 32, "classes": 8, "scripts": ("armenian",), "train_size": 40, "test_size": 16}
     one, two = glyphs(**settings), glyphs(**settings)
     np.testing.assert_array_equal(one.train["inputs"], two.train["inputs"])
     assert one.train["inputs"].shape == (40, 32, 32, 1) and one.train["inputs"].dtype == np.uint8

@@ -12,7 +12,7 @@ from lissom.data import DATASETS, ArraySource, DataError, Dataset, load
 from lissom.data import preparation as prep
 from lissom.data.content import Content, Definition
 
-SMALL = dict(task="copy", length=8, train_size=30, test_size=10)
+SMALL = {"task": "copy", "length": 8, "train_size": 30, "test_size": 10}
 
 
 def sentence(name, **settings):
@@ -176,16 +176,16 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_prepare_it(da
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
-        ("digits", dict(confg="shifted"), "no setting 'confg'; did you mean 'config'; known: config"),
-        ("digits", dict(config="shift"), "did you mean 'shifted'"),
-        ("sequences", dict(task="coppy"), "no task 'coppy'; did you mean 'copy'"),
-        ("sequences", dict(task="copy", pairs=3), "sequences (task=copy) has no setting 'pairs'"),
-        ("sequences", dict(length="long"), "length is of type int (default 64), got 'long'"),
-        ("sequences", dict(task="copy", length=7), "length must be even"),
-        ("mnist1d", dict(train_size=7, test_size=8), "multiple of 10"),
-        ("cue_match", dict(items=7), "items must be a multiple of classes=4"),
-        ("glyphs", dict(scripts=("latn",)), "unknown script 'latn'; did you mean 'latin'"),
-        ("stdlib_text", dict(length=0), "length must be at least 1"),
+        ("digits", {"confg": "shifted"}, "no setting 'confg'; did you mean 'config'? known: config"),
+        ("digits", {"config": "shift"}, "did you mean 'shifted'"),
+        ("sequences", {"task": "coppy"}, "no task 'coppy'; did you mean 'copy'"),
+        ("sequences", {"task": "copy", "pairs": 3}, "sequences (task=copy) has no setting 'pairs'"),
+        ("sequences", {"length": "long"}, "length is of type int (default 64), got 'long'"),
+        ("sequences", {"task": "copy", "length": 7}, "length must be even"),
+        ("mnist1d", {"train_size": 7, "test_size": 8}, "multiple of 10"),
+        ("cue_match", {"items": 7}, "items must be a multiple of classes=4"),
+        ("glyphs", {"scripts": ("latn",)}, "unknown script 'latn'; did you mean 'latin'"),
+        ("stdlib_text", {"length": 0}, "length must be at least 1"),
     ],
 )
 def test_bad_settings_are_one_sentence(name, settings, text):
@@ -202,7 +202,7 @@ def prepare_with_tfds(folder, features, examples, name="toy_set"):
     import tensorflow_datasets as tfds
     from etils import epath
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("3.0.1")
         pkg_dir_path = epath.Path(folder)
         code_path = epath.Path(__file__)
@@ -218,8 +218,8 @@ def prepare_with_tfds(folder, features, examples, name="toy_set"):
         def _generate_examples(self):
             yield from enumerate(examples)
 
-    Builder.name = name
-    Builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    Prepared.name = name
+    Prepared(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
 def test_prepared_tfds_images(tmp_path):

@@ -53,7 +53,7 @@ def same(left, right):
 def test_the_global_batch_is_the_same_for_any_number_of_processes(processes, augment):
     dataset = numbered(20)
     for step in (0, 1, 5):
-        settings = dict(step=step, batch_size=12, seed=3, augment=augment)
+        settings = {"step": step, "batch_size": 12, "seed": 3, "augment": augment}
         whole = train_batch(dataset, **settings)
         parts = [train_batch(dataset, **settings, process=p, processes=processes) for p in range(processes)]
         same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
@@ -62,7 +62,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(processes, aug
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_resumed_stream_is_the_stream_that_never_stopped(prefetch):
     dataset = numbered(20)
-    settings = dict(batch_size=6, seed=1, augment="shift", prefetch=prefetch)
+    settings = {"batch_size": 6, "seed": 1, "augment": "shift", "prefetch": prefetch}
     whole = list(islice(train_batches(dataset, start_step=0, **settings), 9))
     resumed = list(islice(train_batches(dataset, start_step=4, **settings), 5))
     for step, (left, right) in enumerate(zip(whole[4:], resumed, strict=True), start=4):
@@ -99,7 +99,7 @@ def test_a_batch_may_be_larger_than_the_dataset():
 def test_a_source_without_gather_gives_the_same_batches():
     dataset = numbered(9)
     plain = Dataset("plain", "image", RowByRow(dataset.train), RowByRow(dataset.test), dataset.info)
-    settings = dict(step=2, batch_size=4, seed=5)
+    settings = {"step": 2, "batch_size": 4, "seed": 5}
     same(train_batch(dataset, **settings), train_batch(plain, **settings))
     for left, right in zip(eval_batches(dataset, batch_size=4), eval_batches(plain, batch_size=4), strict=True):
         same(left, right)
@@ -149,9 +149,9 @@ def test_shift_moves_the_picture_and_fills_with_zeros():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (dict(batch_size=5, processes=2), "batch_size=5 cannot be divided among 2 processes"),
-        (dict(batch_size=4, process=2, processes=2), "process must be in 0..1, got 2"),
-        (dict(batch_size=4, augment="shfit"), "unknown augmentation 'shfit'; did you mean 'shift'"),
+        ({"batch_size": 5, "processes": 2}, "batch_size=5 cannot be divided among 2 processes"),
+        ({"batch_size": 4, "process": 2, "processes": 2}, "process must be in 0..1, got 2"),
+        ({"batch_size": 4, "augment": "shfit"}, "unknown augmentation 'shfit'; did you mean 'shift'"),
     ],
 )
 def test_bad_requests_are_one_sentence(settings, sentence):

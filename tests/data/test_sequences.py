@@ -26,12 +26,12 @@ def answers(task, x, n):
 
 
 SETTINGS = {
-    "copy": dict(length=16, train_size=200, test_size=100),
-    "selective_copy": dict(length=16, items=4, train_size=200, test_size=100),
-    "recall": dict(length=32, pairs=4, vocab_size=32, train_size=200, test_size=100),
-    "needle": dict(length=24, pairs=3, vocab_size=40, train_size=200, test_size=100),
-    "parity": dict(length=16, train_size=200, test_size=100),
-    "modular_addition": dict(modulus=11),
+    "copy": {"length": 16, "train_size": 200, "test_size": 100},
+    "selective_copy": {"length": 16, "items": 4, "train_size": 200, "test_size": 100},
+    "recall": {"length": 32, "pairs": 4, "vocab_size": 32, "train_size": 200, "test_size": 100},
+    "needle": {"length": 24, "pairs": 3, "vocab_size": 40, "train_size": 200, "test_size": 100},
+    "parity": {"length": 16, "train_size": 200, "test_size": 100},
+    "modular_addition": {"modulus": 11},
 }
 
 
