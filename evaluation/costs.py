@@ -38,37 +38,14 @@ KERNELS = ("pallas_call", "core_map", "mpmd_map")
 COMBINERS = ("reduce", "reduce_window", "scatter", "select_and_scatter", "cumred", "argmin", "argmax", "sort")
 # Arithmetic that is neither elementwise nor countable from the shapes alone.
 OPAQUE = frozenset(
-    [
-        "eig",
-        "eigh",
-        "svd",
-        "lu",
-        "qr",
-        "geqrf",
-        "geqp3",
-        "householder_product",
-        "schur",
-        "hessenberg",
-        "tridiagonal",
-        "tridiagonal_solve",
-        "ffi_call",
-        "pure_callback",
-        "io_callback",
-        "buffer_callback",
-        "custom_linear_solve",
-        "linear_call",
-        "call_exported",
-        "call_hi_primitive",
-        "custom_fusion",
-        "cudnn_fusion",
-        "scaled_matmul",
-        "tpu_custom_call",
-        "triton_kernel_call",
-        "dot_product_attention_fwd",
-        "dot_product_attention_bwd",
-        "dot_product_attention_fp8_fwd",
-        "dot_product_attention_fp8_bwd",
-    ]
+    (
+        *("eig", "eigh", "svd", "lu", "qr", "geqrf", "geqp3", "householder_product", "schur", "hessenberg"),
+        *("tridiagonal", "tridiagonal_solve", "custom_linear_solve", "linear_call", "scaled_matmul"),
+        *("ffi_call", "pure_callback", "io_callback", "buffer_callback", "call_exported", "call_hi_primitive"),
+        *("custom_fusion", "cudnn_fusion", "tpu_custom_call", "triton_kernel_call"),
+        *("dot_product_attention_fwd", "dot_product_attention_bwd"),
+        *("dot_product_attention_fp8_fwd", "dot_product_attention_fp8_bwd"),
+    )
 )
 
 

@@ -1,6 +1,7 @@
 """Measures one reloaded network: what it gets right, what it costs; and the trivial methods beside it.
 
-A `Subject` is a network as plain data and functions, so that this room needs neither training nor compression.
+A `Subject` is a network as plain data and functions, so that this room needs neither training nor
+compression.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ ROTATED = 4  # different inputs a latency is taken over
 
 @dataclasses.dataclass
 class Subject:
-    """One network to be measured. `state` is (params, stats, frozen), `merge(graph, state)` the network, `judge` an
-    objective's (network, batch, key) -> {name: (sum, count)}, `batches()` the test set."""
+    """One network to be measured. `state` is (params, stats, frozen), `merge(graph, state)` the network,
+    `judge` an objective's (network, batch, key) -> {name: (sum, count)}, `batches()` the test set."""
 
     recipe: str
     task: str
@@ -93,8 +94,8 @@ def measure_subject(subject: Subject) -> None:
 
 
 def latencies(subjects: Sequence[Subject]) -> None:
-    """Forward latency of all subjects of a task, interleaved, at each batch size, and the compiled peak memory at the
-    largest. Inputs are test examples, rotated."""
+    """Forward latency of all subjects of a task, interleaved, at each batch size, and the compiled peak
+    memory at the largest. Inputs are test examples, rotated."""
     for batch in sorted({size for subject in subjects for size in subject.latency_batches}):
         candidates = {}
         for number, subject in enumerate(subjects):

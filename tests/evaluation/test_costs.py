@@ -28,10 +28,7 @@ def test_batched_and_complex_products():
     attention_scores = lambda q, k: jnp.einsum("bthd,bshd->bhts", q, k)
     assert count(attention_scores, shape(2, 7, 3, 8), shape(2, 9, 3, 8)).flops == 2 * (2 * 3 * 7 * 9) * 8
     # A complex multiply-accumulate is 4 real products and 4 real sums.
-    assert (
-        count(jnp.dot, shape(4, 5, dtype=jnp.complex64), shape(5, 6, dtype=jnp.complex64)).flops
-        == 8 * 4 * 6 * 5
-    )
+    assert count(jnp.dot, shape(4, 5, dtype=jnp.complex64), shape(5, 6, dtype=jnp.complex64)).flops == 8 * 4 * 6 * 5
 
 
 @pytest.mark.parametrize("padding, pairs", [("VALID", 6 * 3), ("SAME", 3 * 8 - 2)])

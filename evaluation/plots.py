@@ -1,0 +1,263 @@
+"""The Pareto plot: quality against cost, marker area = memory, the front drawn, labels that do not
+overlap."""
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
+
+from lissom.evaluation.statistics import pareto_front
+
+WIDTH, HEIGHT, DPI = 8.0, 5.4, 130
+BLUE, GREY, DARK = "#2f6db5", "#8a8a8a", "#222222"
+CROSSING = 60.0  # pixels
+SMALLEST, LARGEST, UNSIZED = 30.0, 420.0, 60.0  # marker areas in square points
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of the table, in the units of the axis labels; `size` in bytes; None is unknown."""
+
+    label: str
+    x: float
+    y: float
+    x_error: float | None = None
+    y_error: float | None = None
+    size: float | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One task. `directions` say which way of x and y is better; `levels` are (name, y) of lines without an
+    x."""
+
+    title: str
+    subtitle: str
+    x_label: str
+    y_label: str
+    points: tuple[Point, ...]
+    directions: tuple[str, str] = ("lower", "higher")
+    size_name: str = ""
+    levels: tuple[tuple[str, float], ...] = ()
+
+
+def pareto_plot(panels: Sequence[Panel], path: str | os.PathLike) -> list[list[Bbox]]:
+    """Writes the PNG; returns the label boxes of each panel in pixels, which do not overlap."""
+    if not panels:
+        raise ValueError("nothing to plot")
+    most = max(len(panel.points) for panel in panels)
+    # Twelve labels fit well at the plain height; beyond, and when placement fails, the picture grows.
+    for growth in (1.0, 1.3, 1.7, 2.2):
+        height = (HEIGHT + 0.12 * max(most - 12, 0)) * growth
+        figure = Figure(figsize=(WIDTH, height * len(panels)), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        with matplotlib.rc_context({"font.size": 10}):
+            for axis, panel in zip(axes, panels):
+                _draw(axis, panel)
+            figure.draw_without_rendering()  # settles the layout, so that extents in pixels are final
+            figure.set_layout_engine("none")
+            boxes = [_place_labels(figure, axis, panel) for axis, panel in zip(axes, panels)]
+        if all(found is not None for found in boxes):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, format="png")
+            return boxes
+    raise ValueError(f"{most} labels do not fit into one plot: shorten the variant labels, or plot fewer rows")
+
+
+def marker_area(size: float | None, largest: float) -> float:
+    """Area in square points, proportional to the size, but never too small to see."""
+    return UNSIZED if size is None else max(LARGEST * size / largest, SMALLEST)
+
+
+def _draw(axis, panel: Panel) -> None:
+    points = panel.points
+    largest = max((p.size for p in points if p.size), default=1.0)
+    front = pareto_front([(p.x, p.y) for p in points], panel.directions)
+    axis.set_xscale("log")
+    axis.plot([points[i].x for i in front], [points[i].y for i in front], color=BLUE, alpha=0.5, lw=1.5, zorder=1)
+    for index, p in enumerate(points):
+        color = BLUE if index in front else GREY
+        # An interval that reaches below 0 cannot be drawn on a log axis: it ends just above.
+        x_error = None if p.x_error is None else [[min(p.x_error, 0.9 * p.x)], [p.x_error]]
+        axis.errorbar(p.x, p.y, xerr=x_error, yerr=p.y_error, fmt="none", ecolor=color, elinewidth=1, alpha=0.7)
+        face = color if p.size is not None else "white"
+        area = marker_area(p.size, largest)
+        axis.scatter(
+            p.x, p.y, s=area, color=face, edgecolors=DARK if p.size else color, linewidths=0.8, alpha=0.8, zorder=3
+        )
+    for (name, y), style in zip(panel.levels, itertools.cycle([":", "--", "-."])):
+        axis.axhline(y, color=GREY, ls=style, lw=1.2, zorder=0, label=name)
+    axis.set_xlabel(panel.x_label)
+    axis.set_ylabel(panel.y_label)
+    if panel.directions[1] == "lower":
+        axis.invert_yaxis()
+        axis.set_ylabel(f"{panel.y_label} (better is up)")
+    _limits(axis, points)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(_sparse(axis))
+    axis.tick_params(axis="x", which="both", length=4, pad=4)
+    axis.grid(True, which="major", color="#e4e4e4", lw=0.7, zorder=0)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{panel.title}\n{panel.subtitle}", fontsize=11, loc="left")
+    _legend(axis, panel, largest)
+
+
+def _limits(axis, points: Sequence[Point]) -> None:
+    """Room around the points for their labels; at least a factor of 2 along x, so that noise is not blown
+    up."""
+    low, high = min(p.x for p in points), max(p.x for p in points)
+    margin = max((high / low) ** 0.15, (2 * low / high) ** 0.5, 1.15)
+    axis.set_xlim(low / margin, high * margin)
+    axis.margins(y=0.15)
+
+
+def _sparse(axis):
+    """Labels 2 and 5 between the powers of ten, and 3, 4, 6, ... only where less than a decade is seen."""
+
+    def text(value: float, _) -> str:
+        low, high = axis.get_xlim()
+        first = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
+        return f"{value:g}" if first in (2, 5) or (high / low < 5 and first in (3, 4, 6, 8)) else ""
+
+    return text
+
+
+def _legend(axis, panel: Panel, largest: float) -> None:
+    handles = [Line2D([], [], color=BLUE, alpha=0.5, lw=1.5, label="Pareto front")]
+    handles += axis.get_legend_handles_labels()[0]
+    if any(p.size is not None for p in panel.points):
+        # A heading inside the list: a legend title would seem to speak of the front and the levels too.
+        handles.append(Line2D([], [], ls="", label="\n" + panel.size_name.replace(", ", ",\n")))
+        sizes = dict.fromkeys(_round(largest * share) for share in (0.1, 0.5, 1.0))
+        for size in sizes:
+            side = math.sqrt(marker_area(size, largest))
+            handles.append(
+                Line2D([], [], ls="", marker="o", ms=side, mfc=GREY, mec=DARK, alpha=0.8, label=_bytes(size))
+            )
+    if any(p.size is None for p in panel.points):
+        handles.append(
+            Line2D([], [], ls="", marker="o", ms=math.sqrt(UNSIZED), mfc="white", mec=GREY, label="memory unknown")
+        )
+    # Beside the axes: inside, it would cover points or take the labels' room.
+    axis.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, labelspacing=1.1
+    )
+
+
+def _round(size: float) -> float:
+    """Two significant digits."""
+    digits = math.floor(math.log10(size)) - 1
+    return round(size / 10**digits) * 10**digits
+
+
+def _bytes(size: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.3g} B"
+
+
+# ---- labels
+# --------------------------------------------------------------------------------------------------
+
+
+def _place_labels(figure, axis, panel: Panel) -> list[Bbox] | None:
+    """Puts each label at the nearest free place around its point; None when one of them finds none.
+
+    Free means: inside the axes, touching no label placed before and no marker. Leader lines avoid labels where they
+    can. Crowded points go first.
+    """
+    renderer = figure.canvas.get_renderer()
+    pixels = [tuple(axis.transData.transform((p.x, p.y))) for p in panel.points]
+    largest = max((p.size for p in panel.points if p.size), default=1.0)
+    radii = [math.sqrt(marker_area(p.size, largest)) / 2 * DPI / 72 + 1 for p in panel.points]
+    markers = [Bbox.from_extents(x - r, y - r, x + r, y + r) for (x, y), r in zip(pixels, radii)]
+    crowding = [sum(math.dist(a, b) < 80 for b in pixels) for a in pixels]
+    frame, boxes, leaders = axis.get_window_extent(renderer), {}, []
+    for index in sorted(range(len(pixels)), key=lambda i: -crowding[i]):
+        label = panel.points[index].label
+        text = axis.text(0, 0, label, fontsize=9, color=DARK, transform=None, va="bottom", ha="left", zorder=5)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable across front and error bars
+        extent = text.get_window_extent(renderer)
+        found = _best_place(pixels[index], radii[index], extent, frame, markers, list(boxes.values()), leaders)
+        if found is None:
+            return None
+        box, leader = found
+        text.set_position((box.x0 - extent.x0, box.y0 - extent.y0))
+        boxes[index] = box
+        if leader:
+            leaders += leader
+            xs, ys = zip(leader[0], leader[-1])
+            axis.add_line(Line2D(xs, ys, transform=None, color=DARK, lw=0.6, marker="o", ms=2, markevery=[0], zorder=4))
+    return [boxes[index] for index in range(len(pixels))]
+
+
+def _best_place(center, radius: float, extent: Bbox, frame: Bbox, markers, placed, leaders):
+    """(box, leader line) of the nearest free place, where a crossing costs as much as CROSSING pixels of distance.
+
+    Leader lines are given as points along them. None when no place inside the axes is free.
+    """
+    best, lowest = None, math.inf
+    for distance, box in _free_places(center, radius, extent.width, extent.height, frame, [*markers, *placed]):
+        if distance >= lowest:  # places come in order of distance, and crossings only add to it
+            break
+        leader = _leader(center, radius, box)
+        crossed = any(box.contains(*point) for point in leaders)
+        crossed += sum(any(other.contains(*point) for point in leader) for other in placed)
+        if distance + CROSSING * crossed < lowest:
+            best, lowest = (box, leader), distance + CROSSING * crossed
+    return best
+
+
+def _free_places(
+    center, radius: float, width: float, height: float, frame: Bbox, taken
+) -> Iterator[tuple[float, Bbox]]:
+    """(distance, box) of the free boxes of this size around the point, near ones first, right before left and above."""
+    x, y = center
+    beside = radius + 4
+    near = [(x + beside, y - height / 2), (x - beside - width, y - height / 2)]
+    near += [(x - width / 2, y + beside), (x - width / 2, y - beside - height)]
+    columns = np.arange(frame.x0, frame.x1 - width, 9.0)
+    levels = np.arange(frame.y0, frame.y1 - height, 5.0)
+    grid = np.stack(np.meshgrid(columns, levels), -1).reshape(-1, 2)
+    corners = np.concatenate([np.asarray(near), grid])
+    x0, y0, x1, y1 = corners[:, 0], corners[:, 1], corners[:, 0] + width, corners[:, 1] + height
+    free = (x0 >= frame.x0) & (x1 <= frame.x1) & (y0 >= frame.y0) & (y1 <= frame.y1)
+    for other in taken:
+        free &= ~((x0 < other.x1) & (other.x0 < x1) & (y0 < other.y1) & (other.y0 < y1))
+    distance = np.hypot(np.clip(x, x0, x1) - x, np.clip(y, y0, y1) - y)
+    distance[4:] += 6  # beside its marker a label needs no leader line
+    for index in np.argsort(distance, kind="stable"):
+        if free[index]:
+            yield float(distance[index]), Bbox.from_extents(x0[index], y0[index], x1[index], y1[index])
+
+
+def overlap(a: Bbox, b: Bbox) -> bool:
+    """Whether two boxes share more than an edge."""
+    return a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
+
+
+def _leader(center, radius: float, box: Bbox) -> list[tuple[float, float]]:
+    """Points from the marker's centre to the label; none where the label stands right beside its marker.
+
+    It starts at the centre, since at the rim of one of several markers that cover each other it would belong to none.
+    """
+    x, y = center
+    near_x, near_y = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+    distance = math.dist((x, y), (near_x, near_y))
+    if distance <= radius + 6:
+        return []
+    count = max(round(distance / 2), 2)
+    return [(x + (near_x - x) * i / count, y + (near_y - y) * i / count) for i in range(count + 1)]
