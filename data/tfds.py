@@ -154,9 +154,8 @@ def command(name: str, root: Path) -> str:
 def missing(name: str, root: Path, known: Iterable[str]) -> str:
     """What is missing, where it was looked for, how to prepare it."""
     return (
-        f"dataset {name!r} is neither one of Lissom's own{nearest(name, known)} nor prepared in {root} "
-        f"(data_dir or TFDS_DATA_DIR); prepare a TFDS dataset, where there is a network, with: "
-        f"{command(name, root)}"
+        f"dataset {name!r} is not prepared in {root} (data_dir or TFDS_DATA_DIR) and is none of Lissom's own"
+        f"{nearest(name, known)}; prepare a TFDS dataset, where there is a network, with: {command(name, root)}"
     )
 
 
