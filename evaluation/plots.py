@@ -20,7 +20,7 @@ from lissom.evaluation.statistics import pareto_front
 
 WIDTH, HEIGHT, DPI = 8.0, 5.4, 130
 BLUE, GREY, DARK = "#2f6db5", "#8a8a8a", "#222222"
-CROSSING = 60.0  # pixels
+CROSSING, PADDING = 60.0, 4.0  # pixels
 SMALLEST, LARGEST, UNSIZED = 30.0, 420.0, 60.0  # marker areas in square points
 
 
@@ -190,12 +190,12 @@ def _place_labels(figure, axis, panel: Panel) -> list[Bbox] | None:
         label = panel.points[index].label
         text = axis.text(0, 0, label, fontsize=9, color=DARK, transform=None, va="bottom", ha="left", zorder=5)
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable across front and error bars
-        extent = text.get_window_extent(renderer)
+        extent = text.get_window_extent(renderer).padded(PADDING, 0)
         found = _best_place(pixels[index], radii[index], extent, frame, markers, list(boxes.values()), leaders)
         if found is None:
             return None
         box, leader = found
-        text.set_position((box.x0 - extent.x0, box.y0 - extent.y0))
+        text.set_position((box.x0 - extent.x0, box.y0 - extent.y0))  # the text was measured at 0, 0
         boxes[index] = box
         if leader:
             leaders += leader

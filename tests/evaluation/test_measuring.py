@@ -1,0 +1,147 @@
+"""Latency, memory and trivial methods."""
+
+import gc
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lissom.evaluation import floors, latency, memory
+
+
+def test_calls_alternate_inputs_rotate_and_nothing_is_collected():
+    calls = []
+
+    def recorder(name):
+        return lambda x: calls.append((name, x, gc.isenabled()))
+
+    inputs = [(0,), (1,), (2,)]
+    latency.measure_interleaved({"a": (recorder("a"), inputs), "b": (recorder("b"), inputs)}, repeats=4, warmup=1)
+    timed = calls[6:]  # each of three inputs once for a, once for b
+    assert [name for name, _, _ in timed] == ["a", "b"] * 4
+    assert [x for name, x, _ in timed if name == "a"] == [0, 1, 2, 0]
+    assert not any(enabled for _, _, enabled in timed) and gc.isenabled()
+
+
+def test_the_slow_one_is_slower_and_making_inputs_is_not_timed():
+    def fresh(_):
+        time.sleep(0.02)
+        return (0,)
+
+    inputs = [(0,), (1,)]
+    found = latency.measure_interleaved(
+        {"slow": (lambda x: time.sleep(0.01), inputs), "fast": (lambda x: x, fresh)}, repeats=5, warmup=1
+    )
+    assert found["slow"].p50 >= 0.01 and found["fast"].p50 < 0.01
+    assert len(found["slow"].samples) == 5
+
+
+def test_donated_inputs_are_fresh_each_call():
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    shapes = (jax.ShapeDtypeStruct((8,), jnp.float32),)
+    make = lambda number: latency.iid_inputs(shapes, 1, seed=number)[0]
+    found = latency.measure_interleaved({"add": (add, make)}, repeats=3, warmup=1)
+    assert found["add"].p90 >= found["add"].p50 > 0
+    used = make(0)
+    add(*used)
+    assert used[0].is_deleted()
+
+
+def test_percentiles_and_throughput_by_hand():
+    # 1..11: median 6, 90th percentile 10.
+    found = latency.summarize_samples([float(i) for i in range(1, 12)])
+    assert (found.p50, found.p90) == (6.0, 10.0)
+    values = {m.name: m for m in latency.latency_measurements(found, 12)}
+    assert values["throughput"].value == 2.0 and values["throughput"].conditions == {"batch": 12}
+
+
+def test_bad_inputs_are_refused():
+    one, other = (np.zeros(2),), (np.zeros(3),)
+    with pytest.raises(ValueError, match="at least 2 argument tuples"):
+        latency.measure_interleaved({"a": (lambda x: x, [one])})
+    with pytest.raises(ValueError, match="input 1 has other shapes"):
+        latency.measure_interleaved({"a": (lambda x: x, [one, other])})
+
+
+def test_iid_inputs_are_independent_and_as_asked():
+    shapes = {
+        "x": jax.ShapeDtypeStruct((4000,), jnp.bfloat16),
+        "tokens": jax.ShapeDtypeStruct((4000,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((4000,), jnp.bool_),
+    }
+    first, second = latency.iid_inputs(shapes, 2, integers_below=10)
+    assert first["x"].dtype == jnp.bfloat16
+    a, b = np.asarray(first["x"], np.float32), np.asarray(second["x"], np.float32)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.1 and 0.9 < a.std() < 1.1
+    assert set(np.unique(first["tokens"])) == set(range(10))
+    assert 0.4 < np.mean(first["mask"]) < 0.6
+
+
+def test_compiled_memory_by_hand():
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    plain = memory.compiled_memory(jax.jit(lambda x: x + 1).lower(x).compile())
+    donated = memory.compiled_memory(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
+    array = 4 * 256 * 256
+    # One array in, one out, and no temporary; donated, the one is written into the other.
+    assert plain.peak == 2 * array and donated.peak == array
+    assert memory.peak_measurement(jax.jit(lambda x: x + 1).lower(x).compile(), batch=256).kind == "compiled"
+
+
+def test_parameter_bytes_count_bits():
+    tree = {
+        "int4": jax.ShapeDtypeStruct((3, 5), jnp.int4),  # 15 * 4 bits = 7.5 bytes, so 8
+        "bool": jax.ShapeDtypeStruct((3,), jnp.bool_),  # 3
+        "bf16": jax.ShapeDtypeStruct((2, 2), jnp.bfloat16),  # 8
+        "f8": jax.ShapeDtypeStruct((5,), jnp.float8_e4m3fn),  # 5
+        "c64": jax.ShapeDtypeStruct((1,), jnp.complex64),  # 8
+        "scalar": jnp.float32(1),  # 4
+    }
+    assert memory.parameter_bytes(tree) == 8 + 3 + 8 + 5 + 8 + 4
+    assert memory.parameter_count(tree) == 15 + 3 + 4 + 5 + 1 + 1
+    with pytest.raises(ValueError, match="random key"):
+        memory.parameter_bytes(jax.random.key(0))
+
+
+def test_artefact_bytes(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a").write_bytes(b"12345")
+    (tmp_path / "b").write_bytes(b"123")
+    assert memory.artefact_bytes(tmp_path) == 8
+    with pytest.raises(FileNotFoundError):
+        memory.artefact_bytes(tmp_path / "nowhere")
+
+
+def test_process_peak_sees_memory_that_is_gone_afterwards():
+    def work():
+        block = np.ones(8 << 20)  # 64 MiB of float64, touched
+        time.sleep(0.05)
+        return float(block[0])
+
+    result, risen = memory.process_peak(work)
+    assert result == 1.0 and (50 << 20) < risen < (200 << 20)
+
+
+def test_floors_on_points_with_known_answers():
+    train, labels = np.array([[0.0, 0], [0, 1], [10, 10], [10, 11], [9, 9]]), np.array([0, 0, 1, 1, 1])
+    test = np.array([[1.0, 0], [8, 8]])
+    assert floors.nearest_neighbour(train, labels, test).tolist() == [0, 1]
+    assert floors.linear(train, labels, test).tolist() == [0, 1]
+    assert floors.majority_class(labels, 3).tolist() == [1, 1, 1]
+    assert floors.accuracy([1, 1, 0, 0], [1, 0, 0, 0]) == 0.75
+    with pytest.raises(ValueError, match="do not match"):
+        floors.accuracy([1, 1], [1])
+
+
+def test_bits_per_byte_by_hand():
+    # Symbols 0, 0, 1, 0 of 2: p(0) = (3 + 1) / (4 + 2) = 2/3, p(1) = 1/3.
+    train = np.array([0, 0, 1, 0])
+    assert floors.unigram_bits_per_byte(train, np.array([0, 1]), 2) == pytest.approx(-np.log2(2 / 3 * 1 / 3) / 2)
+    # After 0 came 0 and 1 once each: p(1 | 0) = (1 + 1/3) / (2 + 1) = 4/9. After 1 came 0: p(1 | 1) = (1/3) / 2.
+    expected = -np.log2(4 / 9 * 1 / 6) / 2
+    assert floors.bigram_bits_per_byte(train, np.array([0, 1, 1]), 2) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="two test symbols"):
+        floors.bigram_bits_per_byte(train, np.array([0]), 2)
+    with pytest.raises(ValueError, match="integers in"):
+        floors.unigram_bits_per_byte(train, np.array([2]), 2)

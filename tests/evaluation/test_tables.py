@@ -1,0 +1,138 @@
+"""What stands in tables, CSV and plots, from rows with known numbers."""
+
+import csv
+import io
+
+import pytest
+from matplotlib.image import imread
+
+from lissom.evaluation import plots, rows, tables
+from lissom.evaluation.rows import Identity, Provenance, Row, measure
+
+HERE = {"cpu": "Z80", "cores": 1}
+
+
+def row(variant, seed, *measurements, task="digits", role="variant", transform=None, hardware=HERE):
+    identity = Identity("recipe", task, seed, variant=variant, role=role, transform=transform)
+    return Row(identity, Provenance(hardware=hardware), measurements)
+
+
+def trained(variant, accuracies, latency=0.002, **more):
+    return [
+        row(variant, seed, measure("accuracy", a), measure("latency_p50", latency, batch=1), **more)
+        for seed, a in enumerate(accuracies)
+    ]
+
+
+def column(table, name, **wanted):
+    (found,) = [
+        c for c in table.columns if c.name == name and all(getattr(c, key) == value for key, value in wanted.items())
+    ]
+    return found
+
+
+def test_aggregates_seeds_and_compares_to_the_first():
+    # a: 0.90, 0.92 -> mean 0.91, sd 0.01 * sqrt(2); b is 0.05 and 0.051 above: 0.0505 +- 12.706 * 0.0005
+    (table,) = tables.tables(trained("a", [0.90, 0.92]) + trained("b", [0.95, 0.971]))
+    accuracy = column(table, "accuracy")
+    a, b = table.lines
+    assert a.summary(accuracy).mean == pytest.approx(0.91)
+    assert a.summary(accuracy).sd == pytest.approx(0.01 * 2**0.5)
+    difference = table.difference(b, accuracy)
+    assert difference.label == "better"
+    assert difference.low == pytest.approx(0.0505 - 12.7062 * 0.0005, rel=1e-4)
+    assert table.difference(a, accuracy) is None
+    text = tables.markdown(table)
+    assert "91.0 ± 1.4" in text and "5.05 [4.41, 5.69] better" in text and "latency p50, batch 1 [ms]" in text
+
+
+def test_kinds_conditions_and_machines_have_columns_of_their_own():
+    kinds = [measure("peak_memory", 5e6, kind) for kind in ("measured", "modelled", "compiled")]
+    batches = [measure("latency_p50", 0.1, batch=batch) for batch in (1, 8)]
+    (table,) = tables.tables([row("a", 0, *kinds, *batches), row("b", 0, *batches, hardware={"cpu": "6502"})])
+    assert len([c for c in table.columns if c.name == "peak_memory"]) == 3
+    # Two batch sizes on each of two machines.
+    assert len([c for c in table.columns if c.name == "latency_p50"]) == 4
+    assert "peak memory, modelled [MB]" in tables.markdown(table)
+    assert "6502, ? cores" in tables.header(table, table.columns[-1]) or "6502, ? cores" in tables.markdown(table)
+
+
+def test_a_table_is_of_one_task_and_a_transform_is_a_line():
+    done = tables.tables(
+        trained("a", [0.5]) + trained("a", [0.4], transform="int8") + trained("a", [0.3], task="mnist1d")
+    )
+    assert [table.task for table in done] == ["digits", "mnist1d"]
+    assert [line.name for line in done[0].lines] == ["a", "a + int8"]
+
+
+def test_floor_and_ceiling_come_last_and_are_not_compared():
+    floor = row("nearest", None, measure("accuracy", 0.2), role="floor")
+    ceiling = row("oracle", None, measure("accuracy", 1), role="ceiling")
+    (table,) = tables.tables([ceiling, floor, *trained("a", [0.5]), *trained("b", [0.6])])
+    assert [line.name for line in table.lines] == ["a", "b", "nearest (floor)", "oracle (ceiling)"]
+    assert table.difference(table.lines[2], column(table, "accuracy")) is None
+    assert tables.difference_cell(table, table.lines[1], column(table, "accuracy")) == "10 (one seed)"
+
+
+def test_unknown_is_a_dash_and_an_empty_field_never_zero():
+    (table,) = tables.tables([row("a", 0, measure("flops", None), measure("loss", 0.0))])
+    assert tables.cell(table, table.lines[0], column(table, "flops")) == "–"
+    assert tables.cell(table, table.lines[0], column(table, "loss")) == "0"
+    records = {r["metric"]: r for r in csv.DictReader(io.StringIO(tables.csv_text([table])))}
+    assert (records["flops"]["mean"], records["flops"]["n"], records["loss"]["mean"]) == ("", "", "0.0")
+
+
+def test_the_same_number_twice_is_an_error_but_rows_may_complete_each_other():
+    with pytest.raises(ValueError, match="seed 0, task digits, both hold accuracy"):
+        tables.tables(trained("a", [0.5]) + trained("a", [0.6]))
+    (table,) = tables.tables([row("a", 0, measure("accuracy", 0.5)), row("a", 0, measure("flops", 7, "modelled"))])
+    assert len(table.lines) == 1 and len(table.columns) == 2
+
+
+@pytest.mark.parametrize(
+    "value, spread, text",
+    [(0.0, None, "0"), (3, None, "3"), (98.7654, None, "98.77"), (1234.5678, None, "1235"), (0.012345, None, "0.01234"),
+     (91.234, 1.414, "91.2"), (91.234, 0.05, "91.234"), (-0.5, 0.26, "-0.50")],
+)  # fmt: skip
+def test_digits(value, spread, text):
+    assert tables.number(value, spread) == text
+
+
+def test_report_writes_four_files_and_the_rows_come_back(tmp_path):
+    everything = trained("a", [0.90, 0.92]) + trained("b", [0.95, 0.97], 0.004)
+    tables.write_report(everything, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pareto.png", "rows.jsonl", "table.csv", "table.md"]
+    assert rows.read_rows(tmp_path / "rows.jsonl") == everything
+    assert imread(tmp_path / "pareto.png").std() > 0.01
+    # Without latencies there is nothing to draw: said so, and the old picture does not stay.
+    tables.write_report([row("a", 0, measure("accuracy", 0.5))], tmp_path)
+    assert not (tmp_path / "pareto.png").exists()
+    assert "No plot: no line knows both latency_p50" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="no rows"):
+        tables.write_report([], tmp_path)
+
+
+@pytest.mark.parametrize("count", [3, 15])
+def test_labels_do_not_overlap_each_other(tmp_path, count):
+    # All but three points lie within 1 % of each other.
+    close = [
+        plots.Point(f"variant number {i}", 1 + 0.001 * i, 90 + 0.01 * i, size=1e6 * (i + 1)) for i in range(count - 3)
+    ]
+    far = [plots.Point(f"another variant {i}", 3.0 * i, 80.0 + i, 0.1, 0.5) for i in (1, 2, 3)]
+    panel = plots.Panel("task", "machine", "x", "y", tuple(close + far), size_name="memory")
+    (boxes,) = plots.pareto_plot([panel], tmp_path / "plot.png")
+    assert len(boxes) == count and all(box.width > 30 and box.height > 8 for box in boxes)
+    assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    height, width, _ = imread(tmp_path / "plot.png").shape
+    assert all(b.x0 >= 0 and b.x1 <= width and b.y0 >= 0 and b.y1 <= height for b in boxes)
+
+
+def test_labels_that_cannot_fit_are_refused(tmp_path):
+    panel = plots.Panel("task", "machine", "x", "y", (plots.Point("long " * 60, 1.0, 2.0),))
+    with pytest.raises(ValueError, match="shorten the variant labels"):
+        plots.pareto_plot([panel], tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_marker_area_is_proportional_to_memory():
+    assert plots.marker_area(4e6, 4e6) == 2 * plots.marker_area(2e6, 4e6) == plots.LARGEST
