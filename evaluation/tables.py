@@ -87,7 +87,8 @@ def machine_name(hardware: Mapping[str, object]) -> str:
         return f"{hardware.get('accelerators') or '?'} x {hardware['accelerator']}"
     if not hardware.get("cpu"):
         return "unknown machine"
-    return f"{hardware['cpu']}, {hardware.get('cores') or '?'} cores"
+    cores = hardware.get("cores") or "?"
+    return f"{hardware['cpu']}, {cores} core{'' if cores == 1 else 's'}"
 
 
 # ---- aggregation
@@ -176,7 +177,7 @@ def number(value: float, spread: float | None = None) -> str:
     digits = 1 if spread else 3
     decimals = min(max(digits - math.floor(math.log10(size)), 0), 4 if spread else 8)
     text = f"{value:.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if float(value).is_integer() and not spread else text
+    return text.rstrip("0").rstrip(".") if not spread and math.isclose(value, round(value)) else text
 
 
 def cell(table: Table, line: Line, column: Column) -> str:
