@@ -171,21 +171,46 @@ def _floor_rows(task: str, dataset, provenance) -> list:
 
 def write(rows: list, out: pathlib.Path | str) -> None:
     """rows.jsonl, table.md, table.csv and pareto.png under `out`."""
-    from lissom.evaluation.reports import write_report
+    from lissom.evaluation.tables import write_report
 
     write_report(rows, out)
+
+
+# What is printed; table.md, table.csv and rows.jsonl hold everything.
+SHOWN = (
+    "accuracy",
+    "token_accuracy",
+    "bits_per_byte",
+    "train_seconds",
+    "latency_p50",
+    "peak_memory",
+    "flops",
+    "parameters",
+    "artefact_bytes",
+)
+
+
+def render(rows: list) -> str:
+    """The tables for the terminal, one a task; the first variant is what the others are compared to."""
+    import dataclasses
+
+    from lissom.evaluation.tables import markdown, tables
+
+    shown = [
+        dataclasses.replace(table, columns=tuple(c for c in table.columns if c.name in SHOWN)) for table in tables(rows)
+    ]
+    return "\n".join(map(markdown, shown))
 
 
 def report_run(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
     """What train.py ends with: the run's own row beside its floor, its times, its place."""
     from lissom.evaluation.rows import write_rows
-    from lissom.evaluation.tables import markdown
 
     if "loss" not in result:
         return
     rows = evaluate([workdir])
     write_rows(workdir / "rows.jsonl", rows)
-    print(markdown(rows))
+    print(render(rows))
     print(
         f"compiled in {result['compile_seconds']:.1f} s, trained in {result['train_seconds']:.1f} s; "
         f"the run lies in {workdir}"
@@ -201,10 +226,8 @@ def main(argv: list[str]) -> None:
             raise UserError("eval.py takes no --config: every run holds its own")
         if not flags.FLAGS.runs:
             raise UserError("--runs=PATTERN is missing, for example --runs='runs/*'")
-        from lissom.evaluation.tables import markdown
-
         rows = evaluate(find_runs(flags.FLAGS.runs, lambda text: print(text, file=sys.stderr)))
-        print(markdown(rows))
+        print(render(rows))
         if flags.FLAGS.out:
             write(rows, flags.FLAGS.out)
             print(f"written to {flags.FLAGS.out}")

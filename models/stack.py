@@ -5,6 +5,7 @@ have a leading axis of depth / len(pattern). Paths are written unstacked (`block
 are saved, matched or shown: `unstack_layers` and `stack_layers` convert exactly.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ def unstack_layers(tree: Any, where: dict[tuple, tuple[int, int]]) -> Any:
 
     def unstack(places: Tree, depth: int, period: int) -> Tree:
         return {
-            i: jax.tree.map(lambda leaf: leaf[i // period], places[i % period])
+            i: jax.tree.map(operator.itemgetter(i // period), places[i % period])
             for i in range(depth)
             if i % period in places
         }

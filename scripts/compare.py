@@ -256,10 +256,9 @@ def main(argv: list[str]) -> None:
             shard=shard_of(given.shard),
             merge=given.merge,
         )
-        from lissom.eval import write
-        from lissom.evaluation.tables import markdown
+        from lissom.eval import render, write
 
-        print(markdown(rows, baseline=variants[0].label))
+        print(render(rows))
         out = given.out or workdir
         write(rows, out)
         print(f"written to {out}")

@@ -168,6 +168,10 @@ class Checkpoints:
                 shutil.rmtree(self.directory / str(newer))
 
     def close(self) -> None:
-        if self._manager is not None:
-            self.wait()
-            self._manager.close()
+        """Waits for what was started and lets go of the directory; raises UserError where the disk refused."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                manager.close()
+            except DAMAGE as error:
+                raise self._refused(None, error) from error

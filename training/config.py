@@ -71,7 +71,7 @@ def default_workdir(spec: str) -> pathlib.Path:
 def override(config: ml_collections.ConfigDict, key: str, text: Any) -> None:
     """Sets `a.b.c` to a value given as text, read as the type of the present value; unknown fields are an error.
 
-    Below a field named `*kwargs` new entries may be made: `model.mixer_kwargs.window.window=64`; and the settings of the
+    Below a field named `*kwargs` new entries may be made: `model.mixer_kwargs.window.window=64`; the settings of the
     model's named size may be set one by one: `model.width=96`.
     """
     *parents, last = key.split(".")

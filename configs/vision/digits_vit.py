@@ -11,7 +11,7 @@ from lissom.configs.base import base, mode, tiny
 
 def get_config(arg: str = ""):
     config = base()
-    config.data.update({"name": "digits", "batch_size": 128, "augment": ("shift",)})
+    config.data.update({"name": "digits", "batch_size": 128})
     config.model.update(
         {
             "name": "vit",

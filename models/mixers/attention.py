@@ -1,5 +1,7 @@
 """Softmax attention as a mixer: multi-head and grouped-query, full or windowed, with rotary positions and a cache."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,7 @@ class Attention(nnx.Module):
     here with RMSNorm). The cache is heads-major: k, v [B, K, length, D], so that decoding reads contiguous rows.
     """
 
-    cache_axes = {
+    cache_axes: ClassVar = {
         "k": ("batch", "kv_heads", "length", "head_dim"),
         "v": ("batch", "kv_heads", "length", "head_dim"),
         "length": ("batch",),

@@ -1,5 +1,7 @@
 """The control of every mixer comparison: tokens never see each other."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ from lissom.models.ffn import NO_AUX
 class NoMixer(nnx.Module):
     """y = 0, so that the residual block hands its input on. It has no parameters and its cache counts tokens only."""
 
-    cache_axes = {"length": ("batch",)}
+    cache_axes: ClassVar = {"length": ("batch",)}
 
     def __init__(self, width: int, *, heads: int, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         del width, heads, dtype, rngs

@@ -119,7 +119,7 @@ def test_parameter_counts_by_hand():
     # ViT on 8x8x1 with patches of 2: 4 pixels a patch, 16 positions, LayerNorm with bias, 10 classes.
     vit = VisionTransformer(input_shape=(8, 8, 1), classes=10, width=m, depth=2, heads=h, patch=2, rngs=nnx.Rngs(0))
     assert count(vit) == (4 * m + m) + 16 * m + 2 * (4 * m + attention + mlp) + 2 * m + (m * 10 + 10)
-    # ResNet (8, 16), one block a stage: stem, block without projection, block with projection, head; BN has 2 a channel.
+    # ResNet (8, 16), one block a stage: stem, plain block, block with projection, head; BN has 2 a channel.
     net = ResNet(input_shape=(8, 8, 1), classes=10, widths=(8, 16), blocks=(1, 1), rngs=nnx.Rngs(0))
     stage1 = 2 * 9 * 8 * 8 + 2 * 16
     stage2 = 9 * 8 * 16 + 9 * 16 * 16 + 8 * 16 + 3 * 32
@@ -141,7 +141,7 @@ def test_split_is_a_lint(held):
             self.weight = nnx.Param(jnp.zeros(2), out_sharding=(None,))
             self.held = held
 
-    with pytest.raises(ValueError, match="neither nnx.Param, Stat nor Frozen"):
+    with pytest.raises(ValueError, match=r"neither nnx.Param, Stat nor Frozen"):
         split(Wrong())
 
 
@@ -177,9 +177,9 @@ def test_names_and_settings():
     build = lambda name, kwargs: construct(
         table, name, kwargs, "mixer", width=8, heads=2, dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
-    with pytest.raises(UnknownName, match="unknown mixer 'atention'.*did you mean 'attention'"):
+    with pytest.raises(UnknownName, match=r"unknown mixer 'atention'.*did you mean 'attention'"):
         build("atention", {})
-    with pytest.raises(UnknownName, match="no setting 'kv_head'.*did you mean 'kv_heads'"):
+    with pytest.raises(UnknownName, match=r"no setting 'kv_head'.*did you mean 'kv_heads'"):
         build("attention", {"attention": {"kv_head": 1}})
     with pytest.raises(UnknownName, match="no module"):
         build("nowhere.at_all:Thing", {})
