@@ -117,22 +117,29 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     )
     stopped, traces = [], {}
     previous = signal.signal(signal.SIGTERM, lambda *_: stopped.append("SIGTERM"))
+    # Programs in flight on more virtual devices than there are cores starve each other's collectives until XLA aborts.
+    virtual = mesh.size > 1 and jax.devices()[0].platform == "cpu"
     spent = {"compile": 0.0, "train": 0.0}
     outcome: dict[str, float] = {}
     per_example = dataset.train[0]["inputs"].size if dataset.kind == "tokens" else 1
 
-    def evaluate(assembly, state, compiled={}):  # noqa: B006 - one compiled form a stage
-        if id(assembly) not in compiled:
-            compiled[id(assembly)] = jax.jit(make_evaluation(assembly))
-        where = None
-        sums = []
-        for batch in data.eval_batches(
-            dataset, batch_size=config.evaluation.batch_size, process=process, processes=processes
-        ):
-            where = where or {name: sharding.replicated(mesh) for name in batch}
-            batch = sharding.put_batch(batch, where)
-            sums.append(compiled[id(assembly)](state["params"], state["stats"], state["frozen"], batch, loop_key))
-        return mean_over(sums)
+    compiled_evaluations: dict[int, Any] = {}
+
+    def evaluate(index, state):
+        if index not in compiled_evaluations:
+            compiled_evaluations[index] = jax.jit(make_evaluation(assemblies[index]))
+        size = config.evaluation.batch_size
+        batches = data.eval_batches(dataset, batch_size=size, process=process, processes=processes)
+        whole = size % sharding.batch_ways(mesh) != 0
+
+        def sums():
+            for batch in batches:
+                places = sharding.batch_shardings(mesh, batch)
+                places = {name: sharding.replicated(mesh) for name in batch} if whole else places
+                batch = sharding.put_batch(batch, places)
+                yield compiled_evaluations[index](state["params"], state["stats"], state["frozen"], batch, loop_key)
+
+        return mean_over(sums())
 
     try:
         for index in range(current, len(plan)):
@@ -183,6 +190,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                 with jax.transfer_guard("disallow"):
                     state, metrics = compiled(state, frozen, sharding.put_batch(next(batches), where), loop_key)
                 step += 1
+                if virtual:
+                    jax.block_until_ready(metrics)
                 pending.append((step, metrics))
                 if profile and step == min(start + min(5, total - start - 1) + profile, stage.stop):
                     jax.block_until_ready(state)
@@ -213,7 +222,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     )
                 if config.evaluation.every and step % config.evaluation.every == 0 and step < total:
                     paused = time.monotonic()
-                    logs.write(step, evaluate(assembly, {**state, "frozen": frozen}), "test")
+                    logs.write(step, evaluate(index, {**state, "frozen": frozen}), "test")
                     began += time.monotonic() - paused
                     mark += time.monotonic() - paused
                 if saving:
@@ -229,7 +238,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         if stopped:
             logs.say(f"stopped by {stopped[0]} at step {step} of {total}; saved in {workdir}")
         else:
-            outcome = evaluate(assemblies[-1], state)
+            outcome = evaluate(len(plan) - 1, state)
             logs.write(step, outcome, "test")
         speed = (step - start) * config.data.batch_size / spent["train"] if spent["train"] else math.nan
         times = {

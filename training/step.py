@@ -65,7 +65,8 @@ def make_evaluation(assembly: Assembly) -> Callable:
 
 
 def mean_over(batches: Iterable[dict[str, tuple]]) -> dict[str, float]:
-    """Sums and counts of many batches -> {name: mean}; a name that was counted nowhere is left out."""
+    """Sums and counts of many batches -> {name: mean}; a name that was counted nowhere is left out. Each batch is
+    waited for, so that at most one is in flight."""
     totals: dict[str, list[float]] = {}
     for sums in batches:
         for name, (value, count) in jax.device_get(sums).items():
