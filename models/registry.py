@@ -84,9 +84,12 @@ def construct(
 ) -> Any:
     """Builds what `name` stands for with `kwargs[name]` (its own settings) and `fixed` (what the caller provides).
 
-    Every entry of `kwargs` is checked against its own constructor, also those of names that were not chosen.
+    A plug-in's settings stand under the name of its class (a config's keys have no dots). Every entry of `kwargs` is
+    checked against its own constructor, also those of names that were not chosen.
     """
     kwargs = dict(kwargs or {})
+    own = name if name in table else name.rpartition(":")[2]
     for entry, settings in kwargs.items():
-        check_settings(resolve(table, entry, what), settings, f"{what} {entry!r}", reserved=tuple(fixed))
-    return resolve(table, name, what)(**fixed, **dict(kwargs.get(name, {})))
+        target = resolve(table, name if entry == own else entry, what)
+        check_settings(target, settings, f"{what} {entry!r}", reserved=tuple(fixed))
+    return resolve(table, name, what)(**fixed, **dict(kwargs.get(own, {})))

@@ -7,10 +7,10 @@ from lissom.models.registry import UnknownName
 
 def test_plug_in(tiny_run):
     name = "examples.mean_mixer:MeanMixer"
-    kwargs = {name: {"scale": 0.5}}
+    kwargs = {"MeanMixer": {"scale": 0.5}}
     result, _ = tiny_run("vision/digits_vit", **{"model.mixer": name, "model.mixer_kwargs": kwargs})
     assert result["step"] == 3
     with pytest.raises(UnknownName, match=r"no setting 'scal'.*did you mean 'scale'"):
-        tiny_run("vision/digits_vit", "b", **{"model.mixer": name, "model.mixer_kwargs": {name: {"scal": 0.5}}})
+        tiny_run("vision/digits_vit", "b", **{"model.mixer": name, "model.mixer_kwargs": {"MeanMixer": {"scal": 0.5}}})
     with pytest.raises(UnknownName, match="has no 'MeanMixr'"):
         tiny_run("vision/digits_vit", "c", **{"model.mixer": "examples.mean_mixer:MeanMixr"})

@@ -33,8 +33,8 @@ def covering_array() -> list[dict]:
         row = dict([a, b])
         for name in names:
             if name not in row:
-                gain = lambda i, name=name: len(pairs(sorted([*row.items(), (name, i)], key=_order)) & missing)
-                row[name] = max(range(len(OPTIONS[name])), key=gain)
+                tried = [pairs(sorted([*row.items(), (name, i)], key=_order)) for i in range(len(OPTIONS[name]))]
+                row[name] = max(range(len(tried)), key=[len(found & missing) for found in tried].__getitem__)
         missing -= pairs(sorted(row.items(), key=_order))
         rows.append({name: OPTIONS[name][row[name]] for name in names})
     return rows
