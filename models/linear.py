@@ -78,8 +78,8 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (*kernel, inputs, outputs)
-        # One mesh axis at most: XLA's partitioner gave wrong gradients (by their own size) for a convolution whose batch,
-        # input and output channels lay on three different axes (jax 0.11.2, CPU; tests/training/test_loop.py).
+        # One mesh axis at most: XLA's partitioner gave wrong gradients (by as much as their size) for a convolution
+        # whose batch, input and output channels lay on three axes (jax 0.11.2, CPU; tests/training/test_loop.py).
         axes = (*("spatial",) * len(kernel), None, "channels")
         init = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)

@@ -118,16 +118,24 @@ def _read(key: str, text: str, present: Any) -> Any:
         if isinstance(present, str):
             return text
         if isinstance(present, tuple | list):
-            value = ast.literal_eval(text if text[:1] in "([" else f"({text},)" if text else "()")
-            return tuple(value)
+            return tuple(ast.literal_eval(text)) if text[:1] in ("(", "[") else tuple(map(_literal, _words(text)))
         if isinstance(present, ml_collections.ConfigDict):
             return ml_collections.ConfigDict(ast.literal_eval(text))
     except (KeyError, ValueError, SyntaxError, TypeError) as error:
         raise UserError(f"config.{key}={text!r} is not {_article(present)}") from error
+    return _literal(text)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, or the text itself: a name."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text  # a name, where the recipe left the field open
+        return text
 
 
 def _article(present: Any) -> str:
