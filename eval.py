@@ -164,9 +164,15 @@ def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, v
 
 
 def _floor_rows(task: str, dataset, provenance) -> list:
+    import functools
+
+    from lissom.data import cue_match
     from lissom.evaluation.measuring import floor_rows
 
-    return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance)
+    # The generated set whose answer can be worked out from its input.
+    solve = functools.partial(cue_match.solve, classes=dataset.info.get("classes"))
+    oracle = solve if dataset.name == "cue_match" else None
+    return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance, oracle)
 
 
 def write(rows: list, out: pathlib.Path | str) -> None:

@@ -128,18 +128,17 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     def evaluate(index, state):
         if index not in compiled_evaluations:
             compiled_evaluations[index] = jax.jit(make_evaluation(assemblies[index]))
-        size = config.evaluation.batch_size
+        ways = sharding.batch_ways(mesh)
+        size = -(-config.evaluation.batch_size // ways) * ways
         batches = data.eval_batches(dataset, batch_size=size, process=process, processes=processes)
-        whole = size % sharding.batch_ways(mesh) != 0
 
         def sums():
             for batch in batches:
-                places = sharding.batch_shardings(mesh, batch)
-                places = {name: sharding.replicated(mesh) for name in batch} if whole else places
-                batch = sharding.put_batch(batch, places)
+                batch = sharding.put_batch(batch, sharding.batch_shardings(mesh, batch))
                 yield compiled_evaluations[index](state["params"], state["stats"], state["frozen"], batch, loop_key)
 
-        return mean_over(sums())
+        with sharding.on_mesh(mesh):
+            return mean_over(sums())
 
     try:
         for index in range(current, len(plan)):
@@ -168,7 +167,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             places = shardings_of({name: assembly.shapes[name] for name in state})
             jitted = jax.jit(traced, donate_argnums=0, out_shardings=(places, None))
             began = time.monotonic()
-            compiled = jitted.lower(state, frozen, sharding.put_batch(source(step), where), loop_key).compile()
+            with sharding.on_mesh(mesh):
+                lowered = jitted.lower(state, frozen, sharding.put_batch(source(step), where), loop_key)
+            compiled = lowered.compile()
             spent["compile"] += time.monotonic() - began
 
             # run

@@ -118,9 +118,16 @@ def _batches_of(examples: Sequence[dict], batch: int) -> list[jax.Array]:
 
 
 def floor_rows(
-    task: str, kind: str, train: Sequence[dict], test: Sequence[dict], info: Mapping[str, Any], provenance: Provenance
+    task: str,
+    kind: str,
+    train: Sequence[dict],
+    test: Sequence[dict],
+    info: Mapping[str, Any],
+    provenance: Provenance,
+    oracle: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[Row]:
-    """The trivial methods of a task, as rows of role "floor"; and the anchors that its paper reports."""
+    """The trivial methods of a task, as rows of role "floor"; and as the ceiling, where the data has one, its
+    `oracle`: inputs of all test examples -> labels."""
     rows = []
 
     def add(name: str, *measurements: Measurement, role: str = "floor") -> None:
@@ -140,6 +147,10 @@ def floor_rows(
     methods = {"1-nearest neighbour": floors.nearest_neighbour, "linear": floors.linear}
     for name, method in methods.items():
         add(name, measure("accuracy", floors.accuracy(method(x, y, x_test), y_test), examples=len(y_test)))
+    if oracle is not None:
+        add(
+            "oracle", measure("accuracy", floors.accuracy(oracle(x_test), y_test), examples=len(y_test)), role="ceiling"
+        )
     return rows
 
 

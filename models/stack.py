@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from lissom.models.context import Context
 from lissom.models.variables import Parts, Tree, merge, split, stats_of
@@ -113,12 +114,21 @@ class Stack(nnx.List):
         return x, caches, aux, stats
 
 
+def batch_split(x: jax.Array) -> jax.Array:
+    """Says that the rows of x lie where the batch does. Without it the compiler may follow a parameter's `fsdp` split
+    into the activations, and then copies whole arrays between two layouts. Off a mesh it is the identity."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "fsdp" not in mesh.axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+
+
 def _layer_call(graph: nnx.GraphDef, remat: bool) -> Callable:
     """The layer as a pure function; a module must be merged inside what jax.checkpoint and scan trace."""
 
     def call(params, stats, frozen, x, context, cache, key):
         layer = merge(Parts(graph, params, stats, frozen))
-        y, cache, aux = layer(x, context, cache, key)
+        y, cache, aux = layer(batch_split(x), context, cache, key)
         return y, cache, aux, stats_of(layer)
 
     return jax.checkpoint(call) if remat else call

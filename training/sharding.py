@@ -5,8 +5,9 @@ fsdp      splits the batch and every parameter      sequence   splits the tokens
 expert    splits experts
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lissom.models.variables import Tree, path_name
+from lissom.ops import dispatch
 from lissom.training.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+BATCH = ("data", "fsdp")
 RULES = {
     "embed": "fsdp",
     "channels": "fsdp",
@@ -47,6 +50,17 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     )
 
 
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """What a step is traced under: activations keep their rows where the batch lies (models/stack.py), and kernels,
+    which the compiler cannot split, are run a device by the dispatcher. One device needs neither."""
+    if mesh.size == 1:
+        yield
+        return
+    with jax.set_mesh(mesh), dispatch.partition(mesh, batch=BATCH, heads="tensor"):
+        yield
+
+
 def batch_ways(mesh: Mesh) -> int:
     """In how many parts the batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -74,7 +88,7 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedShar
 
     def place(leaf: Any) -> NamedSharding:
         tokens = mesh.shape["sequence"] > 1 and leaf.ndim == 2 and leaf.shape[1] % mesh.shape["sequence"] == 0
-        return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(("sequence",) if tokens else ())))
+        return NamedSharding(mesh, PartitionSpec(BATCH, *(("sequence",) if tokens else ())))
 
     return {name: place(leaf) for name, leaf in batch.items()}
 

@@ -11,13 +11,13 @@ from lissom.configs.base import base, mode, tiny
 
 def get_config(arg: str = ""):
     config = base()
-    config.data.update({"name": "digits", "batch_size": 128})
+    config.data.update({"name": "digits", "batch_size": 32, "augment": ("noise",)})
     config.model.update(
         {
             "name": "vit",
             "size": "digits",
             "mixer": "attention",
-            "mixer_kwargs": {"attention": {"rope_theta": 0.0}, "window": {"window": 5, "rope_theta": 0.0}},
+            "mixer_kwargs": {"attention": {"rope_theta": 100.0}, "window": {"window": 5, "rope_theta": 100.0}},
             "ffn": "mlp",
             "ffn_kwargs": {},
             "norm": "layernorm",
@@ -27,7 +27,8 @@ def get_config(arg: str = ""):
             "remat": False,
         }
     )
-    config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
-    config.train = {"epochs": 60}
+    config.objective_kwargs = {"classification": {"label_smoothing": 0.1}}
+    config.optim.update({"learning_rate": 1e-3, "weight_decay": 0.3})
+    config.train = {"epochs": 30}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})
     return tiny(config) if mode(arg, ("tiny",)) else config
