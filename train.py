@@ -110,7 +110,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     parameters = sum(leaf.size for leaf in flatten(state["params"]).values())
 
     # ------------------------------------------------------------------ loop
-    logs = Logs(workdir, total, start, unit="tokens" if dataset.kind == "tokens" else "examples")
+    unit = "tokens" if dataset.kind == "tokens" else "examples"
+    logs = Logs(workdir, total, start, unit, writing=process == 0)
     logs.say(
         f"{config.recipe or config.model.name}: {parameters:,} parameters, {total} steps of "
         f"{config.data.batch_size} on {mesh.size} {jax.devices()[0].device_kind} device(s), in {workdir}"

@@ -131,8 +131,6 @@ def matched(config, facts: Mapping[str, Any], what: str, target: float):
 def tuned(config, workdir: pathlib.Path, axis: str, label: str):
     """The config with the value of the axis that has the lowest test loss at one seed and half the length; the runs
     and the choice are kept under `workdir`, and a choice at the grid's edge is said."""
-    from lissom.train import train
-
     key, _, values = axis.partition("=")
     values = _values(values)
     if len(values) < 2:
@@ -144,7 +142,7 @@ def tuned(config, workdir: pathlib.Path, axis: str, label: str):
             continue
         trial = overridden(config, [(key, value), *_halved(config)])
         try:
-            losses[value] = train(trial, workdir / "tuned" / _file(f"{label} {key}={value}"))["loss"]
+            losses[value] = _trained(trial, workdir / "tuned" / _file(f"{label} {key}={value}"))
         except UserError as error:
             if "the loss is" not in str(error):
                 raise
@@ -186,7 +184,6 @@ def compare(
     trained, and a missing run is an error."""
     from lissom import data
     from lissom.eval import evaluate
-    from lissom.train import train
 
     configs, target = {}, None
     dataset = data.load(
@@ -215,10 +212,20 @@ def compare(
             raise UserError(f"--merge: the run {run} is not finished")
         if not _finished(run):
             print(f"[{number + 1}/{len(jobs)}] {variant.label}, seed {seed}", file=sys.stderr)
-            train(final, run)
+            _trained(final, run)
         runs.append(run)
         labels[str(run)] = variant.label
     return evaluate(runs, variants=labels)
+
+
+def _trained(config, run: pathlib.Path) -> float:
+    """Trains one run to its end and returns its test loss; where it was asked to stop, so does the comparison."""
+    from lissom.train import train
+
+    result = train(config, run)
+    if "loss" not in result:
+        raise SystemExit(0)
+    return result["loss"]
 
 
 def _finished(run: pathlib.Path) -> bool:
@@ -228,7 +235,7 @@ def _finished(run: pathlib.Path) -> bool:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError, KeyError):
         return False
-    return any(line["kind"] == "times" and line["step"] == total for line in lines)
+    return any(line["kind"] == "test" and line["step"] == total for line in lines)
 
 
 def main(argv: list[str]) -> None:

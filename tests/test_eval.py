@@ -56,12 +56,12 @@ def test_ceiling(tiny_run):
     settings = {
         "data.name": "cue_match",
         "evaluation.floor": True,
-        "data.kwargs": {"cue_match": {"train_size": 200, "test_size": 100, "length": 32, "items": 2}},
+        "data.kwargs": {"cue_match": {"train_size": 200, "test_size": 100, "length": 32, "items": 4}},
     }
     _, run = tiny_run("vision/mnist1d_cnn", **settings)
     rows = evaluate([run])
     assert rows[-1].identity.role == "ceiling" and values(rows[-1])["accuracy"] == 1.0
-    assert rows[0].identity.task == "cue_match(items=2, length=32, test_size=100, train_size=200)"
+    assert rows[0].identity.task == "cue_match(items=4, length=32, test_size=100, train_size=200)"
 
 
 def test_names():

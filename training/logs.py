@@ -9,14 +9,18 @@ from typing import Any
 
 
 class Logs:
-    """Writes metrics; `bar` is drawn on a terminal only, a line every few seconds elsewhere."""
+    """Writes metrics; a bar is drawn on a terminal only, a line every few seconds elsewhere. Of several processes the
+    first one writes (`writing`), the others are silent."""
 
-    def __init__(self, workdir: pathlib.Path, total: int, start: int, unit: str = "examples"):
+    def __init__(self, workdir: pathlib.Path, total: int, start: int, unit: str = "examples", writing: bool = True):
+        self._writing, self._bar = writing, None
+        if not writing:
+            return
         from tensorboardX import SummaryWriter
 
         self._file = (workdir / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"))
-        self._total, self._unit, self._bar = total, unit, None
+        self._total, self._unit = total, unit
         self._said = 0.0
         if sys.stderr.isatty():
             from rich import progress
@@ -35,6 +39,8 @@ class Logs:
 
     def write(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
         """One line of `metrics.jsonl` and the same points for TensorBoard. A value that is not finite is null."""
+        if not self._writing:
+            return
         clean = {name: (float(v) if math.isfinite(float(v)) else None) for name, v in values.items()}
         self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
         self._file.flush()
@@ -44,6 +50,8 @@ class Logs:
 
     def progress(self, step: int, loss: float, per_second: float, seconds_left: float) -> None:
         """Shows where the run is."""
+        if not self._writing:
+            return
         text = f"loss {loss:.4f}  {per_second:,.0f} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
@@ -53,12 +61,17 @@ class Logs:
 
     def say(self, text: str) -> None:
         """A line for the user that does not tear the bar."""
+        if not self._writing:
+            return
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Ends the bar and the files."""
+        if not self._writing:
+            return
         if self._bar is not None:
             self._bar.stop()
         self._board.close()
