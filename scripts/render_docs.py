@@ -1,0 +1,165 @@
+"""Writes the generated pages: docs/techniques.md from docs/techniques.toml, and the table in README.md from results/.
+
+uv run scripts/render_docs.py            writes them
+uv run scripts/render_docs.py --check    exits 1 where a page is stale or an entry names what does not exist
+"""
+
+import argparse
+import ast
+import pathlib
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+FIELDS = ("name", "paper", "area", "module", "recipe", "test", "rows", "verdict")
+AREAS = ("ops", "models", "training", "compression", "inference", "search", "data", "evaluation")
+UNMEASURED = "not measured"
+VERDICTS = ("shown", "not separated", "refuted at this size", UNMEASURED)
+BEGIN, END = "<!-- table: begin, written by scripts/render_docs.py -->", "<!-- table: end -->"
+RESULT = "results/mnist1d_transformer"
+
+
+def read_techniques(root: pathlib.Path) -> list[dict[str, Any]]:
+    """The entries of docs/techniques.toml."""
+    return tomllib.loads((root / "docs" / "techniques.toml").read_text())["technique"]
+
+
+def problems(entry: Mapping[str, Any], root: pathlib.Path) -> list[str]:
+    """What is wrong with one entry, a sentence each: fields, words, paths that do not exist."""
+    name = entry.get("name", "?")
+    if set(entry) != set(FIELDS):
+        return [f"{name}: the fields are {', '.join(FIELDS)}, not {', '.join(entry)}"]
+    found = []
+    for field, known in (("area", AREAS), ("verdict", VERDICTS)):
+        if entry[field] not in known:
+            found.append(f"{name}: {field} {entry[field]!r} is none of {', '.join(known)}")
+    if (entry["verdict"] == UNMEASURED) != (not entry["rows"]):
+        found.append(f"{name}: the verdict is {UNMEASURED!r} exactly where there are no rows")
+    recipe, *flags = entry["recipe"].split() or [""]
+    paths = {"module": entry["module"], "recipe": recipe, "test": entry["test"].partition("::")[0]}
+    if entry["rows"]:
+        paths["rows"] = entry["rows"]
+    for field, path in paths.items():
+        if not (path and (root / path).is_file()):
+            found.append(f"{name}: {field} {path!r} does not exist")
+    if any(not flag.startswith("--config.") for flag in flags):
+        found.append(f"{name}: behind the recipe stand --config.field=value only")
+    test = root / paths["test"]
+    if test.is_file() and entry["test"].partition("::")[2] not in _functions(test):
+        found.append(f"{name}: there is no test {entry['test']}")
+    return found
+
+
+def _functions(path: pathlib.Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def techniques_page(techniques: Sequence[Mapping[str, Any]]) -> str:
+    """docs/techniques.md: one table an area."""
+    lines = ["# Techniques", "", "Written by `scripts/render_docs.py` from `docs/techniques.toml`.", ""]
+    lines += ["What a verdict means: [evaluation.md](evaluation.md). `RUN` is the directory of a finished run.", ""]
+    for area in AREAS:
+        entries = [entry for entry in techniques if entry["area"] == area]
+        if not entries:
+            continue
+        lines += [
+            f"## {area}",
+            "",
+            "| technique | paper | module | recipe | test | verdict |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [_row(entry) for entry in entries] + [""]
+    return "\n".join(lines)
+
+
+def _row(entry: Mapping[str, Any]) -> str:
+    path, function = entry["test"].split("::")
+    verdict = f"[{entry['verdict']}](../{entry['rows']})" if entry["rows"] else entry["verdict"]
+    cells = (
+        entry["name"],
+        _linked(entry["paper"]) or "–",
+        f"[{entry['module']}](../{entry['module']})",
+        f"`{entry['recipe'].removeprefix('configs/')}`",
+        f"[{function}](../{path})",
+        verdict,
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _linked(paper: str) -> str:
+    title, found, number = paper.rpartition(", arXiv:")
+    return f"{title}, [arXiv:{number}](https://arxiv.org/abs/{number})" if found else paper
+
+
+def measured_table(folder: pathlib.Path, name: str) -> str:
+    """What stands between the markers of README.md: the table that compare.py prints, made again from its rows."""
+    file = folder / "rows.jsonl"
+    if not file.is_file():
+        return "Not measured yet."
+    from lissom.eval import render
+    from lissom.evaluation.rows import read_rows
+
+    rows = read_rows(file)
+    commits = sorted({_commit(row.provenance) for row in rows})
+    dates = sorted({(row.provenance.date or "unknown date")[:10] for row in rows})
+    text = render(rows).strip().replace("## ", "### ")
+    text += f"\n\nCommit {', '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    text += f" All columns: [{name}/table.md]({name}/table.md)."
+    if (folder / "pareto.png").is_file():
+        text += f"\n\n![Accuracy against latency, the front drawn]({name}/pareto.png)"
+    return text
+
+
+def _commit(provenance: Any) -> str:
+    if not provenance.commit:
+        return "unknown"
+    return provenance.commit[:9] + (" with changes" if provenance.dirty else "")
+
+
+def replaced(page: str, table: str) -> str:
+    """The page with `table` between its markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the page must have {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def pages(root: pathlib.Path) -> dict[pathlib.Path, str]:
+    """{path: what it should hold} of every generated page."""
+    readme = root / "README.md"
+    return {
+        root / "docs" / "techniques.md": techniques_page(read_techniques(root)),
+        readme: replaced(readme.read_text(), measured_table(root / RESULT, RESULT)),
+    }
+
+
+def stale(root: pathlib.Path) -> list[str]:
+    """The generated pages that do not hold what they should."""
+    wanted = pages(root)
+    return [
+        str(path.relative_to(root)) for path, text in wanted.items() if not path.is_file() or path.read_text() != text
+    ]
+
+
+def main(arguments: Sequence[str] | None = None, root: pathlib.Path = ROOT) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is stale")
+    check = parser.parse_args(arguments).check
+    wrong = [sentence for entry in read_techniques(root) for sentence in problems(entry, root)]
+    if check:
+        wrong += [f"{page} is stale: uv run scripts/render_docs.py" for page in stale(root)]
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    if not check:
+        for path, text in pages(root).items():
+            path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
