@@ -176,13 +176,14 @@ def _floor_rows(task: str, dataset, provenance) -> list:
 
 
 def write(rows: list, out: pathlib.Path | str) -> None:
-    """rows.jsonl, table.md, table.csv and pareto.png under `out`."""
+    """rows.jsonl and table.csv with everything, table.md as it is printed, and pareto.png, under `out`."""
     from lissom.evaluation.tables import write_report
 
     write_report(rows, out)
+    (pathlib.Path(out) / "table.md").write_text(render(rows), encoding="utf-8")
 
 
-# What is printed; table.md, table.csv and rows.jsonl hold everything.
+# What is printed; table.csv and rows.jsonl hold everything.
 SHOWN = (
     "accuracy",
     "token_accuracy",
