@@ -81,7 +81,7 @@ def _row(entry: Mapping[str, Any]) -> str:
         entry["name"],
         _linked(entry["paper"]) or "–",
         f"[{entry['module']}](../{entry['module']})",
-        f"`{entry['recipe'].removeprefix('configs/')}`",
+        f"`{entry['recipe']}`",
         f"[{function}](../{path})",
         verdict,
     )
