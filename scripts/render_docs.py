@@ -106,7 +106,7 @@ def measured_table(folder: pathlib.Path, name: str) -> str:
     dates = sorted({(row.provenance.date or "unknown date")[:10] for row in rows})
     text = render(rows).strip().replace("## ", "### ")
     text += f"\n\nCommit {', '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
-    text += f" All columns: [{name}/table.md]({name}/table.md)."
+    text += f" All columns: [{name}/table.csv]({name}/table.csv)."
     if (folder / "pareto.png").is_file():
         text += f"\n\n![Accuracy against latency, the front drawn]({name}/pareto.png)"
     return text
