@@ -30,6 +30,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     import time
 
     import jax
+    from jax.experimental import multihost_utils
 
     from lissom import data
     from lissom.compression.transforms import build_transforms
@@ -75,7 +76,11 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         return assemble(stage.config, facts, span, mesh, structure)
 
     assemblies = [assembled(stage) for stage in plan]
-    resuming = runs.claim(workdir, config, overwrite)
+    if process == 0:
+        resuming = runs.claim(workdir, config, overwrite)
+    if processes > 1:  # the first process has claimed the directory before the others look
+        multihost_utils.sync_global_devices("claimed")
+        resuming = resuming if process == 0 else runs.claim(workdir, config, False)
     (workdir / "facts.json").write_text(json.dumps(facts, indent=1, default=str))
     (workdir / "provenance.json").write_text(json.dumps(dataclasses.asdict(provenance()), indent=1))
 
@@ -266,9 +271,12 @@ def main(argv: list[str]) -> None:
         spec, config = command_line.config_from(command_line.parse(argv))
         workdir = pathlib.Path(flags.FLAGS.workdir or default_workdir(spec))
         result = train(config, workdir, overwrite=flags.FLAGS.overwrite, profile=flags.FLAGS.profile)
-        from lissom.eval import report_run
+        import jax
 
-        report_run(workdir, result)
+        if jax.process_index() == 0:
+            from lissom.eval import report_run
+
+            report_run(workdir, result)
 
 
 if __name__ == "__main__":
