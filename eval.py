@@ -95,11 +95,26 @@ def evaluate(
         measure_subject(subject)
     for task in tasks:
         latencies([subject for subject in subjects if subject.task == task])
+    _tell_apart(subjects)
     rows = [subject.row() for subject in subjects]
     for task, (dataset, config) in tasks.items():
         if floors and config.evaluation.floor:
             rows += _floor_rows(task, dataset, rows[0].provenance)
     return rows
+
+
+def _tell_apart(subjects: list) -> None:
+    """Two runs of one label, transform and seed would be one line of the table: their directories name them."""
+    seen: dict[tuple, list] = {}
+    for subject in subjects:
+        label = subject.variant or (subject.recipe, str(subject.overrides))
+        seen.setdefault((subject.task, label, subject.transform, subject.seed), []).append(subject)
+    for same in seen.values():
+        if len(same) > 1:
+            for number, subject in enumerate(same):
+                subject.variant = (
+                    f"{subject.variant or subject.recipe} ({subject.run}{f' #{number}' if number else ''})"
+                )
 
 
 def _dataset(config):
@@ -141,6 +156,7 @@ def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, v
             times["examples_per_second"] = entry_["examples_per_second"]
     batches = lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size)
     return kind(
+        run=str(run),
         recipe=config.recipe,
         task=task,
         seed=config.seed,

@@ -72,17 +72,29 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                 module = transform.structure(module)
             return module
 
-        span = total if stage.schedule == "run" else stage.stop - stage.start
-        return assemble(stage.config, facts, span, mesh, structure)
+        # The optimizer's count begins where its state was fresh: at the run's start or at the last reset.
+        born = max((s.start for s in plan if s.start <= stage.start and s.optimizer == "reset"), default=0)
+        if stage.schedule == "run":
+            return assemble(stage.config, facts, total, mesh, structure, offset=born)
+        return assemble(stage.config, facts, stage.stop - stage.start, mesh, structure, offset=born - stage.start)
 
     assemblies = [assembled(stage) for stage in plan]
+    build_transforms(config.evaluation.transforms)
+    for source in config.init_from:
+        runs.read_config(source)
+        if pathlib.Path(source).resolve() == workdir.resolve():
+            raise UserError(f"config.init_from names {source}, which is --workdir itself")
+    data.train_batch(
+        dataset, step=0, batch_size=processes, seed=0, processes=processes, augment=config.data.augment
+    )  # raises for an augmentation that does not exist
     if process == 0:
         resuming = runs.claim(workdir, config, overwrite)
     if processes > 1:  # the first process has claimed the directory before the others look
         multihost_utils.sync_global_devices("claimed")
         resuming = resuming if process == 0 else runs.claim(workdir, config, False)
     (workdir / "facts.json").write_text(json.dumps(facts, indent=1, default=str))
-    (workdir / "provenance.json").write_text(json.dumps(dataclasses.asdict(provenance()), indent=1))
+    if not (resuming and (workdir / "provenance.json").exists()):
+        (workdir / "provenance.json").write_text(json.dumps(dataclasses.asdict(provenance()), indent=1))
 
     # ----------------------------------------------------------------- state
     key = jax.random.key(config.seed)
@@ -102,12 +114,13 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             )
             if found is not None:
                 state = found
-                store.discard_after(step)
+                store.set_aside_after(step)
                 print(f"resuming {workdir} at step {step} of {total}", file=sys.stderr)
                 break
     if state is None:
         current = 0
-        store.discard_after(-1)
+        if store.steps():
+            raise UserError(f"every checkpoint of {workdir} is damaged or unreadable: --overwrite to start anew")
         state = fresh_state(assemblies[0], init_key)
         if config.init_from:
             state = runs.init_from(state, config.init_from)
@@ -190,6 +203,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     augment=stage.config.data.augment,
                 )
             )
+            saved = step
             pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step
             while step < stage.stop and not stopped:
                 if profile and step == start + min(5, total - start - 1):
@@ -210,10 +224,11 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     values = [(at, jax.device_get(entry)) for at, entry in pending]
                     pending = []
                     for at, entry in values:
-                        if not math.isfinite(entry["loss"]):
+                        if not (math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])):
                             whole = store.steps()
                             raise UserError(
-                                f"the loss is {float(entry['loss'])} at step {at}; the last good "
+                                f"the loss is {float(entry['loss'])} at step {at}, the gradient's norm "
+                                f"{float(entry['gradient_norm'])}; the last good "
                                 f"checkpoint is {'step ' + str(whole[0]) if whole else 'none'}, in "
                                 f"{workdir}: lower config.optim.learning_rate or clip_norm"
                             )
@@ -234,6 +249,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     mark += time.monotonic() - paused
                 if saving:
                     store.save(step, {**state, "frozen": frozen}, assembly.stacks, {"stage": stage.name})
+                    saved = step
+            if stopped and step > saved:  # the signal came between the look at it and the loop's end
+                store.save(step, {**state, "frozen": frozen}, assembly.stacks, {"stage": stage.name})
             spent["train"] += time.monotonic() - began
             state["frozen"] = frozen
             if stopped:

@@ -34,6 +34,8 @@ def build_transforms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tr
     """[dict(name=..., **settings), ...] -> [(name, transform), ...]."""
     built = []
     for entry in entries:
+        if not isinstance(entry, Mapping):
+            raise UserError(f"a transform is written dict(name=..., ...), not {entry!r}")
         settings = dict(entry)
         if "name" not in settings:
             raise UserError(f"a transform needs a name: known are {', '.join(TRANSFORMS)}")

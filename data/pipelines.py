@@ -97,6 +97,10 @@ def stream_seed(seed: int) -> int:
     return int(np.random.SeedSequence([seed, 0x6C697373]).generate_state(1)[0])
 
 
+# Examples in an endless stream: grain's own endless repeat has a length that overflows in batches of one.
+ENDLESS = 2**48
+
+
 def _train_map(dataset, batch_size: int, seed: int, process: int, processes: int, augment: Names):
     """The grain dataset whose element `step` is this process's batch of that step."""
     import grain
@@ -119,7 +123,7 @@ def _train_map(dataset, batch_size: int, seed: int, process: int, processes: int
     return (
         grain.MapDataset.range(len(source))
         .shuffle(seed=stream_seed(seed))
-        .repeat()
+        .repeat(max(1, ENDLESS // len(source)))
         .batch(rows)
         .map_with_index(batch_at)
         .slice(slice(process, None, processes))

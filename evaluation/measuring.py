@@ -26,6 +26,7 @@ class Subject:
     """One network to be measured. `state` is (params, stats, frozen), `merge(graph, state)` the network,
     `judge` an objective's (network, batch, key) -> {name: (sum, count)}, `batches()` the test set."""
 
+    run: str
     recipe: str
     task: str
     seed: int

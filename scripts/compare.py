@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from lissom.training import flags as command_line
-from lissom.training.config import check, default_workdir, overridden
+from lissom.training.config import check, default_workdir, differences, from_json, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
 
 MATCHES = ("params", "flops", "bytes")
@@ -128,7 +128,7 @@ def matched(config, facts: Mapping[str, Any], what: str, target: float):
     )
 
 
-def tuned(config, workdir: pathlib.Path, axis: str, label: str):
+def tuned(config, workdir: pathlib.Path, axis: str, label: str, merge: bool = False):
     """The config with the value of the axis that has the lowest test loss at one seed and half the length; the runs
     and the choice are kept under `workdir`, and a choice at the grid's edge is said."""
     key, _, values = axis.partition("=")
@@ -138,18 +138,21 @@ def tuned(config, workdir: pathlib.Path, axis: str, label: str):
     record = workdir / "tuned" / f"{_file(label)}.json"
     losses = json.loads(record.read_text()) if record.is_file() else {}
     for value in values:
-        if value in losses:
+        name = f"{key}={value}"
+        if name in losses:
             continue
+        if merge:
+            raise UserError(f"--merge: {label} was not tuned at {name}")
         trial = overridden(config, [(key, value), *_halved(config)])
         try:
-            losses[value] = _trained(trial, workdir / "tuned" / _file(f"{label} {key}={value}"))
+            losses[name] = _trained(trial, workdir / "tuned" / _file(f"{label} {key}={value}"))
         except UserError as error:
             if "the loss is" not in str(error):
                 raise
-            losses[value] = None  # it diverged: a result, and a bad one
+            losses[name] = None  # it diverged: a result, and a bad one
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(losses))
-    alive = {value: loss for value, loss in losses.items() if value in values and loss is not None}
+    alive = {value: losses[f"{key}={value}"] for value in values if losses[f"{key}={value}"] is not None}
     if not alive:
         raise UserError(f"--tune={axis}: {label} diverged at every value")
     best = min(alive, key=alive.get)
@@ -184,6 +187,7 @@ def compare(
     trained, and a missing run is an error."""
     from lissom import data
     from lissom.eval import evaluate
+    from lissom.training.runs import read_config
 
     configs, target = {}, None
     dataset = data.load(
@@ -205,12 +209,19 @@ def compare(
             continue
         run = workdir / f"{_file(variant.label)}_seed{seed}"
         settings = configs[variant.label]
-        for axis in tune if not merge else ():  # the second time it only reads its record
-            settings = tuned(settings, workdir, axis, variant.label)
+        for axis in tune:  # the second time it only reads its record
+            settings = tuned(settings, workdir, axis, variant.label, merge)
         final = overridden(settings, [("seed", seed)])
         if merge and not _finished(run):
             raise UserError(f"--merge: the run {run} is not finished")
-        if not _finished(run):
+        if _finished(run):
+            # The same label may stand for another run: other flags, another recipe.
+            changed = differences(read_config(run).to_dict(), from_json(to_json(final)).to_dict())
+            if changed:
+                raise UserError(
+                    f"{run} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir"
+                )
+        else:
             print(f"[{number + 1}/{len(jobs)}] {variant.label}, seed {seed}", file=sys.stderr)
             _trained(final, run)
         runs.append(run)

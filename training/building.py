@@ -64,8 +64,11 @@ def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Modul
         raise UserError(str(error)) from error
 
 
-def assemble(config, facts: Mapping[str, Any], total: int, mesh: Mesh, structure=lambda module: module) -> Assembly:
-    """Builds everything but the arrays; `structure` applies the training transforms of the config."""
+def assemble(
+    config, facts: Mapping[str, Any], total: int, mesh: Mesh, structure=lambda module: module, offset: int = 0
+) -> Assembly:
+    """Builds everything but the arrays; `structure` applies the training transforms of the config,
+    `offset` is the step at which a fresh optimizer's count begins."""
     objective = build_objective(config)
 
     def build(key: jax.Array) -> nnx.Module:
@@ -78,7 +81,7 @@ def assemble(config, facts: Mapping[str, Any], total: int, mesh: Mesh, structure
 
     abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
     parts, axes = split(abstract), logical_axes(abstract)
-    optimizer = build_optimizer(config.optim, total)
+    optimizer = build_optimizer(config.optim, total, offset)
     trees = {"params": parts.params, "stats": parts.stats, "frozen": parts.frozen}
     places = {name: sharding.tree_shardings(tree, axes, mesh) for name, tree in trees.items()}
     opt = jax.eval_shape(optimizer.init, parts.params)

@@ -71,7 +71,8 @@ class Checkpoints:
         crc = {name: checksums(leaf) for name, leaf in leaves.items()}
         if jax.process_count() > 1:
             meta = {**meta, f"crc_{jax.process_index()}": crc}
-        record = {**meta, "crc": crc}
+        # The names are checked too: a damaged one would read as the checkpoint of another model.
+        record = {**meta, "crc": crc, "names": _crc(np.frombuffer("\n".join(sorted(crc)).encode(), np.uint8))}
         try:
             self._open().save(
                 step,
@@ -101,9 +102,12 @@ class Checkpoints:
     def record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step."""
         try:
-            return json.loads((self.directory / str(step) / "record" / "metadata").read_text())
+            record = json.loads((self.directory / str(step) / "record" / "metadata").read_text())
         except DAMAGE as error:
             raise Damaged(f"its record can't be read ({str(error)[:100]})") from error
+        if record.get("names") != _crc(np.frombuffer("\n".join(sorted(record.get("crc", ()))).encode(), np.uint8)):
+            raise Damaged("its record is not what was saved")
+        return record
 
     def load(self, step: int, shapes: Any, stacks: Mapping) -> Any:
         """The state (or those of its top-level entries that `shapes` has) of one step, checked leaf by leaf; raises
@@ -131,7 +135,11 @@ class Checkpoints:
                 if index in known and known[index] != value:
                     raise Damaged(f"the checksum of {name} does not fit")
         tree = jax.tree.unflatten(jax.tree.structure(target), [restored[name] for name in wanted])
-        return stack_layers(tree, dict(stacks)) if stacks else tree
+        if not stacks:
+            return tree
+        # Apart the layers had no place of their own on the mesh; stacked they go where they belong.
+        places = jax.tree.map(lambda leaf: leaf.sharding or jax.local_devices()[0], shapes)
+        return jax.tree.map(jax.device_put, stack_layers(tree, dict(stacks)), places)
 
     def _restore(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
         path = self.directory / str(step) / "state"
@@ -161,11 +169,13 @@ class Checkpoints:
                 return step, state
         return None
 
-    def discard_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step`: damaged ones, so that the run can write those steps again."""
+    def set_aside_after(self, step: int) -> None:
+        """Renames checkpoints newer than `step`, which are damaged, so that the run can write those steps again."""
         for newer in self.steps():
             if newer > step:
-                shutil.rmtree(self.directory / str(newer))
+                aside = self.directory.parent / f"damaged_checkpoint_{newer}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(newer)).rename(aside)
 
     def close(self) -> None:
         """Waits for what was started and lets go of the directory; raises UserError where the disk refused."""

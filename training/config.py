@@ -180,10 +180,18 @@ def check(config: ml_collections.ConfigDict) -> None:
         ("data.batch_size", config.data.batch_size),
         (f"train.{given[0]}", config.train[given[0]]),
         ("optim.accumulate", config.optim.accumulate),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("evaluation.batch_size", config.evaluation.batch_size),
         ("log.every", config.log.every),
     ):
         if value <= 0:
             raise UserError(f"config.{key}={value} must be positive")
+    if not isinstance(config.train[given[0]], int | float) or (given[0] == "steps" and config.train.steps % 1):
+        raise UserError(f"config.train.{given[0]}={config.train[given[0]]!r} is not a whole number")
+    if config.evaluation.latency_repeats < 2:
+        raise UserError(f"config.evaluation.latency_repeats={config.evaluation.latency_repeats} must be at least 2")
+    if config.seed < 0:
+        raise UserError(f"config.seed={config.seed} must not be negative")
     if config.data.batch_size % config.optim.accumulate:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} must be a multiple of "

@@ -1,6 +1,7 @@
 """Mistakes that a user can make: the message is one sentence, the process ends with exit code 2."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
@@ -19,4 +20,9 @@ def one_sentence() -> Iterator[None]:
         yield
     except (UserError, UnknownName, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'a file of the run'} could not be written: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -46,14 +46,15 @@ def constant(fraction: jnp.ndarray) -> jnp.ndarray:
     return jnp.ones_like(fraction)
 
 
-def learning_rate(optim, total: int) -> Callable:
-    """step -> learning rate: a line from 0 over the first `warmup` of the steps, then the named schedule."""
+def learning_rate(optim, total: int, offset: int = 0) -> Callable:
+    """count -> learning rate at step count + offset: a line from 0 over the first `warmup` of the steps, then the named
+    schedule."""
     shape = resolve(SCHEDULES, optim.schedule, "schedule")
     warm = round(optim.warmup * total)
     rate, floor = optim.learning_rate, optim.final_fraction
 
     def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
+        step = jnp.asarray(step, jnp.float32) + offset
         fraction = jnp.clip((step - warm) / max(total - warm, 1), 0.0, 1.0)
         decayed = floor + (1 - floor) * shape(fraction)
         return rate * jnp.minimum((step + 1) / max(warm, 1), decayed) if warm else rate * decayed
@@ -61,8 +62,9 @@ def learning_rate(optim, total: int) -> Callable:
     return schedule
 
 
-def build_optimizer(optim, total: int) -> optax.GradientTransformation:
-    """The chain that `config.optim` describes for a run (or a stage) of `total` steps."""
+def build_optimizer(optim, total: int, offset: int = 0) -> optax.GradientTransformation:
+    """The chain that `config.optim` describes for a run (or a stage) of `total` steps; `offset` is the step that the
+    optimizer's own count, which starts at 0 where its state is fresh, begins at."""
     decayed = re.compile(optim.decay)
 
     def mask(params):
@@ -72,4 +74,4 @@ def build_optimizer(optim, total: int) -> optax.GradientTransformation:
     links.append(construct(OPTIMIZERS, optim.name, optim.optim_kwargs, "optimizer"))
     if optim.weight_decay:
         links.append(optax.add_decayed_weights(optim.weight_decay, mask=mask))
-    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate(optim, total)))
+    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate(optim, total, offset)))

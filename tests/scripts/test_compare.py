@@ -59,6 +59,8 @@ def test_compare(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in written} == written
     found = {(r.identity.variant, r.identity.seed) for r in rows}
     assert found == {(v.label, seed) for v in variants for seed in range(2)}
+    with pytest.raises(UserError, match="another config"):
+        script.compare(config(**{"optim.learning_rate": 0.5}), variants, tmp_path, seeds=2)
     for row in rows:
         if row.identity.transform is None:
             lines = (tmp_path / f"{row.identity.variant}_seed{row.identity.seed}" / "metrics.jsonl").read_text()
@@ -73,6 +75,8 @@ def test_tune_flags_the_edge_and_remembers(tmp_path, capsys):
     assert best.optim.learning_rate in (1e-6, 1e-2)
     assert "AT THE EDGE" in capsys.readouterr().err
     record = json.loads((tmp_path / "tuned" / "plain.json").read_text())
-    assert set(record) == {"1e-6", "1e-2"}
-    (tmp_path / "tuned" / "plain.json").write_text(json.dumps({"1e-6": 0.1, "1e-2": 0.2}))
+    assert set(record) == {"optim.learning_rate=1e-6", "optim.learning_rate=1e-2"}
+    (tmp_path / "tuned" / "plain.json").write_text(
+        json.dumps({"optim.learning_rate=1e-6": 0.1, "optim.learning_rate=1e-2": 0.2})
+    )
     assert script.tuned(config(), tmp_path, axis, "plain").optim.learning_rate == 1e-6

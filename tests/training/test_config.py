@@ -65,7 +65,8 @@ def test_bad_values(key, text, words):
 
 def test_one_duration():
     assert dict(config(**{"train.steps": "5"}).train) == {"steps": 5}
-    assert total_steps(config(**{"train.epochs": "2"}), examples=129) == 3  # 258 examples in batches of 128
+    sized = {"data.batch_size": "128"}
+    assert total_steps(config(**{**sized, "train.epochs": "2"}), examples=129) == 3  # 258 examples in batches of 128
     assert total_steps(config(**{"train.examples": "128"}), examples=7) == 1
     both = config()
     with both.unlocked():
