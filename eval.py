@@ -19,7 +19,7 @@ from lissom.training.errors import UserError, one_sentence
 def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
     """Every finished run at or under what the patterns match; those skipped are said; none at all is an error."""
     from lissom.training.checkpoints import Checkpoints
-    from lissom.training.runs import is_run
+    from lissom.training.runs import is_run, read_facts
 
     found, matched = [], False
     for pattern in patterns:
@@ -33,8 +33,13 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
             if not candidates:
                 say(f"skipped {root}: it holds no run")
             for path in candidates:
-                if not Checkpoints(path / "checkpoints").steps():
+                steps = Checkpoints(path / "checkpoints").steps()
+                if not steps:
                     say(f"skipped {path}: it has no checkpoint")
+                elif steps[0] < read_facts(path).get("steps", 0):
+                    say(f"skipped {path}: it was stopped at step {steps[0]} of {read_facts(path)['steps']}")
+                elif "tuned" in path.relative_to(root).parts:
+                    say(f"skipped {path}: a trial of a comparison's tuning")
                 elif path not in found:
                     found.append(path)
     if not matched:

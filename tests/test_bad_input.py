@@ -53,7 +53,7 @@ LATE = [
     (("--config.mesh.data=16",), ["needs 16 devices"]),
     (("--config.mesh.data=8", "--config.data.batch_size=12"), ["batch_size=12", "multiple of 8"]),
     (("--config.model.mixer_kwargs.window.windoww=3",), ["windoww", "window"]),
-    (("--config.model.depth=3",), ["depth"]),
+    (("--config.model.heads=3",), ["heads=3"]),
     (("--config.data.name=mnist99",), ["mnist99"]),
     (("--config.init_from=nowhere",), ["nowhere"]),
 ]

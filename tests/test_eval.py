@@ -40,6 +40,26 @@ def test_finds_runs_at_any_depth_and_reports(tiny_run, tmp_path):
     assert "wide + int8_weights" in text and "1-nearest neighbour (floor)" in text
 
 
+def test_runs_of_one_label_are_told_apart(tiny_run):
+    _, one = tiny_run("vision/mnist1d_cnn", "one")
+    _, two = tiny_run("vision/mnist1d_cnn", "two")
+    rows = evaluate([one, two], floors=False)
+    assert len({(r.identity.label, r.identity.transform) for r in rows}) == 4
+    render(rows)
+
+
+def test_a_stopped_run_is_skipped(tiny_run):
+    from lissom.training.errors import UserError
+
+    _, run = tiny_run("vision/mnist1d_cnn")
+    facts = json.loads((run / "facts.json").read_text())
+    (run / "facts.json").write_text(json.dumps({**facts, "steps": 9}))
+    said = []
+    with pytest.raises(UserError, match="no directory with a finished run"):
+        find_runs([str(run)], said.append)
+    assert "stopped at step 3 of 9" in said[0]
+
+
 def test_flops_of_a_cnn_by_hand(tiny_run):
     """tiny: 40 samples, two convolutions of kernel 3 and stride 2 to 4 channels, 10 classes. Multiply-adds: 20 x 4 x
     (3 x 1), 10 x 4 x (3 x 4), 40 x 10; 'SAME' padding of stride 2 on even lengths leaves one tap of each outside."""

@@ -29,7 +29,7 @@ CHANGED = {
     "schedule": "linear",
     "warmup": 0.9,
     "final_fraction": 0.5,
-    "weight_decay": 0.3,
+    "weight_decay": 0.7,
     "decay": "bias$",
     "clip_norm": 0.0,
     "accumulate": 2,

@@ -6,6 +6,7 @@ checkpoint loads into a scanned and into a looped stack.
 """
 
 import json
+import logging
 import pathlib
 import shutil
 import zlib
@@ -91,6 +92,8 @@ class Checkpoints:
                 raise self._refused(None, error) from error
 
     def _refused(self, step: int | None, error: BaseException) -> UserError:
+        # asyncio repeats, as tracebacks at exit, what is said here in a sentence: one for each array of the save.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
         whole = self.steps()
         reason = str(error).strip().split("\n")[0][:300]
         what = "the checkpoint" if step is None else f"the checkpoint of step {step}"

@@ -35,7 +35,11 @@ def read_config(path: pathlib.Path | str):
 
 def read_facts(path: pathlib.Path | str) -> dict[str, Any]:
     """What the data dictates to the model of a run: shapes, classes, and the size of the training set."""
-    return json.loads((pathlib.Path(path) / "facts.json").read_text())
+    file = pathlib.Path(path) / "facts.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read: {error}") from error
 
 
 def claim(workdir: pathlib.Path, config, overwrite: bool) -> bool:

@@ -67,7 +67,7 @@ def test_one_duration():
     assert dict(config(**{"train.steps": "5"}).train) == {"steps": 5}
     sized = {"data.batch_size": "128"}
     assert total_steps(config(**{**sized, "train.epochs": "2"}), examples=129) == 3  # 258 examples in batches of 128
-    assert total_steps(config(**{"train.examples": "128"}), examples=7) == 1
+    assert total_steps(config(**{**sized, "train.examples": "128"}), examples=7) == 1
     both = config()
     with both.unlocked():
         both.train.steps = 3
@@ -79,7 +79,7 @@ def test_round_trip():
     one = config(**{"data.augment": "shift"})
     again = from_json(to_json(one))
     assert differences(one.to_dict(), again.to_dict()) == []
-    assert differences(one.to_dict(), config().to_dict()) == ["data.augment: ('shift',) -> ()"]
+    assert differences(one.to_dict(), config().to_dict()) == ["data.augment: ('shift',) -> ('noise',)"]
 
 
 def test_recipes_and_workdirs():

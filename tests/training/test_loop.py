@@ -46,6 +46,26 @@ def test_resumed_is_uninterrupted(family, tiny_run, tmp_path):
     assert same(arrays(whole, 2), arrays(whole, 4)) != []
 
 
+def test_resumed_on_a_mesh(tiny_run, tmp_path):
+    """A scanned stack is saved a layer at a time and must come back in its place on the mesh."""
+    recipe, overrides = FAMILIES["sequence_scan"]
+    settings = {**overrides, "train.steps": 4, "checkpoint.every": 2, "mesh.data": 2, "mesh.fsdp": 2}
+    _, whole = tiny_run(recipe, "whole", **settings)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    _, cut = tiny_run(recipe, "cut", **settings)
+    assert same(arrays(whole, 4), arrays(cut, 4)) == []
+
+
+def test_nothing_is_thrown_away_where_every_checkpoint_is_damaged(tiny_run):
+    settings = {"model.width": 64, "model.mixer": "none"}
+    _, workdir = tiny_run("vision/digits_vit", **settings)
+    _damage(workdir, "truncated")
+    with pytest.raises(UserError, match="--overwrite"):
+        tiny_run("vision/digits_vit", **settings)
+    assert Checkpoints(workdir / "checkpoints").steps() == [3]
+
+
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 

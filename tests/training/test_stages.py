@@ -1,5 +1,7 @@
 """Stages, starting points and distillation: all in the one loop."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -27,6 +29,39 @@ def test_a_stage_changes_the_config(tiny_run):
     two, four = arrays(run, 2), arrays(run, 4)
     assert [name for name in same(two, four) if name.startswith("params")] == []
     assert int(four["step"]) == 4
+
+
+RATES = {
+    # Linear over 4 steps without warm-up: 4/4, 3/4, 2/4, 1/4 of the rate; over a stage of two: 2/2, 1/2.
+    ("keep", "run"): [1.0, 0.75, 0.5, 0.25],
+    ("reset", "run"): [1.0, 0.75, 0.5, 0.25],
+    ("keep", "stage"): [1.0, 0.75, 1.0, 0.5],
+    ("reset", "stage"): [1.0, 0.75, 1.0, 0.5],
+}
+
+
+@pytest.mark.parametrize("optimizer,schedule", RATES)
+def test_schedules_of_stages(optimizer, schedule, tiny_run):
+    """The sign of Lion's first step moves a parameter by the learning rate: rates are read off the parameters."""
+    stages = (
+        {"name": "a", "duration": 2},
+        {"name": "b", "duration": 2, "optimizer": optimizer, "schedule": schedule},
+    )
+    settings = {
+        "train.steps": 4,
+        "stages": stages,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 9,
+        "optim.name": "lion",
+        "optim.schedule": "linear",
+        "optim.warmup": 0.0,
+        "optim.weight_decay": 0.0,
+        "optim.learning_rate": 1e-2,
+    }
+    _, run = tiny_run(RECIPE, **settings)
+    steps = [arrays(run, step)["params.head.bias"] for step in range(1, 5)]
+    moved = [np.abs(b - a).max() / 1e-2 for a, b in itertools.pairwise(steps)]
+    np.testing.assert_allclose(moved, RATES[optimizer, schedule][1:], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
