@@ -5,10 +5,12 @@ array is spread over processes), and a restore compares. Layers are saved unstac
 checkpoint loads into a scanned and into a looped stack.
 """
 
+import functools
 import json
 import logging
 import pathlib
 import shutil
+import sys
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +48,21 @@ def _crc(array: Any) -> int:
     return zlib.crc32(array.view(np.uint8).reshape(-1)) if array.size else 0
 
 
+@functools.cache
+def _say_failures_once() -> None:
+    """Orbax, asyncio and tensorstore's callbacks print a traceback for each array of a save that fails; the same error
+    is raised to us as well, and `Checkpoints._refused` says it in one sentence."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
 class Checkpoints:
     """The checkpoints of one run, under `directory`; `keep` newest are kept."""
 
@@ -56,6 +73,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            _say_failures_once()
             options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
@@ -92,8 +110,6 @@ class Checkpoints:
                 raise self._refused(None, error) from error
 
     def _refused(self, step: int | None, error: BaseException) -> UserError:
-        # asyncio repeats, as tracebacks at exit, what is said here in a sentence: one for each array of the save.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
         whole = self.steps()
         reason = str(error).strip().split("\n")[0][:300]
         what = "the checkpoint" if step is None else f"the checkpoint of step {step}"
