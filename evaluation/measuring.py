@@ -139,8 +139,8 @@ def floor_rows(
             ends = [
                 np.concatenate([np.ravel(split[i]["labels"]) for i in range(len(split))]) for split in (train, test)
             ]
-            add("unigram", measure("bits_per_byte", floors.unigram_bits_per_byte(*ends)))
-            add("bigram", measure("bits_per_byte", floors.bigram_bits_per_byte(*ends)))
+            add("unigram", measure("bits_per_byte", floors.unigram_bits_per_byte(*ends), tokens=ends[1].size))
+            add("bigram", measure("bits_per_byte", floors.bigram_bits_per_byte(*ends), tokens=ends[1].size))
         elif "chance" in info:
             add("chance", measure("token_accuracy", float(info["chance"]), "modelled"))
         return rows

@@ -2,7 +2,7 @@
 
 Paper: Dosovitskiy et al. 2020, arXiv:2010.11929 (the architecture; the size is ours).
 Command: uv run train.py --config=configs/vision/digits_vit.py
-Time: about a minute on 2 CPU cores. Result: see the table in README.md.
+Time: half a minute on 2 CPU cores. Result: at least 97 % at seeds 0 to 2 (tests/test_accuracy.py).
 Sweep: model.mixer=attention,window,none  model.ffn=mlp,swiglu  optim.learning_rate
 """
 
