@@ -85,6 +85,7 @@ def evaluate(
     `variants` maps a run's path to its label in tables. Raises UserError for a directory without a whole run.
     """
     from lissom.evaluation.measuring import Subject, latencies, measure_subject
+    from lissom.training.building import load_dataset
     from lissom.training.runs import read_config
     from lissom.training.stages import final_config
 
@@ -93,7 +94,7 @@ def evaluate(
         config = final_config(read_config(run))
         task = task_name(config)
         if task not in tasks:
-            tasks[task] = (_dataset(config), config)
+            tasks[task] = (load_dataset(config), config)
         for entry in ({}, *config.evaluation.transforms):
             subjects.append(_subject(Subject, run, config, dict(entry), task, tasks[task][0], variants or {}))
     for subject in subjects:
@@ -122,22 +123,13 @@ def _tell_apart(subjects: list) -> None:
                 )
 
 
-def _dataset(config):
-    from lissom import data
-
-    return data.load(
-        config.data.name,
-        data_dir=config.data.data_dir or None,
-        **config.data.kwargs.get(config.data.name, {}),
-    )
-
-
 def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, variants: Mapping[str, str]):
     """Exports, reloads and wraps one network."""
     import json
 
     from lissom import data
-    from lissom.compression.artefacts import export, reload, size
+    from lissom.compression.artefacts import export, reload
+    from lissom.evaluation.memory import artefact_bytes
     from lissom.models.variables import merge
     from lissom.training.building import build_objective
     from lissom.training.objectives.classification import Classification
@@ -179,7 +171,7 @@ def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, v
         vocab_size=dataset.info.get("vocab_size"),
         latency_batches=tuple(config.evaluation.latency_batches),
         repeats=config.evaluation.latency_repeats,
-        artefact_bytes=size(directory),
+        artefact_bytes=artefact_bytes(directory),
         times=times if name is None else {},
     )
 

@@ -23,6 +23,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     check(config)
     # jax is imported behind the check: a mistake is answered in 0.3 seconds instead of 6.
     import dataclasses
+    import functools
     import json
     import math
     import os
@@ -33,11 +34,11 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from jax.experimental import multihost_utils
 
     from lissom import data
-    from lissom.compression.transforms import build_transforms
+    from lissom.compression.transforms import build_transforms, structured
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import runs, sharding, stages
-    from lissom.training.building import assemble, fresh_state, shardings_of
+    from lissom.training.building import assemble, fresh_state, load_dataset, shardings_of
     from lissom.training.checkpoints import Checkpoints
     from lissom.training.config import total_steps
     from lissom.training.logs import Logs
@@ -52,11 +53,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate, processes)
 
     # ------------------------------------------------------------------ data
-    dataset = data.load(
-        config.data.name,
-        data_dir=config.data.data_dir or None,
-        **config.data.kwargs.get(config.data.name, {}),
-    )
+    dataset = load_dataset(config)
     total = total_steps(config, len(dataset.train))
     facts = {**dataset.info, "kind": dataset.kind, "examples": len(dataset.train), "steps": total}
 
@@ -65,12 +62,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     plan = stages.plan(config, total)
 
     def assembled(stage):
-        transforms = build_transforms(stage.config.transforms)
-
-        def structure(module):
-            for _, transform in transforms:
-                module = transform.structure(module)
-            return module
+        structure = functools.partial(structured, transforms=build_transforms(stage.config.transforms))
 
         # The optimizer's count begins where its state was fresh: at the run's start or at the last reset.
         born = max((s.start for s in plan if s.start <= stage.start and s.optimizer == "reset"), default=0)

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.compression.transforms import build_transforms
+from lissom.compression.transforms import build_transforms, structured
 from lissom.models.variables import Parts, merge, split
 from lissom.training.building import build_network
 from lissom.training.checkpoints import Checkpoints
 from lissom.training.config import from_json, to_json
 from lissom.training.errors import UserError
-from lissom.training.runs import load_network, read_config, read_facts
+from lissom.training.runs import as_loop, load_network, read_config, read_facts
 from lissom.training.stages import final_config
 
 
@@ -35,7 +35,7 @@ def export(
     """
     config, facts = final_config(read_config(run)), read_facts(run)
     trained = build_transforms(config.transforms)
-    parts = load_network(run, lambda module: _structured(module, trained), looped=True)
+    parts = load_network(run, lambda module: structured(module, trained), looped=True)
     network = merge(parts)
     for _, transform in build_transforms(transforms):
         source = merge(split(network))
@@ -45,7 +45,7 @@ def export(
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(to_json(_looped(config)))
+    (directory / "config.json").write_text(to_json(as_loop(config)))
     (directory / "facts.json").write_text(json.dumps(facts, default=str))
     (directory / "transforms.json").write_text(json.dumps([dict(entry) for entry in transforms], default=list))
     store = Checkpoints(directory / "checkpoints", keep=1)
@@ -64,31 +64,12 @@ def reload(directory: pathlib.Path | str) -> Parts:
     except OSError as error:
         raise UserError(f"{directory} holds no exported network: {error.strerror} ({error.filename})") from error
     transforms = build_transforms(config.transforms) + build_transforms(entries)
-    parts = split(nnx.eval_shape(lambda: _structured(build_network(config, facts, nnx.Rngs(0)), transforms)))
+    parts = split(nnx.eval_shape(lambda: structured(build_network(config, facts, nnx.Rngs(0)), transforms)))
     found = Checkpoints(directory / "checkpoints").newest(_state(parts), {})
     if found is None:
         raise UserError(f"{directory} has no whole checkpoint")
     state = jax.tree.map(jnp.asarray, found[1])
     return Parts(parts.graph, state["params"], state["stats"], state["frozen"])
-
-
-def size(directory: pathlib.Path | str) -> int:
-    """Bytes of all files of a directory."""
-    return sum(file.stat().st_size for file in pathlib.Path(directory).rglob("*") if file.is_file())
-
-
-def _structured(module: nnx.Module, transforms: Sequence) -> nnx.Module:
-    for _, transform in transforms:
-        module = transform.structure(module)
-    return module
-
-
-def _looped(config):
-    if "stack" in config.model:
-        config = config.copy_and_resolve_references()
-        with config.ignore_type():
-            config.model.stack = "loop"
-    return config
 
 
 def _state(parts: Parts) -> dict[str, Any]:

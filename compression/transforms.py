@@ -46,6 +46,13 @@ def build_transforms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tr
     return built
 
 
+def structured(module: nnx.Module, transforms: Sequence[tuple[str, Transform]]) -> nnx.Module:
+    """The module after the `structure` of every transform, in order."""
+    for _, transform in transforms:
+        module = transform.structure(module)
+    return module
+
+
 def match_rules(rules: Sequence[tuple[str, Mapping]], paths: Iterable[str], what: str) -> dict[str, dict]:
     """{path: settings of the first rule that matches it}; a rule that is the first match of no path is an error."""
     matched, used = {}, set()

@@ -9,6 +9,7 @@ from flax import nnx
 from lissom.compression.transforms import Transform, layer_paths, match_rules, replace_layers
 from lissom.models.linear import Conv, Embedding, Linear
 from lissom.models.variables import Frozen
+from lissom.training.errors import UserError
 
 KINDS = (Linear, Conv, Embedding)
 
@@ -41,6 +42,9 @@ class Int8Weights(Transform):
         self.rules = rules
 
     def structure(self, module: nnx.Module) -> nnx.Module:
+        for pattern, settings in self.rules:
+            if set(settings) - {"skip"}:
+                raise UserError(f"int8_weights: the rule {pattern!r} has {sorted(settings)}; a rule takes skip only")
         matched = match_rules(self.rules, layer_paths(module, KINDS), "int8_weights")
 
         def change(path: str, layer: nnx.Module) -> nnx.Module:

@@ -185,14 +185,12 @@ def compare(
 ) -> list:
     """Trains what is missing and returns the rows of all variants and seeds (of this shard). With `merge` nothing is
     trained, and a missing run is an error."""
-    from lissom import data
     from lissom.eval import evaluate
+    from lissom.training.building import load_dataset
     from lissom.training.runs import read_config
 
     configs, target = {}, None
-    dataset = data.load(
-        config.data.name, data_dir=config.data.data_dir or None, **config.data.kwargs.get(config.data.name, {})
-    )
+    dataset = load_dataset(config)
     for variant in variants:
         changed = overridden(config, variant.overrides)
         check(changed)

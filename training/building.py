@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lissom import data
 from lissom.models import MODELS, SIZES
 from lissom.models.registry import check_settings, construct, resolve, settings_of
 from lissom.models.stack import stacks
@@ -32,6 +33,12 @@ class Assembly(NamedTuple):
     optimizer: optax.GradientTransformation
     stacks: dict[tuple, tuple[int, int]]
     mesh: Mesh
+
+
+def load_dataset(config) -> data.Dataset:
+    """The dataset that `config.data` names, with its own settings."""
+    settings = config.data.kwargs.get(config.data.name, {})
+    return data.load(config.data.name, data_dir=config.data.data_dir or None, **settings)
 
 
 def build_objective(config) -> Objective:

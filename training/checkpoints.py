@@ -1,8 +1,8 @@
 """Checkpoints: orbax, asynchronous, with a checksum a leaf.
 
-Orbax restores a flipped bit without a word, so each save carries the CRC-32 of every leaf (of every shard, where an
-array is spread over processes), and a restore compares. Layers are saved unstacked under flat names, so that a
-checkpoint loads into a scanned and into a looped stack.
+Orbax restores a flipped bit without a word, so each save carries the CRC-32 of every leaf, and a restore compares.
+Where an array is spread over processes only the shards of process 0 are covered, and only on the same mesh. Layers are
+saved unstacked under flat names, so that a checkpoint loads into a scanned and into a looped stack.
 """
 
 import functools
@@ -88,8 +88,6 @@ class Checkpoints:
         """Starts a save; returns once the arrays are copied. Raises UserError where the disk refuses."""
         leaves = flat(unstack_layers(dict(state), dict(stacks)))
         crc = {name: checksums(leaf) for name, leaf in leaves.items()}
-        if jax.process_count() > 1:
-            meta = {**meta, f"crc_{jax.process_index()}": crc}
         # The names are checked too: a damaged one would read as the checkpoint of another model.
         record = {**meta, "crc": crc, "names": _crc(np.frombuffer("\n".join(sorted(crc)).encode(), np.uint8))}
         try:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,21 +69,26 @@ def claim(workdir: pathlib.Path, config, overwrite: bool) -> bool:
 
 
 def _remove_run(workdir: pathlib.Path) -> None:
-    import shutil
-
     for name in ("config.json", "facts.json", "provenance.json", "metrics.jsonl", "rows.jsonl"):
         (workdir / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard", "exports", "profile"):
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 
+def as_loop(config):
+    """The config with its layers apart, where the model has a stack."""
+    if "stack" in config.model:
+        config = config.copy_and_resolve_references()
+        with config.ignore_type():
+            config.model.stack = "loop"
+    return config
+
+
 def load_network(path: pathlib.Path | str, structure=lambda module: module, looped: bool = False, say=print) -> Parts:
     """The trained network of a run, from its newest whole checkpoint, on the first device; `structure` applies the
     transforms it was trained with, `looped` builds its layers apart."""
     config, facts = final_config(read_config(path)), read_facts(path)
-    if looped and "stack" in config.model:
-        with config.ignore_type():
-            config.model.stack = "loop"
+    config = as_loop(config) if looped else config
     objective = build_objective(config)
 
     def build():

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lissom.models.variables import Tree, path_name
+from lissom.models.variables import Tree
 from lissom.ops import dispatch
 from lissom.training.errors import UserError
 
@@ -121,17 +121,6 @@ def tree_shardings(tree: Tree, axes: Mapping[tuple, tuple], mesh: Mesh, prefix: 
         else:
             out[key] = NamedSharding(mesh, partition(axes[path], leaf.shape, mesh))
     return out
-
-
-def whole(tree: Tree, shardings: Tree, prefix: tuple = ()) -> list[str]:
-    """Paths of the arrays of more than one dimension that no mesh axis splits: what a large mesh keeps in copies."""
-    names = []
-    for key, leaf in tree.items():
-        if isinstance(leaf, dict):
-            names += whole(leaf, shardings[key], (*prefix, key))
-        elif len(leaf.shape) > 1 and not any(shardings[key].spec):
-            names.append(path_name((*prefix, key)))
-    return names
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, params: Tree, mesh: Mesh) -> Any:

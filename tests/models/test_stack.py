@@ -106,7 +106,6 @@ def test_stats_keys_and_aux(remat):
             return y, aux, stats_of(module)
 
         y, aux, stats = call(params, stats)
-        where = {(): (3, 1)} if mode == "scan" else {}
         counts = [float(leaf) for leaf in jax.tree.leaves(stats)] if mode == "loop" else list(stats[0]["calls"])
         assert counts == [1.0, 1.0, 1.0], "an update inside a scan or a checkpoint was lost"
         noises = np.asarray(aux["metrics"]["n"])
@@ -115,7 +114,6 @@ def test_stats_keys_and_aux(remat):
         np.testing.assert_allclose(aux["losses"]["l"], (weights**2).sum(), rtol=1e-6)
         np.testing.assert_allclose(y, weights.sum() + noises.sum(), rtol=1e-5)
         results[mode] = (y, noises)
-        del where
     np.testing.assert_allclose(*(r[0] for r in results.values()), rtol=1e-6)
     np.testing.assert_array_equal(*(r[1] for r in results.values()))
 
