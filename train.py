@@ -23,21 +23,21 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     check(config)
     # jax is imported behind the check: a mistake is answered in 0.3 seconds instead of 6.
     import dataclasses
-    import functools
+    import itertools
     import json
     import math
-    import os
     import signal
     import time
 
     import jax
-    from jax.experimental import multihost_utils
 
     from lissom import data
-    from lissom.compression.transforms import build_transforms, structured
+    from lissom.compression.artefacts import structure_of
+    from lissom.compression.transforms import build_transforms
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
-    from lissom.training import runs, sharding, stages
+    from lissom.ops import dispatch
+    from lissom.training import processes, runs, sharding, stages
     from lissom.training.building import assemble, fresh_state, load_dataset, shardings_of
     from lissom.training.checkpoints import Checkpoints
     from lissom.training.config import total_steps
@@ -45,53 +45,94 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.training.step import make_evaluation, make_step, mean_over
 
     # ----------------------------------------------------------------- where
-    if ("SLURM_NTASKS" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1) or "LISSOM_DISTRIBUTED" in os.environ:
-        jax.distributed.initialize()
-    process, processes = jax.process_index(), jax.process_count()
+    processes.join()
+    process, count = jax.process_index(), jax.process_count()
     workdir = pathlib.Path(workdir)
+    resuming = runs.stands(workdir, config, overwrite)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate, processes)
 
     # ------------------------------------------------------------------ data
     dataset = load_dataset(config)
     total = total_steps(config, len(dataset.train))
     facts = {**dataset.info, "kind": dataset.kind, "examples": len(dataset.train), "steps": total}
 
-    # --------------------------------------------------------- shapes, then claim
-    # Everything that can be wrong with the stages is found before the directory is touched.
+    def batches_of(stage, start):
+        return data.train_batches(
+            dataset,
+            start_step=start,
+            batch_size=stage.config.data.batch_size,
+            seed=config.seed,
+            process=process,
+            processes=count,
+            augment=stage.config.data.augment,
+        )
+
+    # --------------------------------------------------- shapes, programs, claim
+    # Everything that can be wrong with any stage is found before the directory is touched.
     plan = stages.plan(config, total)
+    for stage in plan:
+        sharding.check_batch(mesh, stage.config.data.batch_size, stage.config.optim.accumulate, count)
 
     def assembled(stage):
-        structure = functools.partial(structured, transforms=build_transforms(stage.config.transforms))
-
         # The optimizer's count begins where its state was fresh: at the run's start or at the last reset.
         born = max((s.start for s in plan if s.start <= stage.start and s.optimizer == "reset"), default=0)
+        structure = structure_of(stage.config)
         if stage.schedule == "run":
             return assemble(stage.config, facts, total, mesh, structure, offset=born)
         return assemble(stage.config, facts, stage.stop - stage.start, mesh, structure, offset=born - stage.start)
 
     assemblies = [assembled(stage) for stage in plan]
+    for (one, other), stage in zip(itertools.pairwise(assemblies), plan[1:], strict=True):
+        stages.check_carry(one.shapes, other.shapes, stage, one.stacks, other.stacks)
     build_transforms(config.evaluation.transforms)
-    for source in config.init_from:
-        runs.read_config(source)
-        if pathlib.Path(source).resolve() == workdir.resolve():
-            raise UserError(f"config.init_from names {source}, which is --workdir itself")
-    data.train_batch(
-        dataset, step=0, batch_size=processes, seed=0, processes=processes, augment=config.data.augment
-    )  # raises for an augmentation that does not exist
-    if process == 0:
-        resuming = runs.claim(workdir, config, overwrite)
-    if processes > 1:  # the first process has claimed the directory before the others look
-        multihost_utils.sync_global_devices("claimed")
-        resuming = resuming if process == 0 else runs.claim(workdir, config, False)
-    (workdir / "facts.json").write_text(json.dumps(facts, indent=1, default=str))
-    if not (resuming and (workdir / "provenance.json").exists()):
-        (workdir / "provenance.json").write_text(json.dumps(dataclasses.asdict(provenance()), indent=1))
-
-    # ----------------------------------------------------------------- state
     key = jax.random.key(config.seed)
     init_key, loop_key = jax.random.split(key)
     loop_key = jax.device_put(loop_key, sharding.replicated(mesh))
+
+    traces, spent = {}, {"compile": 0.0, "train": 0.0}
+
+    def program(stage, assembly):
+        """The traced step of a stage, and where its batches go."""
+        body = make_step(assembly, stage.config.optim.accumulate)
+
+        def traced(*args):
+            traces[stage.name] = traces.get(stage.name, 0) + 1
+            return body(*args)
+
+        began = time.monotonic()
+        first = next(batches_of(stage, stage.start))
+        where = sharding.batch_shardings(mesh, first)
+        batch = {
+            name: jax.ShapeDtypeStruct((leaf.shape[0] * count, *leaf.shape[1:]), leaf.dtype, sharding=where[name])
+            for name, leaf in first.items()
+        }
+        state = {name: leaf for name, leaf in assembly.shapes.items() if name != "frozen"}
+        jitted = jax.jit(traced, donate_argnums=0, out_shardings=(shardings_of(state), sharding.replicated(mesh)))
+        try:
+            with sharding.on_mesh(mesh):
+                found = jitted.trace(state, assembly.shapes["frozen"], batch, loop_key)
+        except (NotImplementedError, dispatch.CannotSplit) as refusal:
+            raise UserError(str(refusal)) from refusal
+        spent["compile"] += time.monotonic() - began
+        return found, where
+
+    programs = [program(stage, assembly) for stage, assembly in zip(plan, assemblies, strict=True)]
+    starting = None
+    if config.init_from and not resuming:
+        first = assemblies[0]
+        starting = runs.starting_values(
+            first.shapes, first.stacks, first.objective.path, config.init_from, structure_of
+        )
+    processes.together("everything is known")
+    if process == 0 and not resuming:
+        runs.claim(workdir, config, overwrite)
+    if process == 0:
+        (workdir / "facts.json").write_text(json.dumps(facts, indent=1, default=str))
+        if not (resuming and (workdir / "provenance.json").exists()):
+            (workdir / "provenance.json").write_text(json.dumps(dataclasses.asdict(provenance()), indent=1))
+    processes.together("claimed")
+
+    # ----------------------------------------------------------------- state
     store = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     state, current = None, 0
     if resuming:
@@ -106,16 +147,19 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             )
             if found is not None:
                 state = found
-                store.set_aside_after(step)
-                print(f"resuming {workdir} at step {step} of {total}", file=sys.stderr)
+                processes.together("read")
+                if process == 0:
+                    store.set_aside_after(step)
+                    print(f"resuming {workdir} at step {step} of {total}", file=sys.stderr)
+                processes.together("damaged ones set aside")
                 break
     if state is None:
         current = 0
         if store.steps():
             raise UserError(f"every checkpoint of {workdir} is damaged or unreadable: --overwrite to start anew")
         state = fresh_state(assemblies[0], init_key)
-        if config.init_from:
-            state = runs.init_from(state, config.init_from)
+        if starting is not None:
+            state = runs.started(state, assemblies[0].stacks, starting)
     start = int(state["step"])
     parameters = sum(leaf.size for leaf in flatten(state["params"]).values())
 
@@ -126,11 +170,10 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         f"{config.recipe or config.model.name}: {parameters:,} parameters, {total} steps of "
         f"{config.data.batch_size} on {mesh.size} {jax.devices()[0].device_kind} device(s), in {workdir}"
     )
-    stopped, traces = [], {}
-    previous = signal.signal(signal.SIGTERM, lambda *_: stopped.append("SIGTERM"))
+    stopped, halted, examples = [], False, 0
+    previous = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     # Programs in flight on more virtual devices than there are cores starve each other's collectives until XLA aborts.
     virtual = mesh.size > 1 and jax.devices()[0].platform == "cpu"
-    spent = {"compile": 0.0, "train": 0.0}
     outcome: dict[str, float] = {}
     per_example = dataset.train[0]["inputs"].size if dataset.kind == "tokens" else 1
 
@@ -138,10 +181,12 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     def evaluate(index, state):
         if index not in compiled_evaluations:
-            compiled_evaluations[index] = jax.jit(make_evaluation(assemblies[index]))
+            compiled_evaluations[index] = jax.jit(
+                make_evaluation(assemblies[index]), out_shardings=sharding.replicated(mesh)
+            )
         ways = sharding.batch_ways(mesh)
         size = -(-config.evaluation.batch_size // ways) * ways
-        batches = data.eval_batches(dataset, batch_size=size, process=process, processes=processes)
+        batches = data.eval_batches(dataset, batch_size=size, process=process, processes=count)
 
         def sums():
             for batch in batches:
@@ -156,48 +201,22 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             stage, assembly = plan[index], assemblies[index]
             if index > current:
                 fresh = fresh_state(assembly, jax.random.fold_in(init_key, index))
-                state = stages.carry(state, fresh, stage)
+                state = stages.carry(state, fresh, stage, assemblies[index - 1].stacks, assembly.stacks)
                 logs.say(f"stage {stage.name!r}: steps {stage.start} to {stage.stop}")
             if int(state["step"]) >= stage.stop:
                 continue
 
-            # compile, once
-            accumulate = stage.config.optim.accumulate
-            body = make_step(assembly, accumulate)
-
-            def traced(*args, name=stage.name, body=body):
-                traces[name] = traces.get(name, 0) + 1
-                return body(*args)
-
+            traced, where = programs[index]
             batch_size, step = stage.config.data.batch_size, int(state["step"])
-            source = lambda at, size=batch_size: data.train_batch(
-                dataset, step=at, batch_size=size, seed=config.seed, process=process, processes=processes
-            )
-            where = sharding.batch_shardings(mesh, source(step))
             frozen = state.pop("frozen")
-            places = shardings_of({name: assembly.shapes[name] for name in state})
-            jitted = jax.jit(traced, donate_argnums=0, out_shardings=(places, None))
             began = time.monotonic()
             with sharding.on_mesh(mesh):
-                lowered = jitted.lower(state, frozen, sharding.put_batch(source(step), where), loop_key)
-            compiled = lowered.compile()
+                compiled = traced.lower().compile()
             spent["compile"] += time.monotonic() - began
 
-            # run
-            batches = iter(
-                data.train_batches(
-                    dataset,
-                    start_step=step,
-                    batch_size=batch_size,
-                    seed=config.seed,
-                    process=process,
-                    processes=processes,
-                    augment=stage.config.data.augment,
-                )
-            )
-            saved = step
+            batches = batches_of(stage, step)
             pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step
-            while step < stage.stop and not stopped:
+            while step < stage.stop and not halted:
                 if profile and step == start + min(5, total - start - 1):
                     jax.profiler.start_trace(str(workdir / "profile"))
                 with jax.transfer_guard("disallow"):
@@ -210,7 +229,14 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                     profile = 0
-                last = step == stage.stop or stopped
+                examples += batch_size
+                # Looked at once a step, so that what stops the loop is also what saves; several processes agree on it
+                # where they log.
+                if count == 1:
+                    halted = bool(stopped)
+                elif step % config.log.every == 0:
+                    halted = processes.any_of(bool(stopped))
+                last = step == stage.stop or halted
                 saving = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
                 if step % config.log.every == 0 or saving:
                     values = [(at, jax.device_get(entry)) for at, entry in pending]
@@ -241,23 +267,20 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     mark += time.monotonic() - paused
                 if saving:
                     store.save(step, {**state, "frozen": frozen}, assembly.stacks, {"stage": stage.name})
-                    saved = step
-            if stopped and step > saved:  # the signal came between the look at it and the loop's end
-                store.save(step, {**state, "frozen": frozen}, assembly.stacks, {"stage": stage.name})
             spent["train"] += time.monotonic() - began
             state["frozen"] = frozen
-            if stopped:
+            if halted:
                 break
 
         # ----------------------------------------------------------- the end
         store.wait()
         step = int(state["step"])
-        if stopped:
-            logs.say(f"stopped by {stopped[0]} at step {step} of {total}; saved in {workdir}")
+        if halted:
+            logs.say(f"stopped by SIGTERM at step {step} of {total}; saved in {workdir}")
         else:
             outcome = evaluate(len(plan) - 1, state)
             logs.write(step, outcome, "test")
-        speed = (step - start) * config.data.batch_size / spent["train"] if spent["train"] else math.nan
+        speed = examples / spent["train"] if spent["train"] else math.nan
         times = {
             "compile_seconds": spent["compile"],
             "train_seconds": spent["train"],
@@ -283,10 +306,12 @@ def main(argv: list[str]) -> None:
         result = train(config, workdir, overwrite=flags.FLAGS.overwrite, profile=flags.FLAGS.profile)
         import jax
 
-        if jax.process_index() == 0:
+        if jax.process_count() == 1:
             from lissom.eval import report_run
 
             report_run(workdir, result)
+        elif jax.process_index() == 0:  # what measures is one process
+            print(f"the run lies in {workdir}; to measure it: eval.py --runs={workdir}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 Its size is that of the directory; what is said of a compressed network is measured on the network that `reload` gives.
 """
 
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,9 +35,7 @@ def export(
     Layers are told apart by their paths, so the network is built as a loop whatever the run trained with.
     """
     config, facts = final_config(read_config(run)), read_facts(run)
-    trained = build_transforms(config.transforms)
-    parts = load_network(run, lambda module: structured(module, trained), looped=True)
-    network = merge(parts)
+    network = merge(load_network(run, structure_of))
     for _, transform in build_transforms(transforms):
         source = merge(split(network))
         network = transform.values(transform.structure(network), source, data)
@@ -52,6 +51,11 @@ def export(
     store.save(0, _state(parts), {}, {})
     store.close()
     return directory
+
+
+def structure_of(config) -> Callable[[nnx.Module], nnx.Module]:
+    """The function that gives a fresh network the structure of `config.transforms`."""
+    return functools.partial(structured, transforms=build_transforms(config.transforms))
 
 
 def reload(directory: pathlib.Path | str) -> Parts:

@@ -92,4 +92,14 @@ def construct(
     for entry, settings in kwargs.items():
         target = resolve(table, name if entry == own else entry, what)
         check_settings(target, settings, f"{what} {entry!r}", reserved=tuple(fixed))
-    return resolve(table, name, what)(**fixed, **dict(kwargs.get(own, {})))
+    target, given = resolve(table, name, what), {**fixed, **dict(kwargs.get(own, {}))}
+    missing = [
+        key
+        for key, parameter in settings_of(target).items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and key not in given
+    ]
+    if missing:
+        raise UnknownName(f"{what} {name!r} needs {', '.join(missing)}: set it in {what}_kwargs.{own}")
+    return target(**given)

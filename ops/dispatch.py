@@ -42,6 +42,10 @@ class Unavailable(NotImplementedError):
     warning."""
 
 
+class CannotSplit(ValueError):
+    """The mesh does not divide a dimension that `partition` splits."""
+
+
 @dataclass(frozen=True)
 class Op:
     """name: as it stands in records and scopes. implementations: name -> module. defaults: platform -> names
@@ -238,7 +242,7 @@ def _sharded(op: Op, run: Callable, plan: Partition, operands: tuple, operand_di
             for name in names:
                 ways *= mesh.shape[name]
             if size % ways:
-                raise ValueError(
+                raise CannotSplit(
                     f"partition: the {label} dimension of {op.name} has {size} entries, which {ways} shards over "
                     f"{'+'.join(names)} do not divide."
                 )

@@ -33,6 +33,14 @@ EARLY = [
     ((VIT, "--config.optim.name=adam"), ["unknown optimizer 'adam'", "adamw"]),
     ((VIT, "--config.train.steps=three"), ["train.steps='three'", "whole number"]),
     ((VIT, "--config.optim.accumulate=3"), ["multiple of", "accumulate=3"]),
+    ((VIT, "--config.train=5"), ["config.train='5'", "table of settings"]),
+    ((VIT, "--config.train.epochs=many"), ["epochs='many'", "is not a number"]),
+    ((VIT, "--config.stages=x"), ["config.stages holds 'x'"]),
+    ((VIT, "--config.model.dtype=floaty"), ["dtype='floaty'", "bfloat16"]),
+    ((VIT, "--config.optim.decay=["), ["optim.decay='['", "no pattern"]),
+    ((VIT, "--config.optim.warmup=3"), ["warmup=3.0", "at most 1"]),
+    ((VIT, "--config.evaluation.latency_batches=0,1"), ["latency_batches holds 0", "at least 1"]),
+    ((VIT, "--config.checkpoint.keep=0"), ["keep=0", "at least 1"]),
     ((VIT, "--nonsense=1"), ["nonsense"]),
     ((VIT, "stray"), ["'stray' is no flag"]),
 ]
@@ -54,6 +62,12 @@ LATE = [
     (("--config.mesh.data=8", "--config.data.batch_size=12"), ["batch_size=12", "multiple of 8"]),
     (("--config.model.mixer_kwargs.window.windoww=3",), ["windoww", "window"]),
     (("--config.model.heads=3",), ["heads=3"]),
+    (("--config.model.size=",), ["needs width, depth", "config.model.size"]),
+    (("--config.objective=language_modelling",), ["tokens data", "digits", "image"]),
+    (("--config.objective=distillation",), ["distillation", "teacher"]),
+    (("--config.model.mixer_kwargs.attention.implementation=cudnn",), ["cudnn", "CUDA plugin"]),
+    (("--config.model.mixer_kwargs.attention.implementation=flash",), ["has no 'flash'"]),
+    (("--config.mesh.data=1", "--config.mesh.tensor=4"), ["heads", "2 entries", "4 shards"]),
     (("--config.data.name=mnist99",), ["mnist99"]),
     (("--config.init_from=nowhere",), ["nowhere"]),
 ]
@@ -78,19 +92,27 @@ def test_train(args, words, tmp_path, monkeypatch, capsys):
         assert not (tmp_path / "run").exists()
 
 
-def test_another_config_stands_there(tmp_path, capsys):
+def test_another_config_stands_there(tmp_path):
     from lissom.training.config import load_recipe, overridden
     from lissom.training.errors import UserError
-    from lissom.training.runs import claim
+    from lissom.training.runs import claim, stands
 
     one = load_recipe(VIT.partition("=")[2])
-    assert claim(tmp_path / "run", one, False) is False
-    assert claim(tmp_path / "run", one, False) is True
+    run = tmp_path / "run"
+    assert stands(run, one, False) is False
+    claim(run, one, False)
+    assert stands(run, one, False) is True and stands(run, one, True) is False
     other = overridden(one, [("seed", "1")])
     with pytest.raises(UserError, match=r"seed: 0 -> 1.*--overwrite"):
-        claim(tmp_path / "run", other, False)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
-    assert claim(tmp_path / "run", other, True) is False
+        stands(run, other, False)
+    assert json.loads((run / "config.json").read_text())["seed"] == 0
+    assert stands(run, other, True) is False
+    (run / "checkpoints").mkdir()
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        stands(run, one, False)
+    claim(run, one, True)
+    assert not (run / "checkpoints").exists()
 
 
 def test_eval_finds_nothing(tmp_path):
@@ -138,3 +160,26 @@ def test_disk_fills(tmp_path):
     assert done.returncode == 2, done.stderr[-3000:]
     assert "could not be written" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "body,words",
+    [
+        ("config.optim.nothing.here = 1", "AttributeError"),
+        ("config.nonsense = 1", "nonsense is a field that nothing reads"),
+        ("del config.mesh", "config.mesh is missing"),
+        ("raise KeyError('x')", "KeyError.*line 4"),
+        ("return 5", "gives a int"),
+    ],
+)
+def test_recipe_with_a_mistake(body, words, tmp_path):
+    from lissom.training.config import check, load_recipe
+    from lissom.training.errors import UserError
+
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from lissom.configs.vision.digits_vit import get_config as base\ndef get_config(arg=''):\n"
+        f"    config = base('tiny')\n    {body}\n    return config\n"
+    )
+    with pytest.raises(UserError, match=words):
+        check(load_recipe(str(recipe)))

@@ -57,16 +57,24 @@ def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Modul
         settings["dtype"] = jnp.dtype(settings["dtype"])
     taken = settings_of(network)
     fixed = {key: facts[key] for key in FACTS if key in taken and key in facts}
+    given = {**SIZES.get(name, {}).get(size, {}), **settings, **fixed}
     missing = [
-        key for key in FACTS if key in taken and key not in facts and taken[key].default is inspect.Parameter.empty
+        key
+        for key, parameter in taken.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        and key not in (*given, "self", "rngs")
     ]
-    if missing:
+    if set(missing) & set(FACTS):
         raise UserError(
             f"model {name!r} needs {', '.join(missing)}, which data {config.data.name!r} does not have: "
             f"it is not made for this kind of data"
         )
+    if missing:
+        sizes = f", or config.model.size to one of {', '.join(SIZES[name])}" if name in SIZES else ""
+        raise UserError(f"model {name!r} needs {', '.join(missing)}: set config.model.{missing[0]}{sizes}")
     try:
-        return network(**{**SIZES.get(name, {}).get(size, {}), **settings, **fixed}, rngs=rngs)
+        return network(**given, rngs=rngs)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -77,6 +85,11 @@ def assemble(
     """Builds everything but the arrays; `structure` applies the training transforms of the config,
     `offset` is the step at which a fresh optimizer's count begins."""
     objective = build_objective(config)
+    if objective.kinds and facts.get("kind", objective.kinds[0]) not in objective.kinds:
+        raise UserError(
+            f"objective {config.objective!r} learns from {' or '.join(objective.kinds)} data, and "
+            f"{config.data.name!r} is {facts['kind']} data"
+        )
 
     def build(key: jax.Array) -> nnx.Module:
         model_key, own_key = jax.random.split(key)

@@ -1,8 +1,11 @@
 """Checkpoints: orbax, asynchronous, with a checksum a leaf.
 
 Orbax restores a flipped bit without a word, so each save carries the CRC-32 of every leaf, and a restore compares.
-Where an array is spread over processes only the shards of process 0 are covered, and only on the same mesh. Layers are
-saved unstacked under flat names, so that a checkpoint loads into a scanned and into a looped stack.
+Where an array is spread over processes each of them writes the checksums of its own shards, which are compared where
+the mesh is the same. Layers are saved unstacked under flat names, so that a checkpoint loads into a scanned and into a
+looped stack. What is frozen is saved once, in a directory named by its checksum, to which the steps refer.
+
+    checkpoints/<step>/{state, record}      frozen/<checksum>/      checksums/<step>/<process>.json
 """
 
 import functools
@@ -18,9 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from lissom.models.stack import stack_layers, unstack_layers
 from lissom.training.errors import UserError
+
+FROZEN = "frozen."
 
 # What orbax and tensorstore raise for files that are missing, cut short or nonsense.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError)
@@ -48,6 +54,10 @@ def _crc(array: Any) -> int:
     return zlib.crc32(array.view(np.uint8).reshape(-1)) if array.size else 0
 
 
+def _names(crc: Any) -> int:
+    return _crc(np.frombuffer("\n".join(sorted(crc)).encode(), np.uint8))
+
+
 @functools.cache
 def _say_failures_once() -> None:
     """Orbax, asyncio and tensorstore's callbacks print a traceback for each array of a save that fails; the same error
@@ -70,6 +80,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self.keep = keep
         self._manager: ocp.CheckpointManager | None = None
+        self._frozen: tuple[Any, dict[str, Any]] | None = None  # what was saved last, and its record
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
@@ -87,16 +98,48 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any], stacks: Mapping, meta: Mapping[str, Any]) -> None:
         """Starts a save; returns once the arrays are copied. Raises UserError where the disk refuses."""
         leaves = flat(unstack_layers(dict(state), dict(stacks)))
+        frozen = {name: leaves.pop(name) for name in list(leaves) if name.startswith(FROZEN)}
         crc = {name: checksums(leaf) for name, leaf in leaves.items()}
-        # The names are checked too: a damaged one would read as the checkpoint of another model.
-        record = {**meta, "crc": crc, "names": _crc(np.frombuffer("\n".join(sorted(crc)).encode(), np.uint8))}
         try:
+            record = {**meta, "crc": crc, "frozen": self._save_frozen(state.get("frozen", {}), frozen)}
+            if jax.process_count() > 1:
+                record["processes"] = jax.process_count()
+                own = self._beside("checksums") / str(step) / f"{jax.process_index()}.json"
+                own.parent.mkdir(parents=True, exist_ok=True)
+                own.write_text(json.dumps(crc))
+                if jax.process_index() == 0:
+                    for old in own.parent.parent.iterdir():
+                        if int(old.name) not in (step, *self.steps()):
+                            shutil.rmtree(old, ignore_errors=True)
+            # The names are checked too: a damaged one would read as the checkpoint of another model.
+            record["names"] = _names(crc)
             self._open().save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), record=ocp.args.JsonSave(record)),
             )
         except DAMAGE as error:
             raise self._refused(step, error) from error
+
+    def _save_frozen(self, tree: Any, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Writes the frozen arrays unless they stand there already; their checksums and the name of the directory. They
+        are not donated: the same arrays in the next save are known without looking at their values."""
+        if not leaves:
+            return {}
+        ids = [id(leaf) for leaf in jax.tree.leaves(tree)]
+        if self._frozen is None or [id(leaf) for leaf in jax.tree.leaves(self._frozen[0])] != ids:
+            crc = {name: checksums(leaf) for name, leaf in leaves.items()}
+            name = f"{zlib.crc32(json.dumps(crc, sort_keys=True).encode()):08x}"
+            if jax.process_count() > 1:  # one name for all: that of the first process
+                name = f"{int(multihost_utils.broadcast_one_to_all(np.uint32(int(name, 16)))):08x}"
+            path = self._beside("frozen") / name
+            if not path.is_dir():
+                with ocp.StandardCheckpointer() as writer:
+                    writer.save(path, dict(leaves))
+            self._frozen = tree, {"directory": name, "crc": crc, "names": _names(crc)}
+        return self._frozen[1]
+
+    def _beside(self, name: str) -> pathlib.Path:
+        return self.directory.parent / name
 
     def wait(self) -> None:
         """Until what was started is on the disk; raises UserError where the disk refuses."""
@@ -122,15 +165,25 @@ class Checkpoints:
             record = json.loads((self.directory / str(step) / "record" / "metadata").read_text())
         except DAMAGE as error:
             raise Damaged(f"its record can't be read ({str(error)[:100]})") from error
-        if record.get("names") != _crc(np.frombuffer("\n".join(sorted(record.get("crc", ()))).encode(), np.uint8)):
-            raise Damaged("its record is not what was saved")
-        return record
+        for part in (record, record.get("frozen")):
+            if part and part.get("names") != _names(part.get("crc", ())):
+                raise Damaged("its record is not what was saved")
+        frozen = record.get("frozen") or {}
+        crc = {**record["crc"], **frozen.get("crc", {})}
+        for process in range(1, record.get("processes", 1)):
+            try:
+                shards = json.loads((self._beside("checksums") / str(step) / f"{process}.json").read_text())
+            except DAMAGE as error:
+                raise Damaged(f"the checksums of process {process} can't be read ({str(error)[:100]})") from error
+            crc = {name: {**crc[name], **shards.get(name, {})} for name in crc}
+        return {**record, "crc": crc, "frozen": frozen}
 
     def load(self, step: int, shapes: Any, stacks: Mapping) -> Any:
         """The state (or those of its top-level entries that `shapes` has) of one step, checked leaf by leaf; raises
         `Damaged` with the name of the first leaf that is not what was saved."""
         target = jax.eval_shape(lambda tree: unstack_layers(tree, dict(stacks)), shapes) if stacks else shapes
-        wanted, crc = flat(target), self.record(step)["crc"]
+        wanted, record = flat(target), self.record(step)
+        crc = record["crc"]
         missing = [name for name in wanted if name not in crc]
         if missing:
             raise UserError(
@@ -138,7 +191,9 @@ class Checkpoints:
                 f"({len(missing)} of {len(wanted)} arrays are not in it): it is of another model"
             )
         try:
-            restored = self._restore(step, wanted)
+            restored = _restore(self.directory / str(step) / "state", _part(wanted, frozen=False))
+            if record["frozen"]:
+                restored |= _restore(self._beside("frozen") / record["frozen"]["directory"], _part(wanted, frozen=True))
         except DAMAGE as error:
             raise Damaged(f"it can't be read ({str(error).strip().splitlines()[0][:160]})") from error
         for name, leaf in restored.items():
@@ -157,18 +212,6 @@ class Checkpoints:
         # Apart the layers had no place of their own on the mesh; stacked they go where they belong.
         places = jax.tree.map(lambda leaf: leaf.sharding or jax.local_devices()[0], shapes)
         return jax.tree.map(jax.device_put, stack_layers(tree, dict(stacks)), places)
-
-    def _restore(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-        path = self.directory / str(step) / "state"
-        with ocp.PyTreeCheckpointer() as reader:
-            everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            args = {
-                name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or everywhere)
-                for name, leaf in wanted.items()
-            }
-            return reader.restore(
-                path, args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
-            )
 
     def newest_at(self, step: int, shapes: Any, stacks: Mapping, say=print) -> Any | None:
         """The state of one step, or None where it is damaged, which is said through `say`."""
@@ -202,3 +245,21 @@ class Checkpoints:
                 manager.close()
             except DAMAGE as error:
                 raise self._refused(None, error) from error
+
+
+def _part(leaves: Mapping[str, Any], frozen: bool) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if name.startswith(FROZEN) == frozen}
+
+
+def _restore(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    if not wanted:
+        return {}
+    with ocp.PyTreeCheckpointer() as reader:
+        everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        args = {
+            name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or everywhere)
+            for name, leaf in wanted.items()
+        }
+        return reader.restore(
+            path, args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
+        )

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import pathlib
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,11 +15,11 @@ import ml_collections
 
 from lissom.models import FFNS, MODELS, NORMS, SIZES
 from lissom.models.mixers import MIXERS
-from lissom.models.registry import check_name, nearest
+from lissom.models.registry import UnknownName, check_name, nearest
 from lissom.training import OBJECTIVES, OPTIMIZERS, SCHEDULES
 from lissom.training.errors import UserError
+from lissom.training.fields import DURATIONS, check_fields, check_stage
 
-DURATIONS = ("steps", "epochs", "examples")
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
@@ -40,17 +41,26 @@ def load_recipe(spec: str) -> ml_collections.ConfigDict:
         spec_ = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
         module = importlib.util.module_from_spec(spec_)
         spec_.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"the recipe {path} can't be read: {error}") from error
+    except Exception as error:  # a recipe is the user's own code
+        raise UserError(f"the recipe {path} can't be read: {_told(error, path)}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} is no recipe: it has no function get_config(arg)")
     try:
         config = module.get_config(argument)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{path}: {_told(error, path)}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path}: get_config gives a {type(config).__name__}, not an ml_collections.ConfigDict")
     with config.unlocked():
         config.recipe = str(spec)
     return config
+
+
+def _told(error: Exception, path: pathlib.Path) -> str:
+    """A mistake in a recipe's code with its line; what the recipe itself raises for its user is told as it is."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f" (line {lines[-1]})" if lines else ""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}{where}"
 
 
 def recipe_path(spec: str) -> tuple[pathlib.Path, str]:
@@ -120,7 +130,7 @@ def _read(key: str, text: str, present: Any) -> Any:
         if isinstance(present, tuple | list):
             return tuple(ast.literal_eval(text)) if text[:1] in ("(", "[") else tuple(map(_literal, _words(text)))
         if isinstance(present, ml_collections.ConfigDict):
-            return ml_collections.ConfigDict(ast.literal_eval(text))
+            return ml_collections.ConfigDict({**ast.literal_eval(text)})
     except (KeyError, ValueError, SyntaxError, TypeError) as error:
         raise UserError(f"config.{key}={text!r} is not {_article(present)}") from error
     return _literal(text)
@@ -145,6 +155,7 @@ def _article(present: Any) -> str:
         float: "a number",
         tuple: "a list a,b,c",
         list: "a list a,b,c",
+        ml_collections.ConfigDict: "a table of settings {'name': value}",
     }
     return names.get(type(present), f"a {type(present).__name__}")
 
@@ -158,9 +169,20 @@ def overridden(config: ml_collections.ConfigDict, overrides: Iterable[tuple[str,
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Everything that can be known to be wrong before jax is imported."""
+    """Everything that can be known to be wrong before jax is imported, in the config and in that of each stage."""
+    _check_one(config)
+    for number, entry in enumerate(config.stages):
+        check_stage(number, entry)
+        try:
+            _check_one(overridden(config, dict(entry.get("overrides", {})).items()))
+        except (UserError, UnknownName) as error:
+            raise UserError(f"config.stages[{number}]: {error}") from error
+
+
+def _check_one(config: ml_collections.ConfigDict) -> None:
+    check_fields(config)
     check_name(MODELS, config.model.name, "model")
-    if config.model.get("size") and config.model.name in SIZES and config.model.size not in SIZES[config.model.name]:
+    if config.model.size and config.model.name in SIZES and config.model.size not in SIZES[config.model.name]:
         sizes = SIZES[config.model.name]
         raise UserError(
             f"model {config.model.name!r} has no size {config.model.size!r}: it has "
@@ -173,34 +195,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_name(OBJECTIVES, config.objective, "objective")
     check_name(OPTIMIZERS, config.optim.name, "optimizer")
     check_name(SCHEDULES, config.optim.schedule, "schedule")
-    given = [name for name in DURATIONS if name in config.train]
-    if len(given) != 1:
-        raise UserError(f"config.train must have exactly one of steps, epochs, examples, not {given or 'none'}")
-    for key, value in (
-        ("data.batch_size", config.data.batch_size),
-        (f"train.{given[0]}", config.train[given[0]]),
-        ("optim.accumulate", config.optim.accumulate),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("evaluation.batch_size", config.evaluation.batch_size),
-        ("log.every", config.log.every),
-    ):
-        if value <= 0:
-            raise UserError(f"config.{key}={value} must be positive")
-    if not isinstance(config.train[given[0]], int | float) or (given[0] == "steps" and config.train.steps % 1):
-        raise UserError(f"config.train.{given[0]}={config.train[given[0]]!r} is not a whole number")
-    if config.evaluation.latency_repeats < 2:
-        raise UserError(f"config.evaluation.latency_repeats={config.evaluation.latency_repeats} must be at least 2")
-    if config.seed < 0:
-        raise UserError(f"config.seed={config.seed} must not be negative")
-    if config.data.batch_size % config.optim.accumulate:
-        raise UserError(
-            f"config.data.batch_size={config.data.batch_size} must be a multiple of "
-            f"config.optim.accumulate={config.optim.accumulate}"
-        )
-    if sum(size == -1 for size in config.mesh.values()) > 1 or any(
-        size < 1 and size != -1 for size in config.mesh.values()
-    ):
-        raise UserError(f"config.mesh={dict(config.mesh)}: sizes are positive, and one of them may be -1 (the rest)")
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:

@@ -3,19 +3,23 @@
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from lissom.models.stack import stacks
+from lissom.models import MODELS
+from lissom.models.registry import resolve, settings_of
+from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import Parts, flatten, split
 from lissom.training.building import build_network, build_objective
 from lissom.training.checkpoints import Checkpoints
 from lissom.training.config import differences, from_json, to_json
 from lissom.training.errors import UserError
-from lissom.training.stages import final_config, place
+from lissom.training.stages import final_config, replaced
+
+KINDS = ("params", "stats", "frozen")
 
 
 def is_run(path: pathlib.Path | str) -> bool:
@@ -43,89 +47,116 @@ def read_facts(path: pathlib.Path | str) -> dict[str, Any]:
         raise UserError(f"{file} can't be read: {error}") from error
 
 
-def claim(workdir: pathlib.Path, config, overwrite: bool) -> bool:
-    """Makes `workdir` the run of `config`; True where a run of the same config stands there to be resumed.
-
-    A directory that holds another config is an error, or is emptied of its run where `overwrite` is given.
-    """
+def stands(workdir: pathlib.Path, config, overwrite: bool) -> bool:
+    """Whether a run of the same config stands in `workdir`, to be resumed. One of another config is an error unless it
+    may be overwritten. Changes nothing."""
     if is_run(workdir):
+        if overwrite:
+            return False
         changed = differences(read_config(workdir).to_dict(), from_json(to_json(config)).to_dict())
-        if not changed and not overwrite:
-            return True
-        if not overwrite:
+        if changed:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(changed[:5])}"
                 f"{' ...' if len(changed) > 5 else ''}): give another --workdir, or --overwrite"
             )
-        _remove_run(workdir)
-    elif workdir.exists() and not workdir.is_dir():
+        return True
+    if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file")
+    if (workdir / "checkpoints").exists() and not overwrite:
+        raise UserError(f"{workdir} holds checkpoints and no config.json: give another --workdir, or --overwrite")
+    return False
+
+
+def claim(workdir: pathlib.Path, config, overwrite: bool) -> None:
+    """Makes `workdir` the run of `config`; with `overwrite` it is emptied of what another run left in it."""
     try:
+        if overwrite:
+            _remove_run(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(to_json(config))
     except OSError as error:
         raise UserError(f"--workdir={workdir} can't be written: {error.strerror}") from error
-    return False
 
 
 def _remove_run(workdir: pathlib.Path) -> None:
     for name in ("config.json", "facts.json", "provenance.json", "metrics.jsonl", "rows.jsonl"):
         (workdir / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "tensorboard", "exports", "profile"):
+    for name in ("checkpoints", "frozen", "checksums", "tensorboard", "exports", "profile"):
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 
 def as_loop(config):
     """The config with its layers apart, where the model has a stack."""
-    if "stack" in config.model:
+    if "stack" in settings_of(resolve(MODELS, config.model.name, "model")):
         config = config.copy_and_resolve_references()
-        with config.ignore_type():
+        with config.unlocked(), config.ignore_type():
             config.model.stack = "loop"
     return config
 
 
-def load_network(path: pathlib.Path | str, structure=lambda module: module, looped: bool = False, say=print) -> Parts:
-    """The trained network of a run, from its newest whole checkpoint, on the first device; `structure` applies the
-    transforms it was trained with, `looped` builds its layers apart."""
-    config, facts = final_config(read_config(path)), read_facts(path)
-    config = as_loop(config) if looped else config
-    objective = build_objective(config)
-
-    def build():
-        rngs = nnx.Rngs(0)
-        return objective.build(structure(build_network(config, facts, rngs)), rngs)
-
-    module = nnx.eval_shape(build)
-    parts = split(module)
+def load_network(path: pathlib.Path | str, structure_of: Callable | None = None, say=print) -> Parts:
+    """The trained network of a run, from its newest whole checkpoint, on the first device, with its layers apart.
+    `structure_of(config)` gives the function that applies the transforms which the run was trained with."""
+    config, facts = as_loop(final_config(read_config(path))), read_facts(path)
+    if config.transforms and structure_of is None:
+        raise UserError(f"{path} was trained with transforms, which a network that is taken from it can't have")
+    structure = structure_of(config) if structure_of else lambda module: module
+    parts = split(nnx.eval_shape(lambda: structure(build_network(config, facts, nnx.Rngs(0)))))
     store = Checkpoints(pathlib.Path(path) / "checkpoints")
     if not store.steps():
         raise UserError(f"{path} has no checkpoint: the run was stopped before its first save")
-    shapes = {"params": parts.params, "stats": parts.stats, "frozen": parts.frozen}
-    found = store.newest(shapes, stacks(module), say)
+    # Of the module that was trained only the network is read: what stands beside it may not exist any more.
+    inside = build_objective(config).path
+    shapes = {kind: nested(getattr(parts, kind), inside) for kind in KINDS}
+    found = store.newest(shapes, {}, say)
     if found is None:
         raise UserError(f"{path} has no whole checkpoint: every one is damaged")
-    state = jax.tree.map(jax.numpy.asarray, found[1])
-    whole = nnx.merge(parts.graph, state["params"], state["stats"], state["frozen"])
-    return split(objective.network(whole))
+    return Parts(parts.graph, *(jax.tree.map(jax.numpy.asarray, within(found[1][kind], inside)) for kind in KINDS))
 
 
-def init_from(state: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """A fresh state whose parameters and statistics come from a finished run, or are the mean of several runs'
-    (a uniform soup: Wortsman et al. 2022, arXiv:2203.05482)."""
-    if isinstance(paths, str):
-        paths = (paths,)
-    networks = [load_network(path) for path in paths]
+def nested(tree: dict, path: Sequence[str]) -> dict:
+    """{"a": {"b": tree}} for the path ("a", "b"), and no dict at all for an empty tree."""
+    for name in reversed(path):
+        tree = {name: tree} if tree else {}
+    return tree
+
+
+def within(tree: dict, path: Sequence[str]) -> dict:
+    """The inverse of `nested`."""
+    for name in path:
+        tree = tree.get(name, {})
+    return tree
+
+
+def starting_values(
+    shapes: Mapping, stacks: Mapping, inside: Sequence[str], paths: Sequence[str], structure_of
+) -> dict:
+    """{"params" | "stats": {path: value}} of a finished run, or the mean of several runs' (a uniform soup: Wortsman et
+    al. 2022, arXiv:2203.05482), for a module of the given shapes whose network stands at `inside`; raises UserError
+    where a run has not every parameter in its shape."""
+    networks = [load_network(path, structure_of) for path in paths]
+    shapes = jax.eval_shape(lambda tree: unstack_layers(tree, dict(stacks)), dict(shapes))
+    values = {}
     for kind in ("params", "stats"):
-        want = flatten(state[kind])
+        want = flatten(within(shapes[kind], inside))
         have = [flatten(getattr(network, kind)) for network in networks]
-        for path, values in zip(paths, have, strict=True):
-            wrong = [name for name in want if name not in values or values[name].shape != want[name].shape]
+        for path, leaves in zip(paths, have, strict=True):
+            wrong = [name for name in want if name not in leaves or leaves[name].shape != want[name].shape]
             if wrong and kind == "params":
-                raise UserError(f"init_from: the run {path} has no {wrong[0]} of the shape that this model needs")
-        mean = {
-            name: sum(values[name] for values in have) / len(have)
+                raise UserError(
+                    f"config.init_from: the run {path} has no {wrong[0]} of the shape that this model needs"
+                )
+        values[kind] = {
+            "/".join((*inside, name)): sum(leaves[name] for leaves in have) / len(have)
             for name in want
-            if all(name in values and values[name].shape == want[name].shape for values in have)
+            if all(name in leaves and leaves[name].shape == want[name].shape for leaves in have)
         }
-        state = {**state, kind: place(state[kind], mean)}
-    return state
+    return values
+
+
+def started(state: Mapping[str, Any], stacks: Mapping, values: Mapping[str, Mapping]) -> dict[str, Any]:
+    """A fresh state with `starting_values` in it."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, dict(state))
+    apart = unstack_layers(dict(state), dict(stacks))
+    apart |= {kind: replaced(apart[kind], values[kind]) for kind in values}
+    return jax.tree.map(jax.device_put, stack_layers(apart, dict(stacks)), places)

@@ -74,8 +74,12 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, processes: int) ->
             f"config.data.batch_size={batch_size} must be a multiple of {ways}: data x fsdp axes "
             f"{batch_ways(mesh)} x accumulate {accumulate}"
         )
-    if batch_size % processes:
-        raise UserError(f"config.data.batch_size={batch_size} must be a multiple of the {processes} processes")
+    if batch_ways(mesh) % processes:
+        # Two processes that hold the same rows would have to read the same examples.
+        raise UserError(
+            f"the data x fsdp axes of the mesh split the batch {batch_ways(mesh)} ways, which must be a multiple of "
+            f"the {processes} processes"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,8 +3,10 @@
     dict(name="qat", duration=0.3, overrides={"transforms": ...}, optimizer="keep" | "reset", schedule="run" | "stage",
          converter="package.module:function" or "")
 
-`duration` is a number of steps (int) or a fraction of the run (float); they must fill the run. At a boundary the module
-is rebuilt and parameters are carried over by path, or by the converter, a function (old state, new shapes) -> state.
+`duration` is a number of steps (int) or a fraction of the run (float); they must fill the run. What a stage may
+override is listed in `fields.STAGE_MAY`. At a boundary the module is rebuilt and parameters are carried over by path,
+or by the converter, a function (old state, fresh state) -> state. Both see layers apart (`blocks/3/...`), so that a
+stage may go from a looped to a scanned stack.
 """
 
 from collections.abc import Mapping
@@ -13,12 +15,11 @@ from typing import Any, NamedTuple
 import jax
 
 from lissom.models.registry import resolve
+from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import flatten
 from lissom.training.checkpoints import flat
-from lissom.training.config import check, overridden
+from lissom.training.config import overridden
 from lissom.training.errors import UserError
-
-FIELDS = ("name", "duration", "overrides", "optimizer", "schedule", "converter")
 
 
 class Stage(NamedTuple):
@@ -29,38 +30,43 @@ class Stage(NamedTuple):
     optimizer: str
     schedule: str
     converter: str
+    refills: bool = False  # it names another objective, or other settings of it
 
 
 def plan(config, total: int) -> list[Stage]:
-    """The stages of a run of `total` steps; a config without stages is one stage."""
+    """The stages of a run of `total` steps, from a config that `config.check` has seen; one without stages is one."""
     if not config.stages:
         return [Stage("train", 0, total, config, "keep", "run", "")]
     stages, at = [], 0
+    durations = [entry["duration"] for entry in config.stages]
+    whole = [isinstance(duration, int) for duration in durations]
+    # Fractions are shares of the run and must add up; where they round, the last stage takes the step that is left.
+    if not any(whole) and abs(sum(durations) - 1) > 1e-6:
+        raise UserError(f"the fractions of the stages add up to {sum(durations):g}: durations must fill the run")
     for i, entry in enumerate(config.stages):
-        entry = dict(entry)
-        unknown = [key for key in entry if key not in FIELDS]
-        if unknown or "duration" not in entry:
-            raise UserError(f"config.stages[{i}] has {unknown or 'no duration'}: its fields are {', '.join(FIELDS)}")
-        length = entry["duration"]
-        length = round(length * total) if isinstance(length, float) else int(length)
-        if i == len(config.stages) - 1 and isinstance(entry["duration"], float):
-            length = total - at  # fractions round; the last stage takes what is left
-        changed = overridden(config, list(dict(entry.get("overrides", {})).items()))
-        check(changed)
+        length = durations[i] if whole[i] else round(durations[i] * total)
+        if i == len(durations) - 1 and not whole[i] and abs(total - at - length) <= len(durations):
+            length = total - at
+        if length < 1:
+            raise UserError(f"config.stages[{i}] would last {length} of the run's {total} steps")
         stages.append(
             Stage(
                 entry.get("name", f"stage{i}"),
                 at,
                 at + length,
-                changed,
+                overridden(config, list(dict(entry.get("overrides", {})).items())),
                 entry.get("optimizer", "keep"),
                 entry.get("schedule", "run"),
                 entry.get("converter", ""),
+                any(key.startswith("objective") for key in entry.get("overrides", {})),
             )
         )
         at += length
     if at != total:
         raise UserError(f"the stages last {at} steps in all, the run {total}: durations must fill the run")
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.stages: the names {', '.join(names)} are not all different")
     return stages
 
 
@@ -70,44 +76,60 @@ def final_config(config):
     return overridden(config, list(dict(entry.get("overrides", {})).items()))
 
 
-def carry(old: Mapping[str, Any], fresh: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """The state that opens a stage: values of the old one where path and shape agree, the rest fresh.
-
-    A parameter of the new module that the old one lacks, or has in another shape, is an error unless a converter
-    is named: half a model must not be re-initialised without a word.
-    """
+def check_carry(
+    old: Mapping[str, Any], fresh: Mapping[str, Any], stage: Stage, before: Mapping, after: Mapping
+) -> None:
+    """Raises UserError where `carry` would not know how to fill the stage's module: half a model must not be
+    re-initialised without a word. Shapes will do for arrays."""
     if stage.converter:
-        return resolve({}, stage.converter, "converter")(old, fresh)
-    state = dict(fresh)
-    for kind in ("params", "stats", "frozen"):
-        have, want = flatten(old[kind]), flatten(fresh[kind])
-        for path, leaf in want.items():
-            if kind == "params" and (path not in have or have[path].shape != leaf.shape):
-                raise UserError(
-                    f"stage {stage.name!r}: parameter {path} has no counterpart of its shape in the stage "
-                    "before, and no converter is named"
-                )
-        state[kind] = place(fresh[kind], {p: v for p, v in have.items() if p in want and v.shape == want[p].shape})
-    if stage.optimizer == "keep":
-        have, want = flat(old["opt"]), flat(fresh["opt"])
-        if {n: v.shape for n, v in have.items()} != {n: v.shape for n, v in want.items()}:
+        resolve({}, stage.converter, "converter")
+        return
+    apart = lambda tree, stacks: jax.eval_shape(lambda t: unstack_layers(t, dict(stacks)), tree)
+    old, fresh = apart(dict(old), before), apart(dict(fresh), after)
+    have = flatten(old["params"])
+    for path, leaf in flatten(fresh["params"]).items():
+        if path not in have or have[path].shape != leaf.shape:
             raise UserError(
-                f"stage {stage.name!r}: the optimizer's state does not fit the new model or optimizer: say "
-                "optimizer='reset'"
+                f"stage {stage.name!r}: parameter {path} has no counterpart of its shape in the stage "
+                "before, and no converter is named"
             )
-        leaves = [jax.device_put(have[name], leaf.sharding) for name, leaf in want.items()]
-        state["opt"] = jax.tree.unflatten(jax.tree.structure(fresh["opt"]), leaves)
-    state["step"] = jax.device_put(old["step"], fresh["step"].sharding)
-    return state
+    shapes = lambda tree: {name: leaf.shape for name, leaf in flat(tree["opt"]).items()}
+    if stage.optimizer == "keep" and shapes(old) != shapes(fresh):
+        raise UserError(
+            f"stage {stage.name!r}: the optimizer's state does not fit the new model or optimizer: say "
+            "optimizer='reset'"
+        )
 
 
-def place(tree: dict, values: Mapping[str, Any], prefix: tuple = ()) -> dict:
-    """The tree with the leaves named in `values` replaced, each laid where the old leaf lay."""
+def carry(
+    old: Mapping[str, Any], fresh: Mapping[str, Any], stage: Stage, before: Mapping, after: Mapping
+) -> dict[str, Any]:
+    """The state that opens a stage: values of the old one where path and shape agree, the rest fresh. `before` and
+    `after` are the stacks (`models.stack.stacks`) of the two modules."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, dict(fresh))
+    old, fresh = unstack_layers(dict(old), dict(before)), unstack_layers(dict(fresh), dict(after))
+    if stage.converter:
+        state = dict(resolve({}, stage.converter, "converter")(old, fresh))
+    else:
+        # An objective that changed has filled its frozen part (a teacher) itself.
+        kinds = ("params", "stats") if stage.refills else ("params", "stats", "frozen")
+        state = {**fresh, "step": old["step"]}
+        state |= {kind: replaced(fresh[kind], flatten(old[kind])) for kind in kinds}
+        if stage.optimizer == "keep":
+            values = flat(old["opt"])
+            state["opt"] = jax.tree.unflatten(
+                jax.tree.structure(fresh["opt"]), [values[name] for name in flat(fresh["opt"])]
+            )
+    return jax.tree.map(jax.device_put, stack_layers(state, dict(after)), places)
+
+
+def replaced(tree: Mapping, values: Mapping[str, Any], prefix: tuple = ()) -> dict:
+    """The tree with the leaves that `values` names in their shape; the others as they are."""
     out = {}
     for key, leaf in tree.items():
         name = "/".join(map(str, (*prefix, key)))
         if isinstance(leaf, dict):
-            out[key] = place(leaf, values, (*prefix, key))
+            out[key] = replaced(leaf, values, (*prefix, key))
         else:
-            out[key] = jax.device_put(values[name], leaf.sharding) if name in values else leaf
+            out[key] = values[name] if name in values and values[name].shape == leaf.shape else leaf
     return out

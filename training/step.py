@@ -9,13 +9,14 @@ import optax
 
 from lissom.models.variables import Parts, merge
 from lissom.training.building import Assembly
+from lissom.training.objectives.base import Objective
 
 
 def make_step(assembly: Assembly, accumulate: int) -> Callable:
     """step(state without frozen, frozen, batch, key) -> (state, metrics).
 
     With `accumulate` > 1 the batch is split into that many micro-batches, scanned over inside the one step:
-    gradients and metrics are their mean, statistics pass from one to the next.
+    gradients and metrics are their mean by the objective's `weight`, statistics pass from one to the next.
     """
     objective, graph, optimizer = assembly.objective, assembly.graph, assembly.optimizer
 
@@ -27,7 +28,7 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
         if accumulate == 1:
             grads, stats, metrics = gradients(state["stats"], batch, key)
         else:
-            grads, stats, metrics = _accumulated(gradients, state["stats"], batch, key, accumulate)
+            grads, stats, metrics = _accumulated(objective, gradients, state["stats"], batch, key, accumulate)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics["gradient_norm"] = optax.tree.norm(grads)
@@ -36,7 +37,7 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
     return step
 
 
-def _accumulated(gradients: Callable, stats: Any, batch: dict, key: jax.Array, parts: int):
+def _accumulated(objective: Objective, gradients: Callable, stats: Any, batch: dict, key: jax.Array, parts: int):
     # Every micro-batch takes each parts-th row, so that rows stay on the device that holds them.
     micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda x: x[0], micro)
@@ -44,13 +45,15 @@ def _accumulated(gradients: Callable, stats: Any, batch: dict, key: jax.Array, p
     zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
     def body(carry, over):
-        total, stats, metrics = carry
+        total, stats, metrics, weights = carry
         new, stats, values = gradients(stats, *over)
-        return (jax.tree.map(jnp.add, total, new), stats, jax.tree.map(jnp.add, metrics, values)), None
+        weight = jnp.asarray(objective.weight(over[0]), jnp.float32)
+        add = lambda sums, terms: jax.tree.map(lambda s, t: s + weight.astype(s.dtype) * t, sums, terms)
+        return (add(total, new), stats, add(metrics, values), weights + weight), None
 
-    start = (zeros(shapes[0]), stats, zeros(shapes[2]))
-    (total, stats, metrics), _ = jax.lax.scan(body, start, (micro, jax.random.split(key, parts)))
-    mean = lambda tree: jax.tree.map(lambda leaf: leaf / parts, tree)
+    start = (zeros(shapes[0]), stats, zeros(shapes[2]), jnp.zeros(()))
+    (total, stats, metrics, weights), _ = jax.lax.scan(body, start, (micro, jax.random.split(key, parts)))
+    mean = lambda tree: jax.tree.map(lambda leaf: leaf / jnp.maximum(weights, 1e-30).astype(leaf.dtype), tree)
     return mean(total), stats, mean(metrics)
 
 

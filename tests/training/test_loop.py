@@ -25,7 +25,11 @@ def arrays(workdir, step):
     import orbax.checkpoint as ocp
 
     with ocp.PyTreeCheckpointer() as reader:
-        return {k: np.asarray(v) for k, v in reader.restore(workdir / "checkpoints" / str(step) / "state").items()}
+        found = reader.restore(workdir / "checkpoints" / str(step) / "state")
+        frozen = Checkpoints(workdir / "checkpoints").record(step)["frozen"]
+        if frozen:
+            found |= reader.restore(workdir / "frozen" / frozen["directory"])
+    return {k: np.asarray(v) for k, v in found.items()}
 
 
 def same(one, other):
@@ -107,6 +111,28 @@ def test_accumulation_is_the_whole_batch(tiny_run):
             np.testing.assert_allclose(parts[name], whole[name], atol=1e-4, err_msg=name)
 
 
+def test_accumulation_weighs_tokens():
+    """Micro-batches with 1 and 3 scored tokens: the gradient of the whole batch is the mean over four tokens."""
+    from lissom.training import sharding
+    from lissom.training.building import assemble, fresh_state
+    from lissom.training.config import load_recipe, overridden
+    from lissom.training.step import make_step
+
+    config = overridden(load_recipe("configs/language/recall_lm.py:tiny"), [("optim.name", "sgd")])
+    assembly = assemble(config, {"vocab_size": 64}, 3, sharding.make_mesh({"data": 1}))
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 8)).astype(np.int32)
+    weights = np.zeros((2, 8), np.float32)
+    weights[0, :1], weights[1, 2:5] = 1, 1
+    batch = {"inputs": tokens, "labels": tokens[:, ::-1], "weights": weights, "mask": np.ones(2, np.float32)}
+    results = []
+    for accumulate in (1, 2):
+        state = fresh_state(assembly, jax.random.key(0))
+        frozen = state.pop("frozen")
+        results.append(make_step(assembly, accumulate)(state, frozen, batch, jax.random.key(1)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
 def _damage(workdir, how):
     files = list((workdir / "checkpoints" / "3" / "state" / "d").iterdir())
     for file in files:
@@ -151,6 +177,23 @@ def test_nan_stops_with_the_step(tiny_run):
             "vision/mnist1d_cnn",
             **{"optim.learning_rate": 1e30, "optim.name": "sgd", "train.steps": 20, "optim.clip_norm": 0.0},
         )
+
+
+def test_frozen_is_saved_once(tmp_path):
+    store = Checkpoints(tmp_path / "checkpoints", keep=3)
+    state = {"params": {"w": jax.numpy.arange(4.0)}, "frozen": {"t": jax.numpy.arange(1000.0)}}
+    for step in range(1, 4):
+        store.save(step, {**state, "params": {"w": state["params"]["w"] + step}}, {}, {})
+    store.wait()
+    assert len(list((tmp_path / "frozen").iterdir())) == 1
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    found = store.load(2, shapes, {})
+    np.testing.assert_array_equal(found["frozen"]["t"], state["frozen"]["t"])
+    np.testing.assert_array_equal(found["params"]["w"], state["params"]["w"] + 2)
+    store.save(4, {**state, "frozen": {"t": state["frozen"]["t"] + 1}}, {}, {})
+    store.close()
+    assert len(list((tmp_path / "frozen").iterdir())) == 2
+    assert store.load(4, shapes, {})["frozen"]["t"][0] == 1
 
 
 def _command(workdir, *extra):

@@ -1,11 +1,13 @@
 """Stages, starting points and distillation: all in the one loop."""
 
 import itertools
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from lissom.models.registry import UnknownName
 from lissom.training.errors import UserError
 from tests.training.test_loop import arrays, same
 
@@ -64,23 +66,63 @@ def test_schedules_of_stages(optimizer, schedule, tiny_run):
     np.testing.assert_allclose(moved, RATES[optimizer, schedule][1:], rtol=1e-4)
 
 
+HALF = {"name": "a", "duration": 0.5}
+
+
 @pytest.mark.parametrize(
     "stages,words",
     [
         (({"name": "a", "duration": 2},), "durations must fill the run"),
-        (
-            (
-                {"name": "a", "duration": 0.5},
-                {"name": "b", "duration": 0.5, "overrides": {"model.channels": (5, 5)}},
-            ),
-            "no counterpart",
-        ),
+        (({"name": "a", "duration": 0.5}, {"name": "b", "duration": 0.4}), "add up to 0.9"),
+        ((HALF, {"name": "b", "duration": 0.5, "overrides": {"model.channels": (5, 5)}}), "no counterpart"),
+        ((HALF, {"name": "b", "duration": 0.5, "overrides": {"optim.name": "sgd"}}), "optimizer='reset'"),
+        ((HALF, {"name": "a", "duration": 0.5}), "not all different"),
         (({"name": "a", "lenght": 4},), "lenght"),
+        (({"name": "a"},), "no duration"),
+        (("a", "b"), "'a', which is not a table"),
+        ((HALF, {"duration": 0.5, "optimizer": "rest"}), "one of keep, reset"),
+        ((HALF, {"duration": 0.5, "schedule": "epoch"}), "one of run, stage"),
+        ((HALF, {"duration": "half"}), "is not a number"),
+        ((HALF, {"duration": 1.5}), "fraction"),
+        ((HALF, {"duration": 0.5, "overrides": {"data.name": "digits"}}), "a stage may change"),
+        ((HALF, {"duration": 0.5, "overrides": {"seed": 1}}), "a stage may change"),
+        ((HALF, {"duration": 0.5, "overrides": {"model.widht": 1}}), r"stages\[1\].*widht"),
+        ((HALF, {"duration": 0.5, "overrides": {"data.batch_size": 15, "optim.accumulate": 2}}), "multiple of"),
+        ((HALF, {"duration": 0.5, "converter": "nowhere.at_all:f"}), "no module"),
     ],
 )
-def test_bad_stages(stages, words, tiny_run):
-    with pytest.raises(UserError, match=words):
+def test_bad_stages(stages, words, tiny_run, tmp_path):
+    with pytest.raises((UserError, UnknownName), match=words):
         tiny_run(RECIPE, **{"train.steps": 4, "stages": stages})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_may_scan(tiny_run):
+    """From a loop to a scan at the boundary: the same layers, the same run."""
+    recipe = "vision/mnist1d_transformer"
+    stages = ({"name": "loop", "duration": 2}, {"name": "scan", "duration": 2, "overrides": {"model.stack": "scan"}})
+    _, plain = tiny_run(recipe, "plain", **{"train.steps": 4, "model.stack": "loop"})
+    _, staged = tiny_run(recipe, "staged", **{"train.steps": 4, "model.stack": "loop", "stages": stages})
+    one, other = arrays(plain, 4), arrays(staged, 4)
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-5, err_msg=name)
+
+
+def test_a_converter(tiny_run):
+    stages = (
+        {"name": "a", "duration": 2},
+        {"name": "b", "duration": 2, "converter": "tests.training.test_stages:doubled"},
+    )
+    still = {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "checkpoint.every": 2, "checkpoint.keep": 5}
+    _, run = tiny_run(RECIPE, **{"train.steps": 4, "stages": stages, **still})
+    two, four = arrays(run, 2), arrays(run, 4)
+    for name in two:
+        if name.startswith("params"):
+            np.testing.assert_array_equal(four[name], 2 * two[name])
+
+
+def doubled(old, fresh):
+    return {**fresh, "params": jax.tree.map(lambda p: 2 * p, old["params"]), "step": old["step"]}
 
 
 def test_init_from(tiny_run):
@@ -92,6 +134,22 @@ def test_init_from(tiny_run):
     for name in mean:
         if name.startswith("params"):
             np.testing.assert_allclose(mean[name], (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_init_from_a_loop_into_a_scan(tiny_run):
+    recipe = "vision/mnist1d_transformer"
+    _, one = tiny_run(recipe, "one", **{"model.stack": "loop"})
+    still = {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.steps": 1}
+    _, two = tiny_run(recipe, "two", **still, **{"model.stack": "scan"}, init_from=(str(one),))
+    a, b = arrays(one, 3), arrays(two, 1)
+    assert [name for name in same(a, b) if name.startswith("params")] == []
+
+
+def test_init_from_another_model(tiny_run, tmp_path):
+    _, one = tiny_run("vision/mnist1d_cnn", "one")
+    with pytest.raises(UserError, match=r"init_from: the run .* has no "):
+        tiny_run("vision/mnist1d_cnn", "two", **{"model.channels": (5, 5)}, init_from=(str(one),))
+    assert not (tmp_path / "two").exists()
 
 
 def test_distillation_keeps_its_teacher(tiny_run):
@@ -107,7 +165,8 @@ def test_distillation_keeps_its_teacher(tiny_run):
         for name, value in saved.items():
             if name.startswith(kind):
                 np.testing.assert_array_equal(inside[name.removeprefix(f"{kind}.")], value)
-    # What is exported is the student alone.
+    # What is exported is the student alone, and it does not need its teacher any more.
+    shutil.rmtree(teacher)
     rows = evaluate([student], floors=False)
     parameters = {m.name: m.value for m in rows[0].measurements}["parameters"]
     assert parameters == sum(v.size for n, v in taught.items() if n.startswith("params"))
@@ -119,7 +178,7 @@ def test_distillation_loss_by_hand():
     from lissom.training.objectives.distillation import Distillation
 
     objective = Distillation.__new__(Distillation)
-    objective.temperature, objective.weight, objective.label_smoothing = 2.0, 0.25, 0.0
+    objective.temperature, objective.soft_weight, objective.label_smoothing = 2.0, 0.25, 0.0
 
     class Fixed:
         def student(self, inputs, train, key):

@@ -14,7 +14,14 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Objective:
-    """Subclasses define `loss` and `judge` (or `evaluate`); the rest has defaults."""
+    """Subclasses define `loss` and `judge` (or `evaluate`); the rest has defaults.
+
+    `kinds` are the kinds of data (`data/dataset.py`) it can learn from, empty for any; `path` is where the network
+    stands in the module that `build` gives.
+    """
+
+    kinds: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
 
     def build(self, model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
         """The module that is trained; called under `eval_shape` first."""
@@ -23,6 +30,8 @@ class Objective:
 
     def network(self, module: nnx.Module) -> nnx.Module:
         """The part of the module that is measured and exported."""
+        for name in self.path:
+            module = getattr(module, name)
         return module
 
     def fill(self, params: Tree, stats: Tree, frozen: Tree) -> tuple[Tree, Tree, Tree]:
@@ -32,6 +41,12 @@ class Objective:
     def loss(self, module: nnx.Module, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
         """Scalar loss and scalar metrics of a training batch; updates the module's `Stat` variables in place."""
         raise NotImplementedError
+
+    def weight(self, batch: Batch) -> jax.Array | float:
+        """What `loss` divides by: micro-batches of a step are averaged with it, so that accumulation gives the gradient
+        of the whole batch. Rows of a training batch all count, so by default each micro-batch does as much."""
+        del batch
+        return 1.0
 
     def evaluate(self, module: nnx.Module, batch: Batch, key: jax.Array) -> Sums:
         """{name: (sum, count)} of an evaluation batch; rows with batch["mask"] == 0 count nothing."""

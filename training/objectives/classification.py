@@ -8,6 +8,8 @@ from lissom.training.objectives.base import Objective, auxiliary, cross_entropy
 class Classification(Objective):
     """Mean cross-entropy of batch["labels"] [B] plus the layers' own losses; evaluated by accuracy and loss."""
 
+    kinds = ("image", "signal")
+
     def __init__(self, *, label_smoothing: float = 0.0):
         self.label_smoothing = label_smoothing
 

@@ -1,10 +1,12 @@
 """A student that learns from the logits of a frozen teacher."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.variables import freeze
+from lissom.models.variables import freeze, merge
 from lissom.training.objectives.base import auxiliary, cross_entropy
 from lissom.training.objectives.classification import Classification
 
@@ -22,25 +24,27 @@ class Pair(nnx.Module):
 class Distillation(Classification):
     """(1 - weight) CE(student, labels) + weight T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the
     batch (Hinton et al. 2015, arXiv:1503.02531). `teacher` is the directory of a finished run, whose network is
-    rebuilt from its config and filled from its newest whole checkpoint."""
+    rebuilt from its config and filled from its newest whole checkpoint. Training needs it; the student, once it is
+    trained, does not."""
+
+    path = ("student",)
 
     def __init__(self, *, teacher: str, temperature: float = 4.0, weight: float = 0.9, label_smoothing: float = 0.0):
         super().__init__(label_smoothing=label_smoothing)
+        self.teacher, self.temperature, self.soft_weight = teacher, temperature, weight
+
+    @functools.cached_property
+    def _taught(self):
         from lissom.training.runs import load_network
 
-        self.temperature, self.weight = temperature, weight
-        self._teacher = load_network(teacher)
+        return load_network(self.teacher)
 
     def build(self, model, rngs):
         del rngs
-        graph, params, stats, frozen = self._teacher
-        return Pair(model, nnx.merge(graph, params, stats, frozen))
-
-    def network(self, module):
-        return module.student
+        return Pair(model, merge(self._taught))
 
     def fill(self, params, stats, frozen):
-        _, *trees = self._teacher
+        _, *trees = self._taught
         values = {}
         for tree in trees:
             values = _union(values, tree)
@@ -57,7 +61,7 @@ class Distillation(Classification):
         soft = self.temperature**2 * jnp.sum(jnp.exp(teacher) * (teacher - student), -1).mean()
         hits = (logits.argmax(-1) == batch["labels"]).mean()
         agree = (logits.argmax(-1) == target.argmax(-1)).mean()
-        total = (1 - self.weight) * hard + self.weight * soft + auxiliary(aux)
+        total = (1 - self.soft_weight) * hard + self.soft_weight * soft + auxiliary(aux)
         return total, {"accuracy": hits, "agreement": agree, "distillation": soft}
 
 

@@ -10,8 +10,13 @@ class LanguageModelling(Objective):
     (Chowdhery et al. 2022, arXiv:2204.02311) and the layers' own losses. Evaluated by loss (nats a scored token) and
     accuracy (share of scored tokens whose argmax is right)."""
 
+    kinds = ("tokens",)
+
     def __init__(self, *, z_loss: float = 0.0):
         self.z_loss = z_loss
+
+    def weight(self, batch):
+        return (batch["weights"] * batch["mask"][:, None]).sum()
 
     def loss(self, module, batch, key, step):
         del step

@@ -1,0 +1,32 @@
+"""Several processes, one run: who joins, who writes, and how they agree. With one process everything here is free."""
+
+import json
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def join() -> None:
+    """Finds the other processes where there are any: under Slurm with several tasks, or where LISSOM_DISTRIBUTED is set
+    (Kubernetes, TPU VMs), to the JSON arguments of `jax.distributed.initialize` or to anything else, which leaves
+    it to jax to detect them. Once a process: a comparison trains many runs in it."""
+    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "LISSOM_DISTRIBUTED" in os.environ
+    if not several or jax.distributed.is_initialized():
+        return
+    given = os.environ.get("LISSOM_DISTRIBUTED", "")
+    jax.distributed.initialize(**(json.loads(given) if given.startswith("{") else {}))
+
+
+def together(what: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process; every process must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
