@@ -111,7 +111,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         try:
             with sharding.on_mesh(mesh):
                 found = jitted.trace(state, assembly.shapes["frozen"], batch, loop_key)
-        except (NotImplementedError, dispatch.CannotSplit) as refusal:
+        except (NotImplementedError, dispatch.RequestError) as refusal:
             raise UserError(str(refusal)) from refusal
         spent["compile"] += time.monotonic() - began
         return found, where

@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 
 from lissom.compression import TRANSFORMS
-from lissom.models.registry import check_settings, resolve
+from lissom.models.registry import check_settings, check_types, required, resolve
 from lissom.models.variables import path_name
 from lissom.training.errors import UserError
 
@@ -42,6 +42,10 @@ def build_transforms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tr
         name = settings.pop("name")
         kind = resolve(TRANSFORMS, name, "transform")
         check_settings(kind, settings, f"transform {name!r}")
+        check_types(kind, settings, f"transform {name!r}")
+        missing = required(kind, settings)
+        if missing:
+            raise UserError(f"transform {name!r} needs {', '.join(missing)}")
         built.append((name, kind(**settings)))
     return built
 

@@ -1,6 +1,6 @@
 """The residual block: x + mixer(norm(x)), then x + ffn(norm(x)) (pre-norm; Xiong et al. 2020, arXiv:2002.04745)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from lissom.models import FFNS, NORMS
 from lissom.models.context import Context
 from lissom.models.mixers import MIXERS
 from lissom.models.registry import construct
-from lissom.models.stack import Stack
 
 
 class Block(nnx.Module):
@@ -46,20 +45,3 @@ class Block(nnx.Module):
         y, ffn_aux = self.ffn(self.ffn_norm(x), context, ffn_key)
         aux = {kind: {**mixer_aux[kind], **ffn_aux[kind]} for kind in ("losses", "metrics")}
         return x + y, cache, aux
-
-
-def residual_stack(
-    *,
-    depth: int,
-    width: int,
-    heads: int,
-    mixer: str | Sequence[str],
-    stack: str | None,
-    remat: bool,
-    rngs: nnx.Rngs,
-    **settings,
-) -> Stack:
-    """`depth` blocks; a tuple of mixer names repeats over the layers (its length must divide the depth)."""
-    pattern = (mixer,) if isinstance(mixer, str) else tuple(mixer)
-    make = [lambda rngs, name=name: Block(width, heads=heads, mixer=name, rngs=rngs, **settings) for name in pattern]
-    return Stack(make, depth=depth, mode=stack, remat=remat, rngs=rngs)

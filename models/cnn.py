@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.bounds import at_least_one, rate
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Conv, Linear, dropout
 
@@ -27,6 +28,8 @@ class ConvNet(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        at_least_one("model", channels=channels, kernel=kernel, stride=stride)
+        rate("model", dropout=dropout)
         *spatial, inputs = input_shape
         layers = []
         for outputs in channels:

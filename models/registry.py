@@ -7,12 +7,23 @@ happens when the name is used, so that the dicts can be checked before jax is im
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Union, get_args, get_origin
+
+UNIONS = (Union, types.UnionType)
+SEQUENCES = (Sequence, list, tuple)
+MAPPINGS = (Mapping, dict)
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
 
 
 class UnknownName(ValueError):
     """A name or a setting that does not exist; the message is one sentence for the user."""
+
+
+class WrongType(ValueError):
+    """A setting of another type than its constructor is annotated with; the message is one sentence for the user."""
 
 
 def nearest(word: str, known: Any) -> str:
@@ -75,6 +86,56 @@ def check_settings(target: Any, settings: Mapping[str, Any], what: str, reserved
             )
 
 
+def required(target: Any, given: Iterable[str]) -> list[str]:
+    """The settings without a default that are not among those given."""
+    return [
+        name
+        for name, parameter in settings_of(target).items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in (*given, "rngs")
+    ]
+
+
+def check_types(target: Any, settings: Mapping[str, Any], what: str) -> None:
+    """Raises WrongType for a setting that does not fit the annotation of the constructor's parameter.
+
+    Read are bool, int, float (a whole number fits too), str, None, mappings, sequences (a list or a tuple) and unions
+    of these. Any other annotation, one given as text, and none at all let every value pass.
+    """
+    taken = settings_of(target)
+    for name, value in settings.items():
+        if name in taken and not _fits(value, taken[name].annotation):
+            raise WrongType(f"{what}: {name}={value!r} must be {_words(taken[name].annotation)}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in UNIONS:
+        return any(_fits(value, part) for part in parts)
+    if kind in SEQUENCES:
+        return isinstance(value, list | tuple) and (not _alike(parts) or all(_fits(one, parts[0]) for one in value))
+    if kind in MAPPINGS:
+        return hasattr(value, "keys")  # a ConfigDict does not count as a Mapping
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return kind not in (bool, str, type(None)) or isinstance(value, kind)
+
+
+def _words(annotation: Any) -> str:
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in UNIONS:
+        return " or ".join(_words(part) for part in parts)
+    if kind in SEQUENCES:
+        return f"a list, each entry {_words(parts[0])}" if _alike(parts) else "a list"
+    return "a mapping" if kind in MAPPINGS else WORDS.get(kind, str(kind))
+
+
+def _alike(parts: tuple) -> bool:
+    """Whether `Sequence[int]` or `tuple[int, ...]` was written: all entries have the first part's type."""
+    return len(parts) == 1 or parts[1:] == (...,)
+
+
 def construct(
     table: Mapping[str, str],
     name: str,
@@ -84,22 +145,17 @@ def construct(
 ) -> Any:
     """Builds what `name` stands for with `kwargs[name]` (its own settings) and `fixed` (what the caller provides).
 
-    A plug-in's settings stand under the name of its class (a config's keys have no dots). Every entry of `kwargs` is
-    checked against its own constructor, also those of names that were not chosen.
+    A plug-in's settings stand under the name of its class (a config's keys have no dots). Names and types of every
+    entry of `kwargs` are checked against its own constructor, also those of names that were not chosen.
     """
     kwargs = dict(kwargs or {})
     own = name if name in table else name.rpartition(":")[2]
     for entry, settings in kwargs.items():
         target = resolve(table, name if entry == own else entry, what)
         check_settings(target, settings, f"{what} {entry!r}", reserved=tuple(fixed))
+        check_types(target, settings, f"{what} {entry!r}")
     target, given = resolve(table, name, what), {**fixed, **dict(kwargs.get(own, {}))}
-    missing = [
-        key
-        for key, parameter in settings_of(target).items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and key not in given
-    ]
+    missing = required(target, given)
     if missing:
-        raise UnknownName(f"{what} {name!r} needs {', '.join(missing)}: set it in {what}_kwargs.{own}")
+        raise UnknownName(f"{what} {name!r} needs {', '.join(missing)}: give it among the settings of {own!r}")
     return target(**given)

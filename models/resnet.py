@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.bounds import at_least_one
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Conv, Linear
 from lissom.models.norms import BatchNorm
@@ -47,6 +48,7 @@ class ResNet(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        at_least_one("model", widths=widths, blocks=blocks)
         if len(widths) != len(blocks):
             raise ValueError(f"model.widths {tuple(widths)} and model.blocks {tuple(blocks)} must be as long")
         *space, channels = input_shape

@@ -42,8 +42,8 @@ class Unavailable(NotImplementedError):
     warning."""
 
 
-class CannotSplit(ValueError):
-    """The mesh does not divide a dimension that `partition` splits."""
+class RequestError(ValueError):
+    """A name that the op does not have, or a mesh that does not divide what `partition` splits."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def call(
         orders = {"default": (wanted,) if isinstance(wanted, str) else tuple(wanted)}
     for name in (name for order in orders.values() for name in order):
         if name not in op.implementations:
-            raise ValueError(
+            raise RequestError(
                 f"implementation: {op.name} has no {name!r}; it has {', '.join(sorted(op.implementations))}."
             )
     chosen = {
@@ -242,7 +242,7 @@ def _sharded(op: Op, run: Callable, plan: Partition, operands: tuple, operand_di
             for name in names:
                 ways *= mesh.shape[name]
             if size % ways:
-                raise CannotSplit(
+                raise RequestError(
                     f"partition: the {label} dimension of {op.name} has {size} entries, which {ways} shards over "
                     f"{'+'.join(names)} do not divide."
                 )

@@ -1,9 +1,14 @@
 """No field of a config is decoration: it is read, and under model, objective and optim it changes the program."""
 
+import hashlib
+
 import jax
 import ml_collections
+import numpy as np
 import pytest
 
+from lissom.data import DATASETS
+from lissom.data.loading import complete_settings
 from lissom.models import SIZES
 from lissom.training.config import load_recipe, overridden
 
@@ -59,6 +64,45 @@ SETTINGS = {
     "vision/digits_vit": {},
 }
 
+FEW = {"train_size": 20, "test_size": 10}
+FEWER = {"train_size": 30, "test_size": 20, "seed": 5}
+# Of every dataset, and of every choice that one has: cheap settings, and what each setting is changed to.
+DATA = {
+    "digits": ({}, {"config": "shifted"}),
+    "mnist5k": ({}, {}),
+    "mnist1d": (FEW, {**FEWER, "shuffle_sequence": True}),
+    "glyphs": (
+        {**FEW, "size": 16, "classes": 5, "scripts": ("latin", "greek")},
+        {
+            **FEWER,
+            "size": 17,
+            "classes": 4,
+            "scripts": ("latin",),
+            "test_scripts": ("greek",),
+            "test_fonts": ("cmr10",),
+            "jitter": 0.5,
+        },
+    ),
+    "cue_match": (
+        {**FEW, "length": 16, "classes": 2, "items": 4, "key_bits": 4},
+        {**FEWER, "dims": 2, "length": 25, "classes": 4, "items": 2, "key_bits": 5, "gap": 2, "noise": 0.2},
+    ),
+    "sequences": ({**FEW, "length": 32, "pairs": 4}, {"task": "needle"}),
+    "sequences copy": ({**FEW, "length": 16}, {**FEWER, "length": 18, "vocab_size": 8}),
+    "sequences selective_copy": (
+        {**FEW, "length": 20, "items": 4},
+        {**FEWER, "length": 22, "items": 3, "vocab_size": 8},
+    ),
+    "sequences recall": (
+        {**FEW, "length": 32, "pairs": 4},
+        {**FEWER, "length": 34, "pairs": 3, "vocab_size": 32, "power": 2.0},
+    ),
+    "sequences needle": ({**FEW, "length": 16, "pairs": 2}, {**FEWER, "length": 18, "pairs": 3, "vocab_size": 32}),
+    "sequences parity": ({**FEW, "length": 16}, {**FEWER, "length": 18}),
+    "sequences modular_addition": ({"modulus": 7}, {"modulus": 5, "train_fraction": 0.5, "seed": 5}),
+    "stdlib_text": ({"length": 4096}, {"length": 2048}),
+}
+
 
 def program(config) -> str:
     """The jaxpr of one training step and the shapes it starts from."""
@@ -96,6 +140,44 @@ def test_field_changes_the_program(recipe):
         if program(overridden(config, [(key, value)])) == base:
             same.append(key)
     assert same == [], "these fields change nothing"
+
+
+def contents(config) -> str:
+    """A digest of every example of the config's dataset and of what is known about them."""
+    from lissom.data.dataset import gather
+    from lissom.training.building import load_dataset
+
+    dataset = load_dataset(config)
+    digest = hashlib.sha256(repr(sorted(dataset.info.items())).encode())
+    for source in (dataset.train, dataset.test):
+        for name, array in sorted(gather(source, np.arange(len(source))).items()):
+            digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def test_every_dataset_is_listed():
+    choices = {name: DATASETS[name].choice[1] for name in DATASETS if DATASETS[name].choice}
+    assert set(DATA) == {*DATASETS, *(f"{name} {value}" for name, values in choices.items() for value in values)}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_setting_changes_the_data(case, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.getbasetemp() / "datasets"))
+    name, _, chosen = case.partition(" ")
+    cheap, changes = DATA[case]
+    choice = DATASETS[name].choice
+    cheap = {**cheap, **({choice[0]: chosen} if chosen else {})}
+    # A choice is changed in the case without one, the settings of what is chosen in their own.
+    settings = complete_settings(name, DATASETS[name], cheap)
+    own = [key for key in settings if choice is None or (key != choice[0]) == bool(chosen)]
+    assert sorted(changes) == sorted(own), "every setting needs a change"
+    config = load_recipe("configs/vision/digits_vit.py:tiny")
+    config = overridden(config, [("data.name", name), *((f"data.kwargs.{name}.{key}", v) for key, v in cheap.items())])
+    base = contents(config) if changes else None
+    same = [
+        key for key, v in changes.items() if contents(overridden(config, [(f"data.kwargs.{name}.{key}", v)])) == base
+    ]
+    assert same == [], "these settings change nothing"
 
 
 def test_every_other_field_is_read(tiny_run, monkeypatch):

@@ -1,6 +1,5 @@
 """From a config to the arrays of training: shapes first, then shardings, then arrays."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 from lissom import data
 from lissom.models import MODELS, SIZES
-from lissom.models.registry import check_settings, construct, resolve, settings_of
+from lissom.models.registry import check_settings, check_types, construct, required, resolve, settings_of
 from lissom.models.stack import stacks
 from lissom.models.variables import Tree, logical_axes, split
 from lissom.training import OBJECTIVES, sharding
@@ -43,7 +42,10 @@ def load_dataset(config) -> data.Dataset:
 
 def build_objective(config) -> Objective:
     """The objective that `config.objective` names, with its own settings."""
-    return construct(OBJECTIVES, config.objective, config.objective_kwargs.to_dict(), "objective")
+    try:
+        return construct(OBJECTIVES, config.objective, config.objective_kwargs.to_dict(), "objective")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
@@ -53,18 +55,13 @@ def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Modul
     network = resolve(MODELS, name, "model")
     settings = {key: value for key, value in settings.items() if value is not None}
     check_settings(network, settings, f"model {name!r}", reserved=FACTS)
+    check_types(network, settings, f"model {name!r}")
     if "dtype" in settings:
         settings["dtype"] = jnp.dtype(settings["dtype"])
     taken = settings_of(network)
     fixed = {key: facts[key] for key in FACTS if key in taken and key in facts}
     given = {**SIZES.get(name, {}).get(size, {}), **settings, **fixed}
-    missing = [
-        key
-        for key, parameter in taken.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        and key not in (*given, "self", "rngs")
-    ]
+    missing = required(network, given)
     if set(missing) & set(FACTS):
         raise UserError(
             f"model {name!r} needs {', '.join(missing)}, which data {config.data.name!r} does not have: "
@@ -90,6 +87,8 @@ def assemble(
             f"objective {config.objective!r} learns from {' or '.join(objective.kinds)} data, and "
             f"{config.data.name!r} is {facts['kind']} data"
         )
+
+    objective.prepare()
 
     def build(key: jax.Array) -> nnx.Module:
         model_key, own_key = jax.random.split(key)

@@ -14,11 +14,11 @@ class UserError(ValueError):
 def one_sentence() -> Iterator[None]:
     """Turns a UserError, and the other rooms' errors of that kind, into one line on stderr and exit code 2."""
     from lissom.data.errors import DataError
-    from lissom.models.registry import UnknownName
+    from lissom.models.registry import UnknownName, WrongType
 
     try:
         yield
-    except (UserError, UnknownName, DataError) as error:
+    except (UserError, UnknownName, WrongType, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.bounds import at_least_one, rate
 from lissom.models.context import Context
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Linear, dropout
@@ -44,6 +45,8 @@ class Attention(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        at_least_one("mixer", kv_heads=kv_heads, head_dim=head_dim)
+        rate("mixer", dropout=dropout)
         kv_heads = heads if kv_heads is None else kv_heads
         if heads % kv_heads:
             raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
@@ -94,8 +97,7 @@ class WindowAttention(Attention):
     with a causal mask that is the last `window` tokens, itself included (Beltagy et al. 2020, arXiv:2004.05150)."""
 
     def __init__(self, width: int, *, heads: int, window: int = 8, **kwargs):
-        if window < 1:
-            raise ValueError(f"window={window} must be at least 1")
+        at_least_one("mixer", window=window)
         super().__init__(width, heads=heads, **kwargs)
         self.window = window
 

@@ -23,6 +23,9 @@ class Objective:
     kinds: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
 
+    def prepare(self) -> None:
+        """Reads from the disk what `build` and `fill` need; called once before them, and by nobody who only judges."""
+
     def build(self, model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
         """The module that is trained; called under `eval_shape` first."""
         del rngs

@@ -1,12 +1,10 @@
 """A student that learns from the logits of a frozen teacher."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.variables import freeze, merge
+from lissom.models.variables import Parts, freeze, merge
 from lissom.training.objectives.base import auxiliary, cross_entropy
 from lissom.training.objectives.classification import Classification
 
@@ -33,15 +31,17 @@ class Distillation(Classification):
         super().__init__(label_smoothing=label_smoothing)
         self.teacher, self.temperature, self.soft_weight = teacher, temperature, weight
 
-    @functools.cached_property
-    def _taught(self):
+    def prepare(self):
         from lissom.training.runs import load_network
 
-        return load_network(self.teacher)
+        self._taught = load_network(self.teacher)
 
     def build(self, model, rngs):
         del rngs
-        return Pair(model, merge(self._taught))
+        graph, *trees = self._taught
+        # Zeros of its shapes: `fill` puts the weights in, which would be constants of the program that builds this.
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), trees)
+        return Pair(model, merge(Parts(graph, *empty)))
 
     def fill(self, params, stats, frozen):
         _, *trees = self._taught

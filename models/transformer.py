@@ -1,0 +1,68 @@
+"""What every transformer is between its ends: the residual stack and the last norm."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models import NORMS
+from lissom.models.block import Block
+from lissom.models.bounds import at_least_one, rate
+from lissom.models.context import Context
+from lissom.models.linear import dropout
+from lissom.models.registry import construct
+from lissom.models.stack import Stack
+
+
+class Transformer(nnx.Module):
+    """x[B, T, M] -> norm(blocks(dropout(x))) [B, T, M]: `depth` blocks over `width` = M features.
+
+    A tuple of mixer names repeats over the layers (its length must divide the depth). A subclass adds its ends: it
+    builds what comes in front before it calls this constructor, and what comes behind afterwards, since that is the
+    order in which random keys are drawn, and a seed must go on giving the same network.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mixer: str | Sequence[str] = "attention",
+        mixer_kwargs: Mapping | None = None,
+        ffn: str = "mlp",
+        ffn_kwargs: Mapping | None = None,
+        norm: str = "layernorm",
+        norm_kwargs: Mapping | None = None,
+        dropout: float = 0.0,
+        stack: str | None = None,
+        remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        at_least_one("model", heads=heads)
+        rate("model", dropout=dropout)
+        pattern = (mixer,) if isinstance(mixer, str) else tuple(mixer)
+        if not pattern:
+            raise ValueError("model.mixer=() must name at least one mixer")
+        shared = {
+            "heads": heads,
+            "mixer_kwargs": mixer_kwargs,
+            "ffn": ffn,
+            "ffn_kwargs": ffn_kwargs,
+            "norm": norm,
+            "norm_kwargs": norm_kwargs,
+            "dtype": dtype,
+        }
+        make = [lambda rngs, name=name: Block(width, mixer=name, rngs=rngs, **shared) for name in pattern]
+        self.blocks = Stack(make, depth=depth, mode=stack, remat=remat, rngs=rngs)
+        self.norm = construct(NORMS, norm, norm_kwargs, "norm", width=width, rngs=rngs)
+        self.dropout, self.dtype = dropout, dtype
+
+    def features(self, x: jax.Array, context: Context, key: jax.Array | None = None) -> tuple[jax.Array, dict]:
+        """Embedded tokens [B, T, M] -> (normed features [B, T, M], aux)."""
+        embed_key, key = (None, None) if key is None else jax.random.split(key)
+        x = dropout(x, self.dropout, embed_key, context.train)
+        x, _, aux = self.blocks(x, context, key=key)
+        return self.norm(x), aux
