@@ -85,9 +85,10 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     for (one, other), stage in zip(itertools.pairwise(assemblies), plan[1:], strict=True):
         stages.check_carry(one.shapes, other.shapes, stage, one.stacks, other.stacks)
     build_transforms(config.evaluation.transforms)
-    key = jax.random.key(config.seed)
-    init_key, loop_key = jax.random.split(key)
-    loop_key = jax.device_put(loop_key, sharding.replicated(mesh))
+    init_key, _ = jax.random.split(jax.random.key(config.seed))
+    # Made where it lies: of several processes none could put it on the others' devices.
+    everywhere = sharding.replicated(mesh)
+    loop_key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed))[1], out_shardings=everywhere)()
 
     traces, spent = {}, {"compile": 0.0, "train": 0.0}
 
@@ -107,7 +108,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             for name, leaf in first.items()
         }
         state = {name: leaf for name, leaf in assembly.shapes.items() if name != "frozen"}
-        jitted = jax.jit(traced, donate_argnums=0, out_shardings=(shardings_of(state), sharding.replicated(mesh)))
+        jitted = jax.jit(traced, donate_argnums=0, out_shardings=(shardings_of(state), everywhere))
         try:
             with sharding.on_mesh(mesh):
                 found = jitted.trace(state, assembly.shapes["frozen"], batch, loop_key)
@@ -181,9 +182,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     def evaluate(index, state):
         if index not in compiled_evaluations:
-            compiled_evaluations[index] = jax.jit(
-                make_evaluation(assemblies[index]), out_shardings=sharding.replicated(mesh)
-            )
+            compiled_evaluations[index] = jax.jit(make_evaluation(assemblies[index]), out_shardings=everywhere)
         ways = sharding.batch_ways(mesh)
         size = -(-config.evaluation.batch_size // ways) * ways
         batches = data.eval_batches(dataset, batch_size=size, process=process, processes=count)
@@ -219,8 +218,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             while step < stage.stop and not halted:
                 if profile and step == start + min(5, total - start - 1):
                     jax.profiler.start_trace(str(workdir / "profile"))
+                batch = sharding.put_batch(next(batches), where)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = compiled(state, frozen, sharding.put_batch(next(batches), where), loop_key)
+                    state, metrics = compiled(state, frozen, batch, loop_key)
                 step += 1
                 if virtual:
                     jax.block_until_ready(metrics)

@@ -62,7 +62,7 @@ LATE = [
     (("--config.mesh.data=8", "--config.data.batch_size=12"), ["batch_size=12", "multiple of 8"]),
     (("--config.model.mixer_kwargs.window.windoww=3",), ["windoww", "window"]),
     (("--config.model.heads=3",), ["heads=3"]),
-    (("--config.model.size=",), ["needs width, depth", "config.model.size"]),
+    (("--config.model.size=",), ["needs width", "depth", "config.model.size"]),
     (("--config.objective=language_modelling",), ["tokens data", "digits", "image"]),
     (("--config.objective=distillation",), ["distillation", "teacher"]),
     (("--config.model.mixer_kwargs.attention.implementation=cudnn",), ["cudnn", "CUDA plugin"]),

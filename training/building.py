@@ -126,9 +126,9 @@ def fresh_state(assembly: Assembly, key: jax.Array) -> dict[str, Any]:
     trees = jax.jit(assembly.make, out_shardings=tuple(places[n] for n in ("params", "stats", "frozen")))(key)
     filled = assembly.objective.fill(*trees)
     params, stats, frozen = (
-        jax.device_put(tree, places[name]) for name, tree in zip(("params", "stats", "frozen"), filled, strict=True)
+        sharding.put(tree, places[name]) for name, tree in zip(("params", "stats", "frozen"), filled, strict=True)
     )
     # Without out_shardings the moments of a sharded parameter would all lie on the first device.
     opt = jax.jit(assembly.optimizer.init, out_shardings=places["opt"])(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), places["step"])
+    step = sharding.put(jnp.zeros((), jnp.int32), places["step"])
     return {"params": params, "stats": stats, "frozen": frozen, "opt": opt, "step": step}

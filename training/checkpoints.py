@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from lissom.models.stack import stack_layers, unstack_layers
+from lissom.training import sharding
 from lissom.training.errors import UserError
 
 FROZEN = "frozen."
@@ -210,8 +211,8 @@ class Checkpoints:
         if not stacks:
             return tree
         # Apart the layers had no place of their own on the mesh; stacked they go where they belong.
-        places = jax.tree.map(lambda leaf: leaf.sharding or jax.local_devices()[0], shapes)
-        return jax.tree.map(jax.device_put, stack_layers(tree, dict(stacks)), places)
+        places = jax.tree.map(lambda leaf: leaf.sharding or _here(), shapes)
+        return sharding.put(stack_layers(tree, dict(stacks)), places)
 
     def newest_at(self, step: int, shapes: Any, stacks: Mapping, say=print) -> Any | None:
         """The state of one step, or None where it is damaged, which is said through `say`."""
@@ -251,13 +252,16 @@ def _part(leaves: Mapping[str, Any], frozen: bool) -> dict[str, Any]:
     return {name: leaf for name, leaf in leaves.items() if name.startswith(FROZEN) == frozen}
 
 
+def _here() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
 def _restore(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     if not wanted:
         return {}
     with ocp.PyTreeCheckpointer() as reader:
-        everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         args = {
-            name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or everywhere)
+            name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or _here())
             for name, leaf in wanted.items()
         }
         return reader.restore(

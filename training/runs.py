@@ -13,6 +13,7 @@ from lissom.models import MODELS
 from lissom.models.registry import resolve, settings_of
 from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import Parts, flatten, split
+from lissom.training import sharding
 from lissom.training.building import build_network, build_objective
 from lissom.training.checkpoints import Checkpoints
 from lissom.training.config import differences, from_json, to_json
@@ -159,4 +160,4 @@ def started(state: Mapping[str, Any], stacks: Mapping, values: Mapping[str, Mapp
     places = jax.tree.map(lambda leaf: leaf.sharding, dict(state))
     apart = unstack_layers(dict(state), dict(stacks))
     apart |= {kind: replaced(apart[kind], values[kind]) for kind in values}
-    return jax.tree.map(jax.device_put, stack_layers(apart, dict(stacks)), places)
+    return sharding.put(stack_layers(apart, dict(stacks)), places)

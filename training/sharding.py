@@ -87,6 +87,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def put(tree: Any, places: Any) -> Any:
+    """Every array of the tree where its sharding says, also on devices of other processes. What this process holds
+    alone must be the same in all of them."""
+
+    def lay(leaf: jax.Array, place: NamedSharding) -> jax.Array:
+        if place.is_fully_addressable or getattr(leaf, "sharding", None) == place:
+            return jax.device_put(leaf, place)
+        local = np.asarray(leaf) if getattr(leaf, "is_fully_addressable", True) else leaf
+        return jax.jit(lambda x: x, out_shardings=place)(local)
+
+    return jax.tree.map(lay, tree, places)
+
+
 def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
     """Rows over data and fsdp; the second axis of token arrays over sequence."""
 

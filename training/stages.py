@@ -17,6 +17,7 @@ import jax
 from lissom.models.registry import resolve
 from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import flatten
+from lissom.training import sharding
 from lissom.training.checkpoints import flat
 from lissom.training.config import overridden
 from lissom.training.errors import UserError
@@ -120,7 +121,7 @@ def carry(
             state["opt"] = jax.tree.unflatten(
                 jax.tree.structure(fresh["opt"]), [values[name] for name in flat(fresh["opt"])]
             )
-    return jax.tree.map(jax.device_put, stack_layers(state, dict(after)), places)
+    return sharding.put(stack_layers(state, dict(after)), places)
 
 
 def replaced(tree: Mapping, values: Mapping[str, Any], prefix: tuple = ()) -> dict:

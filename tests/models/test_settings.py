@@ -127,7 +127,6 @@ def test_wrong_types(settings, sentence):
         {"rules": [("head", {"skip": True})], "table": ml_collections.ConfigDict({"a": 1}), "maybe": None},
         {"other": "bfloat16", "as_text": "not read", "plain": object(), "not_there": 1},
     ],
-    ids=str,
 )
 def test_right_types(settings):
     check_types(annotated, settings, "thing 'a'")

@@ -215,7 +215,7 @@ def _command(workdir, *extra):
     )
 
 
-def _wait_for(condition, process):
+def wait_for(condition, process):
     for _ in range(600):
         if condition():
             return
@@ -226,7 +226,7 @@ def _wait_for(condition, process):
 
 def test_sigterm_saves_and_exits_0(tmp_path):
     process = _command(tmp_path / "run", "--config.train.steps=1000000", "--config.log.every=100")
-    _wait_for(
+    wait_for(
         lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size,
         process,
     )
@@ -241,9 +241,9 @@ def test_kill_9_leaves_a_loadable_run(tmp_path, capsys):
 
     process = _command(tmp_path / "run", "--config.train.steps=1000000", "--config.checkpoint.every=1")
     folder = tmp_path / "run" / "checkpoints"
-    _wait_for(lambda: folder.exists() and len(Checkpoints(folder).steps()) > 1, process)
+    wait_for(lambda: folder.exists() and len(Checkpoints(folder).steps()) > 1, process)
     # Wait for the middle of a save: a directory that is not yet renamed to its step.
-    _wait_for(lambda: any(not p.name.isdigit() for p in folder.iterdir()), process)
+    wait_for(lambda: any(not p.name.isdigit() for p in folder.iterdir()), process)
     process.kill()
     process.wait()
     assert load_network(tmp_path / "run").params
