@@ -146,7 +146,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                 assemblies[current].stacks,
                 lambda text: print(text, file=sys.stderr),
             )
-            if found is not None:
+            if not processes.any_of(found is None):  # damage to one process's shards is damage to all
                 state = found
                 processes.together("read")
                 if process == 0:

@@ -24,12 +24,15 @@ def arrays(workdir, step):
     """The saved arrays of a step, by name."""
     import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as reader:
-        found = reader.restore(workdir / "checkpoints" / str(step) / "state")
-        frozen = Checkpoints(workdir / "checkpoints").record(step)["frozen"]
-        if frozen:
-            found |= reader.restore(workdir / "frozen" / frozen["directory"])
-    return {k: np.asarray(v) for k, v in found.items()}
+    def read(path, names):
+        kinds = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(path, args=ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=kinds))
+
+    record = Checkpoints(workdir / "checkpoints").record(step)
+    frozen = record["frozen"].get("crc", {})
+    found = read(workdir / "checkpoints" / str(step) / "state", [name for name in record["crc"] if name not in frozen])
+    return found | (read(workdir / "frozen" / record["frozen"]["directory"], list(frozen)) if frozen else {})
 
 
 def same(one, other):

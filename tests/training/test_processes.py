@@ -32,14 +32,19 @@ def start(workdir, *flags, processes=2):
 
 
 def finish(started):
-    said = [process.communicate(timeout=240)[1] for process in started]
+    try:
+        said = [process.communicate(timeout=150)[1] for process in started]
+    finally:  # one that waits for another which is gone
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0] * len(started), said
     return said
 
 
 def test_two_processes_are_one(tmp_path, tiny_run):
     flags = (
-        "--config.mesh.fsdp=2",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=4",
         "--config.train.steps=4",
         "--config.checkpoint.every=2",
         "--config.checkpoint.keep=5",
@@ -48,7 +53,7 @@ def test_two_processes_are_one(tmp_path, tiny_run):
     said = finish(start(two, *flags))
     assert "in " + str(two) in said[0] and "parameters" not in said[1]
     settings = {"train.steps": 4, "checkpoint.every": 2, "checkpoint.keep": 5}
-    _, one = tiny_run("language/recall_lm", "one", **settings, **{"mesh.fsdp": 2, "mesh.data": 2})
+    _, one = tiny_run("language/recall_lm", "one", **settings, **{"mesh.fsdp": 4})
     expected = arrays(one, 4)
     for name, value in arrays(two, 4).items():
         np.testing.assert_allclose(value, expected[name], atol=2e-4, err_msg=name)
@@ -62,7 +67,7 @@ def test_two_processes_are_one(tmp_path, tiny_run):
     theirs.write_text(json.dumps(crc))
     said = finish(start(two, *flags))
     assert f"the checksum of {split}" in said[1] and "step 2" in said[0]
-    np.testing.assert_array_equal(arrays(two, 4)[split], arrays(two, 4)[split])
+    np.testing.assert_allclose(arrays(two, 4)[split], expected[split], atol=2e-4)
 
 
 def test_sigterm_to_one_stops_both(tmp_path):
@@ -79,6 +84,6 @@ def test_sigterm_to_one_stops_both(tmp_path):
 def test_a_mesh_that_the_processes_do_not_divide(tmp_path):
     started = start(tmp_path / "run", "--config.mesh.data=1", "--config.mesh.tensor=4")
     for process in started:
-        said = process.communicate(timeout=240)[1]
+        said = process.communicate(timeout=150)[1]
         assert process.returncode == 2 and "multiple of the 2 processes" in said
     assert not (tmp_path / "run").exists()
