@@ -2,7 +2,8 @@
 conditions).
 
 Seeds are aggregated here. Measured and modelled numbers stand in different columns, as do different
-conditions and, for what depends on the machine, different machines. Floors and ceilings come last.
+conditions and, for what depends on the machine, different machines (what training cost depends on the one
+that trained). Floors and ceilings come last.
 """
 
 import csv
@@ -61,12 +62,13 @@ class Line:
 @dataclass(frozen=True)
 class Table:
     """`lines` in order of first appearance, floors and ceilings last; differences are to the first
-    variant."""
+    variant. `machines` are those that measured; `notes` stand below."""
 
     task: str
     machines: tuple[str, ...]
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def first(self) -> Line | None:
@@ -79,16 +81,6 @@ class Table:
             return None
         values, ours = self.first.values.get(column, {}), line.values.get(column, {})
         return statistics.paired_difference(values, ours, METRICS[column.name].direction)
-
-
-def machine_name(hardware: Mapping[str, object]) -> str:
-    """The hardware of a row in a few words, "unknown machine" where the row does not say."""
-    if hardware.get("accelerator"):
-        return f"{hardware.get('accelerators') or '?'} x {hardware['accelerator']}"
-    if not hardware.get("cpu"):
-        return "unknown machine"
-    cores = hardware.get("cores") or "?"
-    return f"{hardware['cpu']}, {cores} core{'' if cores == 1 else 's'}"
 
 
 # ---- aggregation
@@ -106,12 +98,17 @@ def _table(task: str, task_rows: Sequence[rows.Row]) -> Table:
     seeds: dict[tuple, dict] = {}
     columns: dict[Column, None] = {}
     for row in task_rows:
-        identity, machine = row.identity, machine_name(row.provenance.hardware)
+        identity = row.identity
+        machines = {
+            "": "",
+            "measuring": rows.machine_name(row.provenance.hardware),
+            "training": rows.machine_name((row.trained or row.provenance).hardware),
+        }
         label = identity.label + (f" + {identity.transform}" if identity.transform else "")
         group = groups.setdefault((label, identity.role), {})
         seeds.setdefault((label, identity.role), {})[identity.seed] = None
         for entry in row.measurements:
-            where = machine if metric(entry.name).machine else ""
+            where = machines[metric(entry.name).machine]
             column = Column(entry.name, entry.kind, tuple(sorted(entry.conditions.items())), where)
             columns[column] = None
             if entry.value is None:
@@ -130,8 +127,18 @@ def _table(task: str, task_rows: Sequence[rows.Row]) -> Table:
     lines.sort(key=lambda line: rows.ROLES.index(line.role))
     order = list(METRICS)
     ordered = sorted(columns, key=lambda column: order.index(column.name))
-    machines = tuple(dict.fromkeys(machine_name(row.provenance.hardware) for row in task_rows))
-    return Table(task, machines, tuple(ordered), tuple(lines))
+    machines = tuple(dict.fromkeys(rows.machine_name(row.provenance.hardware) for row in task_rows))
+    return Table(task, machines, tuple(ordered), tuple(lines), _notes(task_rows))
+
+
+def _notes(task_rows: Sequence[rows.Row]) -> tuple[str, ...]:
+    """What the rows say of themselves, each sentence once, behind the variants that it is about."""
+    said: dict[str, dict[str, None]] = {}
+    for row in task_rows:
+        for note in (*row.notes, rows.trained_note(row)):
+            if note:
+                said.setdefault(note, {})[row.identity.label] = None
+    return tuple(f"{', '.join(labels)}: {note}" for note, labels in said.items())
 
 
 # ---- rendering
@@ -162,7 +169,7 @@ def header(table: Table, column: Column) -> str:
     words += [f"{key} {value}" for key, value in column.conditions]
     if column.kind != "measured":
         words.append(column.kind)
-    if column.machine and len(table.machines) > 1:
+    if column.machine and len({*table.machines, *(c.machine for c in table.columns if c.machine)}) > 1:
         words.append(column.machine)
     unit = column_unit(table, column)[0]
     return ", ".join(words) + (f" [{unit}]" if unit else "")
@@ -225,7 +232,8 @@ def markdown(table: Table) -> str:
     notes = "Mean ± standard deviation over seeds; – is unknown; numbers are measured where the column says nothing."
     if compared:
         notes += f" Differences are over shared seeds to {table.first.name!r}, t-interval."
-    return "\n".join([f"## {table.task}", "", "; ".join(table.machines), "", *text, "", notes, ""])
+    below = ["", *(f"- {note}." for note in table.notes)] if table.notes else []
+    return "\n".join([f"## {table.task}", "", "; ".join(table.machines), "", *text, "", notes, *below, ""])
 
 
 def _compared(table: Table) -> list[Column]:

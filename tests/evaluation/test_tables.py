@@ -1,6 +1,7 @@
 """What stands in tables, CSV and plots, from rows with known numbers."""
 
 import csv
+import dataclasses
 import io
 
 import pytest
@@ -55,6 +56,37 @@ def test_kinds_conditions_and_machines_have_columns_of_their_own():
     assert len([c for c in table.columns if c.name == "latency_p50"]) == 4
     assert "peak memory, modelled, Z80, 1 core [MB]" in tables.markdown(table)
     assert "latency p50, batch 8, 6502, ? cores [ms]" in tables.markdown(table)
+
+
+def test_what_training_cost_stands_under_the_machine_that_trained():
+    def one(variant, trained=None, **more):
+        numbers = measure("train_seconds", 3.0), measure("latency_p50", 0.1, batch=1)
+        return dataclasses.replace(row(variant, 0, *numbers), trained=trained, **more)
+
+    (here,) = tables.tables([one("a"), one("b")])
+    assert len(here.columns) == 2 and here.notes == () and tables.header(here, here.columns[0]) == "train seconds [s]"
+    gpu = Provenance("abc", True, {"accelerator": "H900", "accelerators": 2})
+    (table,) = tables.tables([one("a"), one("b", gpu), one("c", gpu)])
+    found = [tables.header(table, column) for column in table.columns]
+    assert found == [
+        "train seconds, Z80, 1 core [s]",
+        "train seconds, 2 x H900 [s]",
+        "latency p50, batch 1, Z80, 1 core [ms]",
+    ]
+    assert table.machines == ("Z80, 1 core",)
+    assert table.lines[1].summary(table.columns[0]) is None and table.lines[1].summary(table.columns[1]).mean == 3.0
+    note = "b, c: trained at commit abc with changes (measured at unknown), on 2 x H900"
+    assert table.notes == (note,) and f"\n- {note}.\n" in tables.markdown(table)
+    # All of them trained there: the column says so, since the heading names only the machine that measured.
+    (table,) = tables.tables([one("b", gpu), one("c", gpu)])
+    assert "train seconds, 2 x H900 [s]" in tables.markdown(table)
+
+
+def test_a_note_of_several_rows_is_said_once():
+    noted = [dataclasses.replace(r, notes=("at the edge",)) for r in trained("a", [0.5, 0.6])]
+    int8 = [dataclasses.replace(r, notes=("at the edge",)) for r in trained("a", [0.4], transform="int8")]
+    (table,) = tables.tables([*noted, *int8, *trained("b", [0.5])])
+    assert table.notes == ("a: at the edge",)
 
 
 def test_a_table_is_of_one_task_and_a_transform_is_a_line():
