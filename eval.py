@@ -316,8 +316,7 @@ def write(rows: list, out: pathlib.Path | str) -> None:
     """rows.jsonl and table.csv with everything, table.md as it is printed, and pareto.png, under `out`."""
     from lissom.evaluation.tables import write_report
 
-    write_report(rows, out)
-    (pathlib.Path(out) / "table.md").write_text(render(rows), encoding="utf-8")
+    write_report(rows, out, shown=SHOWN)
 
 
 # What is printed; table.csv and rows.jsonl hold everything.
@@ -336,12 +335,9 @@ SHOWN = (
 
 def render(rows: list) -> str:
     """The tables for the terminal, one a task; the first variant is what the others are compared to."""
-    from lissom.evaluation.tables import markdown, tables
+    from lissom.evaluation.tables import shown_text, tables
 
-    shown = [
-        dataclasses.replace(table, columns=tuple(c for c in table.columns if c.name in SHOWN)) for table in tables(rows)
-    ]
-    return "\n".join(map(markdown, shown))
+    return shown_text(tables(rows), SHOWN)
 
 
 def report_run(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:

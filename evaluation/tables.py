@@ -7,6 +7,7 @@ that trained). Floors and ceilings come last.
 """
 
 import csv
+import dataclasses
 import io
 import math
 import os
@@ -280,42 +281,59 @@ def write_report(
     x: str = "latency_p50",
     y: str | None = None,
     plot: bool = True,
+    shown: Sequence[str] | None = None,
 ) -> list[Table]:
-    """Writes rows.jsonl, table.md, table.csv and pareto.png (one panel a task) and returns the tables.
+    """Writes rows.jsonl, table.csv, table.md (of the metrics in `shown`, None: of all) and pareto.png, and returns the
+    tables.
 
-    `y=None` takes the first of `QUALITIES` that a task has. Tasks without a line that knows both x and y have
-    no panel; without any panel, or with plot=False (benchmarks), there is no picture, and table.md says so.
+    A panel is one task and one column of x: a batch size on a machine. `y=None` takes the first of `QUALITIES` that a
+    task has. Where no line knows both x and y, with plot=False (benchmarks), and where the labels do not fit, there
+    is no picture; table.md says why.
     """
     if not all_rows:
         raise ValueError("there are no rows to report")
     metric(x)
     out_dir = Path(out_dir)
     done = tables(all_rows)
-    panels = [] if not plot else [p for table in done if (p := panel(table, x, y)) is not None]
-    text = "\n".join(markdown(table) for table in done)
-    if plot and not panels:
-        text += f"\nNo plot: no line knows both {x} and {y or ' or '.join(QUALITIES)}.\n"
     rows.write_rows(out_dir / "rows.jsonl", all_rows)
-    (out_dir / "table.md").write_text(text, encoding="utf-8")
     (out_dir / "table.csv").write_text(csv_text(done), encoding="utf-8")
-    if panels:
-        plots.pareto_plot(panels, out_dir / "pareto.png")
-    else:
-        (out_dir / "pareto.png").unlink(missing_ok=True)  # one of an earlier report would not belong to these rows
+    (out_dir / "pareto.png").unlink(missing_ok=True)  # one of an earlier report would not belong to these rows
+    text = shown_text(done, shown)
+    if plot:
+        try:
+            drawn = [panel for table in done for panel in panels(table, x, y)]
+            if not drawn:
+                raise ValueError(f"no line knows both {x} and {y or ' or '.join(QUALITIES)}")
+            plots.pareto_plot(drawn, out_dir / "pareto.png")
+        except ValueError as error:
+            text += f"\nNo plot: {error}.\n"
+    (out_dir / "table.md").write_text(text, encoding="utf-8")
     return done
 
 
-def panel(table: Table, x: str = "latency_p50", y: str | None = None) -> plots.Panel | None:
-    """What a plot of this table shows, or None when no line knows both axes.
+def shown_text(all_tables: Sequence[Table], shown: Sequence[str] | None = None) -> str:
+    """The sections of all tables, with the columns of the metrics in `shown` (None: all of them)."""
+    return "\n".join(
+        markdown(
+            dataclasses.replace(table, columns=tuple(c for c in table.columns if shown is None or c.name in shown))
+        )
+        for table in all_tables
+    )
 
-    Of several columns of a metric (batch sizes, machines) the first is drawn; the axis says which it is.
-    """
+
+def panels(table: Table, x: str = "latency_p50", y: str | None = None) -> list[plots.Panel]:
+    """What a plot of this table shows: one panel for each column of x, a batch size on a machine, of which a line
+    knows both axes."""
     ys = [y] if y else QUALITIES
-    x_column = next((c for c in table.columns if c.name == x), None)
     y_column = next((c for name in ys for c in table.columns if c.name == name), None)
-    size_column = next((c for c in table.columns if c.name == "peak_memory"), None)
-    if x_column is None or y_column is None:
-        return None
+    if y_column is None:
+        return []
+    found = [_panel(table, column, y_column) for column in table.columns if column.name == x]
+    return [panel for panel in found if panel is not None]
+
+
+def _panel(table: Table, x_column: Column, y_column: Column) -> plots.Panel | None:
+    size_column = next((c for c in table.columns if c.name == "peak_memory" and c.machine == x_column.machine), None)
     x_factor, y_factor = column_unit(table, x_column)[1], column_unit(table, y_column)[1]
     points = []
     for line in table.lines:
@@ -342,9 +360,8 @@ def panel(table: Table, x: str = "latency_p50", y: str | None = None) -> plots.P
         for line in table.lines
         if line.role != "variant" and line.summary(x_column) is None and (summary := line.summary(y_column))
     )
-    title = (
-        f"{table.task}: {header(table, y_column).partition(',')[0].partition(' [')[0]} against {x.replace('_', ' ')}"
-    )
+    words = [x_column.name.replace("_", " "), *(f"{key} {value}" for key, value in x_column.conditions)]
+    title = f"{table.task}: {y_column.name.replace('_', ' ')} against {', '.join(words)}"
     subtitle = x_column.machine or "; ".join(table.machines)
     directions = tuple(metric(c.name).direction or "lower" for c in (x_column, y_column))
     size_name = header(table, size_column).partition(" [")[0] if size_column else ""
