@@ -52,9 +52,11 @@ def test_finds_runs_at_any_depth_and_reports(tiny_run, tmp_path):
 def test_runs_of_one_label_are_told_apart(tiny_run):
     _, one = tiny_run("vision/mnist1d_cnn", "one")
     _, two = tiny_run("vision/mnist1d_cnn", "two")
-    rows = evaluate([one, two], floors=False)
-    assert len({(r.identity.label, r.identity.transform) for r in rows}) == 4
-    render(rows)
+    rows = evaluate([one, two], notes={str(two): ["tuned at the edge"]}, floors=False)
+    labels = {(r.identity.label, r.identity.transform) for r in rows}
+    assert len(labels) == 4
+    assert [r.notes for r in rows] == [(), (), ("tuned at the edge",), ("tuned at the edge",)]
+    assert f"- {rows[2].identity.label}: tuned at the edge.\n" in render(rows)
 
 
 def test_a_stopped_run_is_skipped(tiny_run):
