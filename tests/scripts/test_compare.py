@@ -247,9 +247,9 @@ def command_line():
     """Each command line defines its flags: here several run in one process."""
     from absl import flags
 
-    before = set(flags.FLAGS)
     try:
         yield
     finally:
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+        # Its own only: what it imports for the first time (grain) defines flags of the process.
+        for flag in list(flags.FLAGS.flags_by_module_dict().get(script.__name__, ())):
+            delattr(flags.FLAGS, flag.name)
