@@ -4,10 +4,15 @@ Every network is exported, reloaded and then measured, as trained and after each
 one table are taken interleaved in this one process.
 """
 
+import contextlib
+import dataclasses
+import errno
 import glob
+import json
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -18,8 +23,7 @@ from lissom.training.errors import UserError, one_sentence
 
 def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
     """Every finished run at or under what the patterns match; those skipped are said; none at all is an error."""
-    from lissom.training.checkpoints import Checkpoints
-    from lissom.training.runs import is_run, read_facts
+    from lissom.training.runs import is_run
 
     found, matched = [], False
     for pattern in patterns:
@@ -33,11 +37,9 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
             if not candidates:
                 say(f"skipped {root}: it holds no run")
             for path in candidates:
-                steps = Checkpoints(path / "checkpoints").steps()
-                if not steps:
-                    say(f"skipped {path}: it has no checkpoint")
-                elif steps[0] < read_facts(path).get("steps", 0):
-                    say(f"skipped {path}: it was stopped at step {steps[0]} of {read_facts(path)['steps']}")
+                reason = _unfinished(path)
+                if reason:
+                    say(f"skipped {path}: {reason}")
                 elif "tuned" in path.relative_to(root).parts:
                     say(f"skipped {path}: a trial of a comparison's tuning")
                 elif path not in found:
@@ -49,6 +51,66 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
     return found
 
 
+def _unfinished(run: pathlib.Path) -> str | None:
+    """Why a directory holds no finished run, or None."""
+    from lissom.training.checkpoints import Checkpoints
+    from lissom.training.runs import read_facts
+
+    steps = Checkpoints(run / "checkpoints").steps()
+    if not steps:
+        return "it has no checkpoint"
+    try:
+        with _reading(run / "facts.json"):
+            total = int(read_facts(run).get("steps", 0))
+    except UserError as error:
+        return str(error)
+    return f"it was stopped at step {steps[0]} of {total}" if steps[0] < total else None
+
+
+@contextlib.contextmanager
+def _reading(file: pathlib.Path) -> Iterator[None]:
+    """What a damaged file of a run makes its reader raise, as one sentence that names the file."""
+    from lissom.models.registry import UnknownName
+
+    try:
+        yield
+    except (UserError, UnknownName):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{file} can't be read: {reason}") from error
+
+
+def read_metrics(run: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl. A last line without its end was cut off by a kill and counts nothing;
+    any other that is no record is a UserError."""
+    file, entries = run / "metrics.jsonl", []
+    with _reading(file):
+        lines = file.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entry["kind"], entry["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise UserError(f"{file} can't be read: line {number} is no record of a step") from error
+        entries.append(entry)
+    return entries
+
+
+def _training_times(run: pathlib.Path) -> dict[str, float]:
+    """What the training took; a run that was resumed took the sum."""
+    times: dict[str, float] = {}
+    with _reading(run / "metrics.jsonl"):
+        for entry in read_metrics(run):
+            if entry["kind"] == "times":
+                for key in ("compile_seconds", "train_seconds"):
+                    times[key] = times.get(key, 0.0) + entry[key]
+                times["examples_per_second"] = entry["examples_per_second"]
+    return times
+
+
 def task_name(config) -> str:
     """The task of a run: the data and the settings that were chosen for it."""
     settings = config.data.kwargs.get(config.data.name, {})
@@ -58,54 +120,64 @@ def task_name(config) -> str:
 
 def overrides_of(config) -> dict[str, Any]:
     """{field: value} of what differs from the recipe; empty where the recipe's file is gone."""
+    from flax.traverse_util import flatten_dict
+
     from lissom.training.config import from_json, load_recipe, to_json
 
     try:
-        base = from_json(to_json(load_recipe(config.recipe))).to_dict()
+        base = flatten_dict(from_json(to_json(load_recipe(config.recipe))).to_dict(), sep=".")
     except UserError:
         return {}
-
-    def walk(one: Mapping, other: Mapping, prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in one.items():
-            if isinstance(value, Mapping) and isinstance(other.get(key), Mapping):
-                found |= walk(value, other[key], f"{prefix}{key}.")
-            elif value != other.get(key, "unset") and prefix + key != "seed":
-                found[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
-        return found
-
-    return walk(config.to_dict(), base, "")
+    return {
+        key: value if isinstance(value, str | int | float | bool) else str(value)
+        for key, value in flatten_dict(config.to_dict(), sep=".").items()
+        if key != "seed" and value != base.get(key, "unset")
+    }
 
 
 def evaluate(
-    runs: Iterable[pathlib.Path | str], *, variants: Mapping[str, str] | None = None, floors: bool = True
+    runs: Iterable[pathlib.Path | str],
+    *,
+    variants: Mapping[str, str] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
+    floors: bool = True,
+    skip: Callable[[str], None] | None = None,
 ) -> list:
     """The rows of finished runs: one for each run, evaluation transform and seed, then the floors of each task.
 
-    `variants` maps a run's path to its label in tables. Raises UserError for a directory without a whole run.
+    `variants` maps a run's path to its label in tables, `notes` to sentences that its rows carry. A directory without
+    a whole run is a UserError; with `skip` it is left out and said there, and only when none is left is it an error.
     """
-    from lissom.evaluation.measuring import Subject, latencies, measure_subject
-    from lissom.training.building import load_dataset
-    from lissom.training.runs import read_config
-    from lissom.training.stages import final_config
+    from lissom.data.errors import DataError
+    from lissom.evaluation.measuring import latencies, measure_subject
+    from lissom.evaluation.rows import provenance
+    from lissom.models.registry import UnknownName
 
-    subjects, tasks = [], {}
-    for run in map(pathlib.Path, runs):
-        config = final_config(read_config(run))
-        task = task_name(config)
-        if task not in tasks:
-            tasks[task] = (load_dataset(config), config)
-        for entry in ({}, *config.evaluation.transforms):
-            subjects.append(_subject(Subject, run, config, dict(entry), task, tasks[task][0], variants or {}))
+    here, runs = provenance(), [pathlib.Path(run) for run in runs]
+    variants, notes, loaded = variants or {}, notes or {}, {}
+    subjects = []
+    for run in runs:
+        try:
+            subjects += _subjects(run, loaded, here, variants.get(str(run)), notes.get(str(run), ()))
+        except (UserError, DataError, UnknownName) as error:
+            if skip is None:
+                raise
+            skip(f"skipped {run}: {error}")
+    if not subjects:
+        raise UserError(f"none of {len(runs)} runs can be measured")
     for subject in subjects:
         measure_subject(subject)
-    for task in tasks:
-        latencies([subject for subject in subjects if subject.task == task])
+    tasks: dict[str, list] = {}
+    for subject in subjects:
+        tasks.setdefault(subject.blank.identity.task, []).append(subject)
+    for group in tasks.values():
+        latencies(group)
     _tell_apart(subjects)
     rows = [subject.row() for subject in subjects]
-    for task, (dataset, config) in tasks.items():
+    for task, group in tasks.items():
+        dataset, config = loaded[task]
         if floors and config.evaluation.floor:
-            rows += _floor_rows(task, dataset, rows[0].provenance)
+            rows += _floor_rows(task, dataset, group[0].blank.provenance)
     return rows
 
 
@@ -113,66 +185,103 @@ def _tell_apart(subjects: list) -> None:
     """Two runs of one label, transform and seed would be one line of the table: their directories name them."""
     seen: dict[tuple, list] = {}
     for subject in subjects:
-        label = subject.variant or (subject.recipe, str(subject.overrides))
-        seen.setdefault((subject.task, label, subject.transform, subject.seed), []).append(subject)
+        identity = subject.blank.identity
+        seen.setdefault((identity.task, identity.label, identity.transform, identity.seed), []).append(subject)
     for same in seen.values():
         if len(same) > 1:
             for number, subject in enumerate(same):
-                subject.variant = (
-                    f"{subject.variant or subject.recipe} ({subject.run}{f' #{number}' if number else ''})"
-                )
+                identity = subject.blank.identity
+                place = f"{subject.run}{f' #{number}' if number else ''}"
+                identity = dataclasses.replace(identity, variant=f"{identity.variant or identity.recipe} ({place})")
+                subject.blank = dataclasses.replace(subject.blank, identity=identity)
 
 
-def _subject(kind, run: pathlib.Path, config, entry: dict, task: str, dataset, variants: Mapping[str, str]):
+def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes: Sequence[str]) -> list:
+    """A run's network as trained, and after each transform of its config; `loaded` keeps the data of each task."""
+    from lissom.evaluation.rows import Identity, Row, elsewhere, provenance_of
+    from lissom.training.building import load_dataset
+    from lissom.training.config import check
+    from lissom.training.runs import read_config, read_facts
+    from lissom.training.stages import final_config
+
+    with _reading(run / "config.json"):
+        config = final_config(read_config(run))
+        check(config)
+        task = task_name(config)
+    with _reading(run / "facts.json"):
+        facts = dict(read_facts(run))
+    with _reading(run / "provenance.json"):
+        recorded = json.loads((run / "provenance.json").read_text())
+        trained = provenance_of({**recorded, "data": _checksum(facts)})
+    times = _training_times(run)
+    if task not in loaded:
+        loaded[task] = (load_dataset(config), config)
+    dataset = loaded[task][0]
+    _check_data(run, facts, dataset)
+    measured = dataclasses.replace(here, data=_checksum(dataset.info))
+    identity = Identity(config.recipe, task, config.seed, overrides_of(config), variant=variant)
+    blank = Row(identity, measured, (), elsewhere(trained, measured), tuple(notes))
+    return [
+        _subject(run, config, dict(entry), dataset, blank, {} if entry else times)
+        for entry in ({}, *config.evaluation.transforms)
+    ]
+
+
+def _checksum(info: Mapping[str, Any]) -> dict[str, str]:
+    """What a row keeps of a dataset's facts: the checksum of its bytes, where it has one."""
+    return {"sha256": str(info["sha256"])} if info.get("sha256") else {}
+
+
+def _check_data(run: pathlib.Path, facts: Mapping[str, Any], dataset) -> None:
+    """A network fits the data that it was trained on, not what may stand under the same name by now."""
+    now = json.loads(json.dumps({**dataset.info, "kind": dataset.kind}, default=str))
+    for name in ("kind", "input_shape", "classes", "vocab_size"):
+        if facts.get(name) != now.get(name):
+            raise UserError(
+                f"{run} was trained on {dataset.name} with {name} {facts.get(name)}, which by now is {now.get(name)}"
+            )
+
+
+def _subject(run: pathlib.Path, config, entry: dict, dataset, blank, times: Mapping[str, float]):
     """Exports, reloads and wraps one network."""
-    import json
-
     from lissom import data
     from lissom.compression.artefacts import export, reload
+    from lissom.evaluation.measuring import Subject
     from lissom.evaluation.memory import artefact_bytes
     from lissom.models.variables import merge
     from lissom.training.building import build_objective
     from lissom.training.objectives.classification import Classification
 
     name = entry.get("name")
-    directory = export(
-        run,
-        run / "exports" / (name or "trained"),
-        [entry] if name else [],
-        data.train_batches(dataset, start_step=0, batch_size=config.data.batch_size, seed=config.seed),
-    )
+    try:
+        directory = export(
+            run,
+            run / "exports" / (name or "trained"),
+            [entry] if entry else [],
+            data.train_batches(dataset, start_step=0, batch_size=config.data.batch_size, seed=config.seed),
+        )
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UserError(f"{run / 'exports'} can't be written: {error.strerror}") from error
     parts = reload(directory)
     # A distilled student is judged as a classifier: its teacher's run need not exist any more.
     objective = Classification() if config.objective == "distillation" else build_objective(config)
-    times = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        entry_ = json.loads(line)
-        if entry_["kind"] == "times":
-            for key in ("compile_seconds", "train_seconds"):
-                times[key] = times.get(key, 0.0) + entry_[key]  # a run that was resumed took the sum
-            times["examples_per_second"] = entry_["examples_per_second"]
-    batches = lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size)
-    return kind(
+    return Subject(
         run=str(run),
-        recipe=config.recipe,
-        task=task,
-        seed=config.seed,
-        overrides=overrides_of(config),
-        transform=name,
-        variant=variants.get(str(run)),
-        provenance=json.loads((run / "provenance.json").read_text()),
+        blank=dataclasses.replace(blank, identity=dataclasses.replace(blank.identity, transform=name)),
         graph=parts.graph,
         state=tuple(parts[1:]),
         merge=lambda graph, state: merge(type(parts)(graph, *state)),
         judge=objective.judge,
-        batches=batches,
+        batches=lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size),
         examples=dataset.test,
         kind=dataset.kind,
         vocab_size=dataset.info.get("vocab_size"),
         latency_batches=tuple(config.evaluation.latency_batches),
         repeats=config.evaluation.latency_repeats,
         artefact_bytes=artefact_bytes(directory),
-        times=times if name is None else {},
+        times=times,
     )
 
 
@@ -188,12 +297,26 @@ def _floor_rows(task: str, dataset, provenance) -> list:
     return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance, oracle)
 
 
+def check_writable(path: pathlib.Path | str, flag: str) -> None:
+    """Raises UserError where no file could be written under `path`; leaves nothing there. Asked before the hours of
+    work whose result belongs there."""
+    standing = pathlib.Path(path)
+    try:
+        while not standing.exists() and standing != standing.parent:
+            standing = standing.parent
+        if not standing.is_dir():
+            raise UserError(f"{flag}={path} must be a directory, and {standing} is a file")
+        with tempfile.TemporaryFile(dir=standing):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}={path} can't be written: {error.strerror} ({standing})") from error
+
+
 def write(rows: list, out: pathlib.Path | str) -> None:
     """rows.jsonl and table.csv with everything, table.md as it is printed, and pareto.png, under `out`."""
     from lissom.evaluation.tables import write_report
 
-    write_report(rows, out)
-    (pathlib.Path(out) / "table.md").write_text(render(rows), encoding="utf-8")
+    write_report(rows, out, shown=SHOWN)
 
 
 # What is printed; table.csv and rows.jsonl hold everything.
@@ -212,14 +335,9 @@ SHOWN = (
 
 def render(rows: list) -> str:
     """The tables for the terminal, one a task; the first variant is what the others are compared to."""
-    import dataclasses
+    from lissom.evaluation.tables import shown_text, tables
 
-    from lissom.evaluation.tables import markdown, tables
-
-    shown = [
-        dataclasses.replace(table, columns=tuple(c for c in table.columns if c.name in SHOWN)) for table in tables(rows)
-    ]
-    return "\n".join(map(markdown, shown))
+    return shown_text(tables(rows), SHOWN)
 
 
 def report_run(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:
@@ -246,7 +364,11 @@ def main(argv: list[str]) -> None:
             raise UserError("eval.py takes no --config: every run holds its own")
         if not flags.FLAGS.runs:
             raise UserError("--runs=PATTERN is missing, for example --runs='runs/*'")
-        rows = evaluate(find_runs(flags.FLAGS.runs, lambda text: print(text, file=sys.stderr)))
+        say = lambda text: print(text, file=sys.stderr)
+        runs = find_runs(flags.FLAGS.runs, say)
+        if flags.FLAGS.out:
+            check_writable(flags.FLAGS.out, "--out")
+        rows = evaluate(runs, skip=say)
         print(render(rows))
         if flags.FLAGS.out:
             write(rows, flags.FLAGS.out)

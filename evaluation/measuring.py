@@ -23,17 +23,12 @@ ROTATED = 4  # different inputs a latency is taken over
 
 @dataclasses.dataclass
 class Subject:
-    """One network to be measured. `state` is (params, stats, frozen), `merge(graph, state)` the network,
-    `judge` an objective's (network, batch, key) -> {name: (sum, count)}, `batches()` the test set."""
+    """One network to be measured. `blank` is its row without measurements, `state` is (params, stats, frozen),
+    `merge(graph, state)` the network, `judge` an objective's (network, batch, key) -> {name: (sum, count)},
+    `batches()` the test set."""
 
     run: str
-    recipe: str
-    task: str
-    seed: int
-    overrides: Mapping[str, Any]
-    transform: str | None
-    variant: str | None
-    provenance: Mapping[str, Any]
+    blank: Row
     graph: Any
     state: tuple
     merge: Callable
@@ -54,15 +49,7 @@ class Subject:
 
     def row(self) -> Row:
         """What was measured, as a row."""
-        identity = Identity(
-            recipe=self.recipe,
-            task=self.task,
-            seed=self.seed,
-            overrides=self.overrides,
-            transform=self.transform,
-            variant=self.variant,
-        )
-        return Row(identity, Provenance(**self.provenance), tuple(self.measurements))
+        return dataclasses.replace(self.blank, measurements=tuple(self.measurements))
 
 
 def measure_subject(subject: Subject) -> None:

@@ -9,14 +9,14 @@ class Metric:
     """One thing that is measured.
 
     `unit` is the unit in which rows store it ("1" is a pure number, "fraction" lies in 0..1), `direction`
-    says which way is better (None: neither), `machine` whether the number means anything only together with
-    the hardware.
+    says which way is better (None: neither), `machine` on which hardware the number depends: that which was
+    "measuring", that which was "training", or none ("").
     """
 
     unit: str
     direction: str | None
     meaning: str
-    machine: bool = False
+    machine: str = ""
 
 
 METRICS = {
@@ -27,19 +27,19 @@ METRICS = {
     "bits_per_byte": Metric("bits", "lower", "cross-entropy a byte of test text"),
     "train_loss": Metric("nats", "lower", "loss at the last logged training step"),
     # What learning it costs.
-    "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine=True),
-    "compile_seconds": Metric("s", "lower", "wall time of tracing and compiling", machine=True),
-    "examples_per_second": Metric("1/s", "higher", "training examples a second, compilation apart", machine=True),
+    "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine="training"),
+    "compile_seconds": Metric("s", "lower", "wall time of tracing and compiling", machine="training"),
+    "examples_per_second": Metric("1/s", "higher", "training examples a second, compilation apart", machine="training"),
     "train_steps": Metric("1", None, "optimizer steps taken"),
     "train_examples": Metric("1", None, "training examples seen, repeats counted"),
     "train_flops": Metric("FLOP", "lower", "products and convolutions of the whole training"),
-    "train_peak_memory": Metric("B", "lower", "peak memory of one training step", machine=True),
+    "train_peak_memory": Metric("B", "lower", "peak memory of one training step", machine="training"),
     # What using it costs.
-    "latency_p50": Metric("s", "lower", "median time of one call, warm", machine=True),
-    "latency_p90": Metric("s", "lower", "90th percentile of the time of one call, warm", machine=True),
-    "throughput": Metric("1/s", "higher", "examples a second at the median latency", machine=True),
-    "peak_memory": Metric("B", "lower", "arguments, outputs and temporaries of one call", machine=True),
-    "energy": Metric("J", "lower", "energy of one example", machine=True),
+    "latency_p50": Metric("s", "lower", "median time of one call, warm", machine="measuring"),
+    "latency_p90": Metric("s", "lower", "90th percentile of the time of one call, warm", machine="measuring"),
+    "throughput": Metric("1/s", "higher", "examples a second at the median latency", machine="measuring"),
+    "peak_memory": Metric("B", "lower", "arguments, outputs and temporaries of one call", machine="measuring"),
+    "energy": Metric("J", "lower", "energy of one example", machine="measuring"),
     "flops": Metric("FLOP", "lower", "products and convolutions of one example's forward pass"),
     "cache_bytes_per_token": Metric("B", "lower", "cache that one more token of one sequence needs"),
     # How large it is.

@@ -20,7 +20,7 @@ from lissom.evaluation.statistics import pareto_front
 
 WIDTH, HEIGHT, DPI = 8.0, 5.4, 130
 BLUE, GREY, DARK = "#2f6db5", "#8a8a8a", "#222222"
-CROSSING, PADDING = 60.0, 4.0  # pixels
+CROSSING, ASTRAY, PADDING = 60.0, 30.0, 4.0  # pixels
 SMALLEST, LARGEST, UNSIZED = 30.0, 420.0, 60.0  # marker areas in square points
 
 
@@ -191,7 +191,8 @@ def _place_labels(figure, axis, panel: Panel) -> list[Bbox] | None:
         text = axis.text(0, 0, label, fontsize=9, color=DARK, transform=None, va="bottom", ha="left", zorder=5)
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable across front and error bars
         extent = text.get_window_extent(renderer).padded(PADDING, 0)
-        found = _best_place(pixels[index], radii[index], extent, frame, markers, list(boxes.values()), leaders)
+        others = [(pixels[i], radii[i]) for i in range(len(pixels)) if i != index]
+        found = _best_place(pixels[index], radii[index], extent, frame, markers, list(boxes.values()), leaders, others)
         if found is None:
             return None
         box, leader = found
@@ -204,8 +205,9 @@ def _place_labels(figure, axis, panel: Panel) -> list[Bbox] | None:
     return [boxes[index] for index in range(len(pixels))]
 
 
-def _best_place(center, radius: float, extent: Bbox, frame: Bbox, markers, placed, leaders):
-    """(box, leader line) of the nearest free place, where a crossing costs as much as CROSSING pixels of distance.
+def _best_place(center, radius: float, extent: Bbox, frame: Bbox, markers, placed, leaders, others):
+    """(box, leader line) of the nearest free place, where a crossing costs as much as CROSSING pixels of distance,
+    and standing as near to one of the `others` (center, radius) as to its own marker as much as ASTRAY.
 
     Leader lines are given as points along them. None when no place inside the axes is free.
     """
@@ -213,12 +215,21 @@ def _best_place(center, radius: float, extent: Bbox, frame: Bbox, markers, place
     for distance, box in _free_places(center, radius, extent.width, extent.height, frame, [*markers, *placed]):
         if distance >= lowest:  # places come in order of distance, and crossings only add to it
             break
-        leader = _leader(center, radius, box)
+        own = _gap(center, radius, box) + PADDING
+        astray = any(_gap(*other, box) <= own for other in others)
+        leader = _leader(center, radius, box, astray)
         crossed = any(box.contains(*point) for point in leaders)
         crossed += sum(any(other.contains(*point) for point in leader) for other in placed)
-        if distance + CROSSING * crossed < lowest:
-            best, lowest = (box, leader), distance + CROSSING * crossed
+        cost = distance + CROSSING * crossed + ASTRAY * astray
+        if cost < lowest:
+            best, lowest = (box, leader), cost
     return best
+
+
+def _gap(center, radius: float, box: Bbox) -> float:
+    """Pixels between the rim of a marker and a box."""
+    x, y = center
+    return math.dist((x, y), (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))) - radius
 
 
 def _free_places(
@@ -249,15 +260,16 @@ def overlap(a: Bbox, b: Bbox) -> bool:
     return a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
 
 
-def _leader(center, radius: float, box: Bbox) -> list[tuple[float, float]]:
-    """Points from the marker's centre to the label; none where the label stands right beside its marker.
+def _leader(center, radius: float, box: Bbox, astray: bool) -> list[tuple[float, float]]:
+    """Points from the marker's centre to the label; none where the label stands right beside its marker, unless it
+    could be taken for that of another one.
 
     It starts at the centre, since at the rim of one of several markers that cover each other it would belong to none.
     """
     x, y = center
     near_x, near_y = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
     distance = math.dist((x, y), (near_x, near_y))
-    if distance <= radius + 6:
+    if distance <= radius + 6 and not astray:
         return []
     count = max(round(distance / 2), 2)
     return [(x + (near_x - x) * i / count, y + (near_y - y) * i / count) for i in range(count + 1)]

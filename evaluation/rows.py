@@ -28,7 +28,8 @@ PACKAGES = ("lissom", "jax", "jaxlib", "flax", "optax", "numpy")
 class Measurement:
     """`value` (in `unit`, or None when unknown) of the metric `name`, obtained as `kind` says.
 
-    measured: by a clock or a counter, on the machine of the row. compiled: read from the compiler's plan.
+    measured: by a clock or a counter, on the machine of the row (what training cost: on the machine that
+    trained). compiled: read from the compiler's plan.
     modelled: from a formula or cost model. simulated: the arithmetic was imitated (fake quantization, masks),
     not run. `conditions` (batch, length, precision, ...) are part of what the number means: measurements
     under different conditions never share a column.
@@ -95,8 +96,8 @@ class Identity:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a row came from; None is unknown. `hardware`: see `hardware()`; `versions`: package to
-    version.
+    """Where numbers came from; None is unknown. `hardware`: see `hardware()`; `versions`: package to
+    version; `data`: {"sha256": ...} of the data's bytes, where its dataset tells.
     """
 
     commit: str | None = None
@@ -104,16 +105,24 @@ class Provenance:
     hardware: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)
     date: str | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Row:
+    """`provenance` is that of the measurement. `trained` is that of the training, where anything but the date was
+    another then (None: the same, or nothing was trained). `notes` are sentences that a reader of the table needs.
+    """
+
     identity: Identity
     provenance: Provenance
     measurements: tuple[Measurement, ...]
+    trained: Provenance | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "measurements", tuple(self.measurements))
+        object.__setattr__(self, "notes", tuple(self.notes))
 
 
 # ---- JSON lines --------------------------------------------------------------------------------------------
@@ -125,10 +134,16 @@ def to_json(row: Row) -> str:
 
 
 def from_json(line: str) -> Row:
-    """The inverse of `to_json`; unknown fields and unknown metric names are errors."""
+    """The inverse of `to_json`; unknown fields and unknown metric names are errors. Rows written before there were
+    `trained`, `notes` and the `data` of a provenance lack them.
+    """
     data = json.loads(line)
-    measurements = tuple(Measurement(**entry) for entry in data["measurements"])
-    return Row(Identity(**data["identity"]), Provenance(**data["provenance"]), measurements)
+    data["identity"] = Identity(**data["identity"])
+    data["provenance"] = Provenance(**data["provenance"])
+    data["measurements"] = tuple(Measurement(**entry) for entry in data["measurements"])
+    if data.get("trained") is not None:
+        data["trained"] = Provenance(**data["trained"])
+    return Row(**data)
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -180,6 +195,66 @@ def append_row(path: str | os.PathLike, row: Row) -> None:
 
 
 # ---- provenance --------------------------------------------------------------------------------------------
+
+
+def provenance_of(data: Mapping[str, object]) -> Provenance:
+    """What `dataclasses.asdict` made of a provenance; a ValueError where it is none."""
+    try:
+        found = Provenance(**data)
+        machine_name(found.hardware), dict(found.versions), dict(found.data)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"it is no provenance ({error})") from error
+    return found
+
+
+def machine_name(hardware: Mapping[str, object]) -> str:
+    """The hardware of a row in a few words, "unknown machine" where the row does not say."""
+    if hardware.get("accelerator"):
+        return f"{hardware.get('accelerators') or '?'} x {hardware['accelerator']}"
+    if not hardware.get("cpu"):
+        return "unknown machine"
+    cores = hardware.get("cores") or "?"
+    return f"{hardware['cpu']}, {cores} core{'' if cores == 1 else 's'}"
+
+
+def elsewhere(trained: Provenance, measured: Provenance) -> Provenance | None:
+    """`trained`, unless it differs from `measured` in nothing but the date."""
+    return None if dataclasses.replace(trained, date=measured.date) == measured else trained
+
+
+def trained_note(row: Row) -> str | None:
+    """In which ways the training of a row was done elsewhere than its measurement; None where it was not."""
+    then, now = row.trained, row.provenance
+    if then is None:
+        return None
+    words = []
+    if (then.commit, then.dirty) != (now.commit, now.dirty):
+        words.append(f"at commit {commit_name(then)} (measured at {commit_name(now)})")
+    if then.hardware != now.hardware:
+        name = machine_name(then.hardware)
+        words.append(f"on another {name}" if name == machine_name(now.hardware) else f"on {name}")
+    versions = {
+        name: f"{name} {then.versions.get(name) or 'unknown'} (measured with {now.versions.get(name) or 'unknown'})"
+        for name in sorted({*then.versions, *now.versions})
+        if then.versions.get(name) != now.versions.get(name)
+    }
+    if versions:
+        words.append(f"with {', '.join(versions.values())}")
+    if then.data != now.data:
+        words.append(f"on data of {data_name(then)} (measured on {data_name(now)})")
+    return f"trained {', '.join(words)}" if words else None
+
+
+def commit_name(found: Provenance) -> str:
+    """Nine letters of the commit, and whether the sources differed from it."""
+    if not found.commit:
+        return "unknown"
+    return found.commit[:9] + (" with changes" if found.dirty else "")
+
+
+def data_name(found: Provenance) -> str:
+    """The checksum of the data in short."""
+    return f"sha256 {found.data['sha256'][:9]}" if found.data.get("sha256") else "unknown sha256"
 
 
 def provenance(directory: str | os.PathLike | None = None) -> Provenance:

@@ -2,10 +2,12 @@
 conditions).
 
 Seeds are aggregated here. Measured and modelled numbers stand in different columns, as do different
-conditions and, for what depends on the machine, different machines. Floors and ceilings come last.
+conditions and, for what depends on the machine, different machines (what training cost depends on the one
+that trained). Floors and ceilings come last.
 """
 
 import csv
+import dataclasses
 import io
 import math
 import os
@@ -61,12 +63,13 @@ class Line:
 @dataclass(frozen=True)
 class Table:
     """`lines` in order of first appearance, floors and ceilings last; differences are to the first
-    variant."""
+    variant. `machines` are those that measured; `notes` stand below."""
 
     task: str
     machines: tuple[str, ...]
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def first(self) -> Line | None:
@@ -79,16 +82,6 @@ class Table:
             return None
         values, ours = self.first.values.get(column, {}), line.values.get(column, {})
         return statistics.paired_difference(values, ours, METRICS[column.name].direction)
-
-
-def machine_name(hardware: Mapping[str, object]) -> str:
-    """The hardware of a row in a few words, "unknown machine" where the row does not say."""
-    if hardware.get("accelerator"):
-        return f"{hardware.get('accelerators') or '?'} x {hardware['accelerator']}"
-    if not hardware.get("cpu"):
-        return "unknown machine"
-    cores = hardware.get("cores") or "?"
-    return f"{hardware['cpu']}, {cores} core{'' if cores == 1 else 's'}"
 
 
 # ---- aggregation
@@ -106,12 +99,17 @@ def _table(task: str, task_rows: Sequence[rows.Row]) -> Table:
     seeds: dict[tuple, dict] = {}
     columns: dict[Column, None] = {}
     for row in task_rows:
-        identity, machine = row.identity, machine_name(row.provenance.hardware)
+        identity = row.identity
+        machines = {
+            "": "",
+            "measuring": rows.machine_name(row.provenance.hardware),
+            "training": rows.machine_name((row.trained or row.provenance).hardware),
+        }
         label = identity.label + (f" + {identity.transform}" if identity.transform else "")
         group = groups.setdefault((label, identity.role), {})
         seeds.setdefault((label, identity.role), {})[identity.seed] = None
         for entry in row.measurements:
-            where = machine if metric(entry.name).machine else ""
+            where = machines[metric(entry.name).machine]
             column = Column(entry.name, entry.kind, tuple(sorted(entry.conditions.items())), where)
             columns[column] = None
             if entry.value is None:
@@ -130,8 +128,18 @@ def _table(task: str, task_rows: Sequence[rows.Row]) -> Table:
     lines.sort(key=lambda line: rows.ROLES.index(line.role))
     order = list(METRICS)
     ordered = sorted(columns, key=lambda column: order.index(column.name))
-    machines = tuple(dict.fromkeys(machine_name(row.provenance.hardware) for row in task_rows))
-    return Table(task, machines, tuple(ordered), tuple(lines))
+    machines = tuple(dict.fromkeys(rows.machine_name(row.provenance.hardware) for row in task_rows))
+    return Table(task, machines, tuple(ordered), tuple(lines), _notes(task_rows))
+
+
+def _notes(task_rows: Sequence[rows.Row]) -> tuple[str, ...]:
+    """What the rows say of themselves, each sentence once, behind the variants that it is about."""
+    said: dict[str, dict[str, None]] = {}
+    for row in task_rows:
+        for note in (*row.notes, rows.trained_note(row)):
+            if note:
+                said.setdefault(note, {})[row.identity.label] = None
+    return tuple(f"{', '.join(labels)}: {note}" for note, labels in said.items())
 
 
 # ---- rendering
@@ -162,7 +170,7 @@ def header(table: Table, column: Column) -> str:
     words += [f"{key} {value}" for key, value in column.conditions]
     if column.kind != "measured":
         words.append(column.kind)
-    if column.machine and len(table.machines) > 1:
+    if column.machine and len({*table.machines, *(c.machine for c in table.columns if c.machine)}) > 1:
         words.append(column.machine)
     unit = column_unit(table, column)[0]
     return ", ".join(words) + (f" [{unit}]" if unit else "")
@@ -225,7 +233,8 @@ def markdown(table: Table) -> str:
     notes = "Mean ± standard deviation over seeds; – is unknown; numbers are measured where the column says nothing."
     if compared:
         notes += f" Differences are over shared seeds to {table.first.name!r}, t-interval."
-    return "\n".join([f"## {table.task}", "", "; ".join(table.machines), "", *text, "", notes, ""])
+    below = ["", *(f"- {note}." for note in table.notes)] if table.notes else []
+    return "\n".join([f"## {table.task}", "", "; ".join(table.machines), "", *text, "", notes, *below, ""])
 
 
 def _compared(table: Table) -> list[Column]:
@@ -272,42 +281,59 @@ def write_report(
     x: str = "latency_p50",
     y: str | None = None,
     plot: bool = True,
+    shown: Sequence[str] | None = None,
 ) -> list[Table]:
-    """Writes rows.jsonl, table.md, table.csv and pareto.png (one panel a task) and returns the tables.
+    """Writes rows.jsonl, table.csv, table.md (of the metrics in `shown`, None: of all) and pareto.png, and returns the
+    tables.
 
-    `y=None` takes the first of `QUALITIES` that a task has. Tasks without a line that knows both x and y have
-    no panel; without any panel, or with plot=False (benchmarks), there is no picture, and table.md says so.
+    A panel is one task and one column of x: a batch size on a machine. `y=None` takes the first of `QUALITIES` that a
+    task has. Where no line knows both x and y, with plot=False (benchmarks), and where the labels do not fit, there
+    is no picture; table.md says why.
     """
     if not all_rows:
         raise ValueError("there are no rows to report")
     metric(x)
     out_dir = Path(out_dir)
     done = tables(all_rows)
-    panels = [] if not plot else [p for table in done if (p := panel(table, x, y)) is not None]
-    text = "\n".join(markdown(table) for table in done)
-    if plot and not panels:
-        text += f"\nNo plot: no line knows both {x} and {y or ' or '.join(QUALITIES)}.\n"
     rows.write_rows(out_dir / "rows.jsonl", all_rows)
-    (out_dir / "table.md").write_text(text, encoding="utf-8")
     (out_dir / "table.csv").write_text(csv_text(done), encoding="utf-8")
-    if panels:
-        plots.pareto_plot(panels, out_dir / "pareto.png")
-    else:
-        (out_dir / "pareto.png").unlink(missing_ok=True)  # one of an earlier report would not belong to these rows
+    (out_dir / "pareto.png").unlink(missing_ok=True)  # one of an earlier report would not belong to these rows
+    text = shown_text(done, shown)
+    if plot:
+        try:
+            drawn = [panel for table in done for panel in panels(table, x, y)]
+            if not drawn:
+                raise ValueError(f"no line knows both {x} and {y or ' or '.join(QUALITIES)}")
+            plots.pareto_plot(drawn, out_dir / "pareto.png")
+        except ValueError as error:
+            text += f"\nNo plot: {error}.\n"
+    (out_dir / "table.md").write_text(text, encoding="utf-8")
     return done
 
 
-def panel(table: Table, x: str = "latency_p50", y: str | None = None) -> plots.Panel | None:
-    """What a plot of this table shows, or None when no line knows both axes.
+def shown_text(all_tables: Sequence[Table], shown: Sequence[str] | None = None) -> str:
+    """The sections of all tables, with the columns of the metrics in `shown` (None: all of them)."""
+    return "\n".join(
+        markdown(
+            dataclasses.replace(table, columns=tuple(c for c in table.columns if shown is None or c.name in shown))
+        )
+        for table in all_tables
+    )
 
-    Of several columns of a metric (batch sizes, machines) the first is drawn; the axis says which it is.
-    """
+
+def panels(table: Table, x: str = "latency_p50", y: str | None = None) -> list[plots.Panel]:
+    """What a plot of this table shows: one panel for each column of x, a batch size on a machine, of which a line
+    knows both axes."""
     ys = [y] if y else QUALITIES
-    x_column = next((c for c in table.columns if c.name == x), None)
     y_column = next((c for name in ys for c in table.columns if c.name == name), None)
-    size_column = next((c for c in table.columns if c.name == "peak_memory"), None)
-    if x_column is None or y_column is None:
-        return None
+    if y_column is None:
+        return []
+    found = [_panel(table, column, y_column) for column in table.columns if column.name == x]
+    return [panel for panel in found if panel is not None]
+
+
+def _panel(table: Table, x_column: Column, y_column: Column) -> plots.Panel | None:
+    size_column = next((c for c in table.columns if c.name == "peak_memory" and c.machine == x_column.machine), None)
     x_factor, y_factor = column_unit(table, x_column)[1], column_unit(table, y_column)[1]
     points = []
     for line in table.lines:
@@ -334,9 +360,8 @@ def panel(table: Table, x: str = "latency_p50", y: str | None = None) -> plots.P
         for line in table.lines
         if line.role != "variant" and line.summary(x_column) is None and (summary := line.summary(y_column))
     )
-    title = (
-        f"{table.task}: {header(table, y_column).partition(',')[0].partition(' [')[0]} against {x.replace('_', ' ')}"
-    )
+    words = [x_column.name.replace("_", " "), *(f"{key} {value}" for key, value in x_column.conditions)]
+    title = f"{table.task}: {y_column.name.replace('_', ' ')} against {', '.join(words)}"
     subtitle = x_column.machine or "; ".join(table.machines)
     directions = tuple(metric(c.name).direction or "lower" for c in (x_column, y_column))
     size_name = header(table, size_column).partition(" [")[0] if size_column else ""

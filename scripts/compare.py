@@ -7,21 +7,27 @@ Runs are interleaved (all variants of a seed, then the next seed) and lie under 
 runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid.
 """
 
+import contextlib
+import functools
 import itertools
 import json
+import math
+import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 
+from lissom.eval import check_writable, read_metrics
 from lissom.training import flags as command_line
 from lissom.training.config import check, default_workdir, differences, from_json, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
 
 MATCHES = ("params", "flops", "bytes")
 TOLERANCE = 0.01
+WIDEST = 1 << 16  # a width beyond which --match gives up
 
 
 class Variant(NamedTuple):
@@ -33,17 +39,30 @@ class Variant(NamedTuple):
 
 def grid(axes: Sequence[str]) -> list[Variant]:
     """['model.mixer=attention,none', 'model.depth=2,4'] -> the variants of the product, the first one first."""
-    parsed = []
-    for axis in axes:
-        key, equals, values = axis.partition("=")
-        if not (key and equals and values):
-            raise UserError(f"--vary={axis} must be field=value,value")
-        parsed.append([(key, value) for value in _values(values)])
-    variants = []
-    for point in itertools.product(*parsed):
-        label = " ".join(f"{key.split('.')[-1]}={value}" for key, value in point)
-        variants.append(Variant(label or "recipe", tuple(point)))
-    return variants
+    parsed = dict(axis_of(axis, "--vary") for axis in axes)
+    if len(parsed) < len(axes):
+        raise UserError(f"--vary={' --vary='.join(axes)} varies one field twice: give its values in one list")
+    last = [key.split(".")[-1] for key in parsed]
+    names = {key: key if last.count(name) > 1 else name for key, name in zip(parsed, last, strict=True)}
+    variants: dict[str, Variant] = {}
+    for values in itertools.product(*parsed.values()):
+        point = tuple(zip(parsed, values, strict=True))
+        label = " ".join(f"{names[key]}={value}" for key, value in point) or "recipe"
+        # The directory's name tells less apart than the label: a,b and a;b are one.
+        other = variants.setdefault(_file(label), Variant(label, point))
+        if other.overrides != point:
+            raise UserError(f"the variants {other.label!r} and {label!r} would lie in one directory {_file(label)}")
+    if len(variants) < math.prod(map(len, parsed.values())):
+        raise UserError(f"--vary={' --vary='.join(axes)} names one variant twice")
+    return list(variants.values())
+
+
+def axis_of(text: str, flag: str) -> tuple[str, list[str]]:
+    """'field=a,b' -> ('field', ['a', 'b'])."""
+    key, _, values = text.partition("=")
+    if not (key and values and all(_values(values))):
+        raise UserError(f"{flag}={text} must be field=value,value")
+    return key, _values(values)
 
 
 def _values(text: str) -> list[str]:
@@ -91,9 +110,8 @@ def size_of(config, facts: Mapping[str, Any], what: str) -> float:
     return flops
 
 
-def matched(config, facts: Mapping[str, Any], what: str, target: float):
-    """The config with the width, and where widths are too coarse the feed-forward expansion as well, at which `what`
-    is within 1 % of `target`; an error where there is none."""
+def solvable(config, what: str) -> dict[str, Any]:
+    """The settings of the config's model, among which there must be a width to solve for."""
     from lissom.models import SIZES
 
     settings = {
@@ -102,10 +120,19 @@ def matched(config, facts: Mapping[str, Any], what: str, target: float):
     }
     if "width" not in settings:
         raise UserError(f"--match={what} solves model.width, which model {config.model.name!r} does not have")
+    return settings
+
+
+def matched(config, facts: Mapping[str, Any], what: str, target: float):
+    """The config with the width, and where widths are too coarse the feed-forward expansion as well, at which `what`
+    is within 1 % of `target`; an error where there is none."""
+    settings = solvable(config, what)
     unit = 2 * settings.get("heads", 1)
     sized = lambda *pairs: size_of(overridden(config, pairs), facts, what)
     low, high = unit, unit
     while sized(("model.width", high)) < target:
+        if high > WIDEST:
+            raise UserError(f"--match={what}: even at model.width={high} this variant does not reach {target:,}")
         low, high = high, high * 2
     while high - low > unit:
         middle = (low + high) // 2 // unit * unit
@@ -117,50 +144,109 @@ def matched(config, facts: Mapping[str, Any], what: str, target: float):
     ffn = settings.get("ffn")
     key = f"model.ffn_kwargs.{ffn}.expansion"
     small, large = 0.25, 16.0
-    for _ in range(30):
+    for _ in range(30 if ffn else 0):
         middle = (small + large) / 2
         value = sized(("model.width", low), (key, middle))
         if off(value) <= TOLERANCE / 4:
             return overridden(config, [("model.width", low), (key, middle)])
         small, large = (middle, large) if value < target else (small, middle)
     raise UserError(
-        f"--match={what}: no width (a multiple of {unit}) and {ffn} expansion come within 1 % of {target:,}"
+        f"--match={what}: no width (a multiple of {unit}){f' and {ffn} expansion' if ffn else ''} comes within 1 % of "
+        f"{target:,}"
     )
 
 
-def tuned(config, workdir: pathlib.Path, axis: str, label: str, merge: bool = False):
-    """The config with the value of the axis that has the lowest test loss at one seed and half the length; the runs
-    and the choice are kept under `workdir`, and a choice at the grid's edge is said."""
-    key, _, values = axis.partition("=")
-    values = _values(values)
-    if len(values) < 2:
-        raise UserError(f"--tune={axis} must be field=value,value with two values at least")
+def tuned(
+    config, workdir: pathlib.Path, axis: str, label: str, merge: bool = False, shared: bool = False
+) -> tuple[Any, str | None]:
+    """(the config with the value of the axis that has the lowest test loss at one seed and half the length, what a
+    reader of the table must know of the choice).
+
+    The runs and the choice are kept under `workdir`. Where it is `shared` with other shards, one of them tunes, and
+    the others wait and read what it found.
+    """
+    key, values = axis_of(axis, "--tune")
     record = workdir / "tuned" / f"{_file(label)}.json"
-    losses = json.loads(record.read_text()) if record.is_file() else {}
-    for value in values:
-        name = f"{key}={value}"
-        if name in losses:
-            continue
-        if merge:
-            raise UserError(f"--merge: {label} was not tuned at {name}")
-        trial = overridden(config, [(key, value), *_halved(config)])
-        try:
-            losses[name] = _trained(trial, workdir / "tuned" / _file(f"{label} {key}={value}"))
-        except UserError as error:
-            if "the loss is" not in str(error):
-                raise
-            losses[name] = None  # it diverged: a result, and a bad one
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(losses))
+    with _alone(record.with_suffix(".lock"), label) if shared and not merge else contextlib.nullcontext():
+        losses = _read_record(record)
+        for value in values:
+            name, trial = f"{key}={value}", overridden(config, [(key, value), *_halved(config)])
+            run = workdir / "tuned" / _file(f"{label} {name}")
+            if name in losses:
+                _check_same(run, trial)
+                continue
+            if merge:
+                raise UserError(f"--merge: {label} was not tuned at {name}")
+            try:
+                losses[name] = _trained(trial, run)
+            except UserError as error:
+                if "the loss is" not in str(error):
+                    raise
+                losses[name] = None  # it diverged: a result, and a bad one
+            _write_record(record, losses)
     alive = {value: losses[f"{key}={value}"] for value in values if losses[f"{key}={value}"] is not None}
     if not alive:
         raise UserError(f"--tune={axis}: {label} diverged at every value")
     best = min(alive, key=alive.get)
-    edge = best in (values[0], values[-1])
-    print(
-        f"{label}: {key}={best} of {', '.join(values)}{' (AT THE EDGE of the grid)' if edge else ''}", file=sys.stderr
-    )
-    return overridden(config, [(key, best)])
+    edge = at_edge(best, values)
+    print(f"{label}: {key}={best} of {', '.join(values)}{f' (AT THE EDGE: {edge})' if edge else ''}", file=sys.stderr)
+    note = f"{key}={best} is the {edge} of the values tried ({', '.join(values)}), so that one beyond may be better"
+    return overridden(config, [(key, best)]), note if edge else None
+
+
+def at_edge(best: str, values: Sequence[str]) -> str | None:
+    """'largest' or 'smallest' where the best of several numbers is that; names have no edge."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return None
+    if float(best) == max(numbers):
+        return "largest"
+    return "smallest" if float(best) == min(numbers) else None
+
+
+@contextlib.contextmanager
+def _alone(file: pathlib.Path, label: str) -> Iterator[None]:
+    """Holds a lock file; who has to wait is told."""
+    import filelock
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{label}: waiting for the shard that tunes it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read_record(record: pathlib.Path) -> dict[str, float | None]:
+    try:
+        return dict(json.loads(record.read_text())) if record.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{record} can't be read ({error}): without it, this variant is tuned again") from error
+
+
+def _write_record(record: pathlib.Path, losses: Mapping[str, float | None]) -> None:
+    """As a whole or not at all: a shard may be killed at any moment."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_name(f"{record.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(losses, allow_nan=False))
+    os.replace(partial, record)
+
+
+def _check_same(run: pathlib.Path, config) -> None:
+    """The same label may stand for another run: other flags, another recipe."""
+    from lissom.training.runs import is_run, read_config
+
+    if not is_run(run):
+        return
+    changed = differences(read_config(run).to_dict(), from_json(to_json(config)).to_dict())
+    if changed:
+        raise UserError(f"{run} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir")
 
 
 def _halved(config) -> list[tuple[str, Any]]:
@@ -170,6 +256,73 @@ def _halved(config) -> list[tuple[str, Any]]:
 
 def _file(label: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._=-" else "_" for letter in label)
+
+
+def check_axes(variants: Sequence[Variant], seeds: int, match: str | None, tune: Sequence[str]) -> None:
+    """What one flag sets no other may vary: a label of the table would name a value that no run had."""
+    if seeds < 1:
+        raise UserError(f"--seeds={seeds} must be at least 1")
+    varied = dict(variants[0].overrides)
+    fixed = {"seed": "--seeds"} | ({"model.width": f"--match={match}"} if match else {})
+    for axis in tune:
+        key, values = axis_of(axis, "--tune")
+        if len(set(values)) < max(2, len(values)):
+            raise UserError(f"--tune={axis} must be field=value,value with two values at least, and none twice")
+        if key in varied or key in fixed:
+            raise UserError(f"--tune={key} does not go with {fixed.get(key, '--vary=' + key)}, which sets it too")
+        fixed[key] = f"--tune={key}"
+    for key in varied:
+        if key in fixed:
+            raise UserError(f"--vary={key} does not go with {fixed[key]}, which sets it too")
+
+
+def configs_of(
+    config, variants: Sequence[Variant], match: str | None, tune: Sequence[str], wanted: Container[str]
+) -> dict[str, Any]:
+    """{label: config} of all variants, their sizes matched. What can be wrong with one that is `wanted`, or with a
+    value it is to be tuned at, is found here, before anything is trained."""
+    from lissom.training.building import load_dataset
+
+    datasets, configs, target = {}, {}, None
+    for variant in variants:
+        changed = overridden(config, variant.overrides)
+        check(changed)
+        data = json.dumps(changed.data.to_dict(), sort_keys=True, default=list)
+        if data not in datasets:
+            datasets[data] = load_dataset(changed)
+        dataset = datasets[data]
+        facts = {**dataset.info, "kind": dataset.kind, "length": dataset.train[0]["inputs"].shape[0]}
+        if match and target is None:
+            solvable(changed, match)
+            target = size_of(changed, facts, match)
+        elif match:
+            changed = matched(changed, facts, match, target)
+        configs[variant.label] = changed
+        if variant.label in wanted:
+            try_out(changed, facts, len(dataset.train))
+            for key, values in (axis_of(axis, "--tune") for axis in tune):
+                for value in values:
+                    try_out(overridden(changed, [(key, value)]), facts, len(dataset.train))
+    return configs
+
+
+def try_out(config, facts: Mapping[str, Any], examples: int) -> None:
+    """Raises what train.py would raise for this config, without building an array."""
+    import jax
+
+    from lissom.compression.transforms import build_transforms, structured
+    from lissom.training import sharding, stages
+    from lissom.training.building import assemble
+    from lissom.training.config import total_steps
+
+    check(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate, jax.process_count())
+    total = total_steps(config, examples)
+    for stage in stages.plan(config, total):
+        structure = functools.partial(structured, transforms=build_transforms(stage.config.transforms))
+        assemble(stage.config, facts, total, mesh, structure)
+    build_transforms(config.evaluation.transforms)
 
 
 def compare(
@@ -183,85 +336,88 @@ def compare(
     shard: tuple[int, int] = (0, 1),
     merge: bool = False,
 ) -> list:
-    """Trains what is missing and returns the rows of all variants and seeds (of this shard). With `merge` nothing is
-    trained, and a missing run is an error."""
+    """Trains what is missing and returns the rows of all variants and seeds (of this shard; none where there are more
+    shards than runs). With `merge` nothing is trained, and a missing run is an error."""
+    check_axes(variants, seeds, match, tune)
+    jobs = list(enumerate((seed, variant) for seed in range(seeds) for variant in variants))
+    mine = jobs if merge else share(jobs, shard)
+    if not mine:
+        print(f"--shard={shard[0]}/{shard[1]} has nothing to do: there are {len(jobs)} runs", file=sys.stderr)
+        return []
     from lissom.eval import evaluate
-    from lissom.training.building import load_dataset
-    from lissom.training.runs import read_config
 
-    configs, target = {}, None
-    dataset = load_dataset(config)
-    for variant in variants:
-        changed = overridden(config, variant.overrides)
-        check(changed)
-        facts = {**dataset.info, "kind": dataset.kind, "length": dataset.train[0]["inputs"].shape[0]}
-        if match and target is None:
-            target = size_of(changed, facts, match)
-        elif match:
-            changed = matched(changed, facts, match, target)
-        configs[variant.label] = changed
-    jobs = [(seed, variant) for seed in range(seeds) for variant in variants]
+    place = lambda seed, variant: workdir / f"{_file(variant.label)}_seed{seed}"
+    # What is finished is only measured, maybe on a machine that could not train it.
+    wanted = set() if merge else {job[1].label for _, job in mine if not _finished(place(*job))}
+    configs, notes = configs_of(config, variants, match, tune, wanted), {}
     runs, labels = [], {}
-    for number, (seed, variant) in enumerate(jobs):
-        if number % shard[1] != shard[0] and not merge:
-            continue
-        run = workdir / f"{_file(variant.label)}_seed{seed}"
-        settings = configs[variant.label]
-        for axis in tune:  # the second time it only reads its record
-            settings = tuned(settings, workdir, axis, variant.label, merge)
-        final = overridden(settings, [("seed", seed)])
+    for number, (seed, variant) in mine:
+        run = place(seed, variant)
+        if variant.label not in notes:
+            notes[variant.label] = []
+            for axis in tune:
+                configs[variant.label], note = tuned(
+                    configs[variant.label], workdir, axis, variant.label, merge, shared=shard[1] > 1
+                )
+                notes[variant.label] += [note] if note else []
+        final = overridden(configs[variant.label], [("seed", seed)])
         if merge and not _finished(run):
             raise UserError(f"--merge: the run {run} is not finished")
         if _finished(run):
-            # The same label may stand for another run: other flags, another recipe.
-            changed = differences(read_config(run).to_dict(), from_json(to_json(final)).to_dict())
-            if changed:
-                raise UserError(
-                    f"{run} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir"
-                )
+            _check_same(run, final)
         else:
             print(f"[{number + 1}/{len(jobs)}] {variant.label}, seed {seed}", file=sys.stderr)
             _trained(final, run)
         runs.append(run)
         labels[str(run)] = variant.label
-    return evaluate(runs, variants=labels)
+    return evaluate(runs, variants=labels, notes={run: notes[label] for run, label in labels.items()})
 
 
-def _trained(config, run: pathlib.Path) -> float:
-    """Trains one run to its end and returns its test loss; where it was asked to stop, so does the comparison."""
+def share(jobs: Sequence, shard: tuple[int, int]) -> list:
+    """Every n-th job from the i-th on: by number alone, so that no two shards ever train the same run."""
+    return list(jobs[shard[0] :: shard[1]])
+
+
+def _trained(config, run: pathlib.Path) -> float | None:
+    """Trains one run to its end and returns its test loss, None where that is not finite; where training was asked to
+    stop, so does the comparison."""
     from lissom.train import train
 
     result = train(config, run)
     if "loss" not in result:
         raise SystemExit(0)
-    return result["loss"]
+    return float(result["loss"]) if math.isfinite(result["loss"]) else None
 
 
 def _finished(run: pathlib.Path) -> bool:
     """Whether a run stands there that came to its end."""
     try:
         total = json.loads((run / "facts.json").read_text())["steps"]
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, KeyError):
+        return any(line["kind"] == "test" and line["step"] == total for line in read_metrics(run))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return any(line["kind"] == "test" and line["step"] == total for line in lines)
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_multi_string("vary", [], "field=value,value: an axis of the grid; may be given several times")
-    flags.DEFINE_integer("seeds", 3, "seeds a variant", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, "seeds a variant")
     flags.DEFINE_enum("match", None, MATCHES, "solve the width so that all variants equal the first one in this")
     flags.DEFINE_multi_string("tune", [], "field=value,value: tuned for each variant first, at half the length")
     flags.DEFINE_string("shard", "0/1", "i/n: this process's share of the runs")
     flags.DEFINE_bool("merge", False, "train nothing: join what the shards have finished")
     flags.DEFINE_string("workdir", None, "where the runs lie; runs/compare/<recipe> if not given")
-    flags.DEFINE_string("out", None, "write rows.jsonl, table.md, table.csv and pareto.png there")
+    flags.DEFINE_string("out", None, "where rows.jsonl, table.md, table.csv and pareto.png go; --workdir if not given")
     with one_sentence():
         spec, config = command_line.config_from(command_line.parse(argv))
         given = flags.FLAGS
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
-        variants = grid(given.vary)
+        variants, shard = grid(given.vary), shard_of(given.shard)
+        out = pathlib.Path(given.out or workdir)
+        if shard[1] > 1 and not given.merge:  # the table of a share must not stand where that of all runs will
+            out = out / "shards" / f"{shard[0]}_of_{shard[1]}"
+        check_writable(workdir, "--workdir")
+        check_writable(out, "--out")
         rows = compare(
             config,
             variants,
@@ -269,13 +425,14 @@ def main(argv: list[str]) -> None:
             seeds=given.seeds,
             match=given.match,
             tune=given.tune,
-            shard=shard_of(given.shard),
+            shard=shard,
             merge=given.merge,
         )
+        if not rows:
+            return
         from lissom.eval import render, write
 
         print(render(rows))
-        out = given.out or workdir
         write(rows, out)
         print(f"written to {out}")
 

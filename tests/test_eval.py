@@ -1,10 +1,19 @@
 """eval.py: what it takes and skips, what its report holds, and the floors and ceilings of a task."""
 
+import dataclasses
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from lissom.eval import evaluate, find_runs, overrides_of, render, task_name, write
+from lissom.eval import check_writable, evaluate, find_runs, overrides_of, read_metrics, render, task_name, write
+from lissom.training.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def values(row):
@@ -43,14 +52,14 @@ def test_finds_runs_at_any_depth_and_reports(tiny_run, tmp_path):
 def test_runs_of_one_label_are_told_apart(tiny_run):
     _, one = tiny_run("vision/mnist1d_cnn", "one")
     _, two = tiny_run("vision/mnist1d_cnn", "two")
-    rows = evaluate([one, two], floors=False)
-    assert len({(r.identity.label, r.identity.transform) for r in rows}) == 4
-    render(rows)
+    rows = evaluate([one, two], notes={str(two): ["tuned at the edge"]}, floors=False)
+    labels = {(r.identity.label, r.identity.transform) for r in rows}
+    assert len(labels) == 4
+    assert [r.notes for r in rows] == [(), (), ("tuned at the edge",), ("tuned at the edge",)]
+    assert f"- {rows[2].identity.label}: tuned at the edge.\n" in render(rows)
 
 
 def test_a_stopped_run_is_skipped(tiny_run):
-    from lissom.training.errors import UserError
-
     _, run = tiny_run("vision/mnist1d_cnn")
     facts = json.loads((run / "facts.json").read_text())
     (run / "facts.json").write_text(json.dumps({**facts, "steps": 9}))
@@ -89,6 +98,9 @@ def test_names():
 
     config = overridden(load_recipe("configs/language/recall_lm.py"), [("model.width", "96"), ("seed", "4")])
     assert overrides_of(config) == {"model.width": 96}
+    # What the recipe has no entry for is named as it was given.
+    deep = overridden(config, [("model.mixer_kwargs.window.window", "7")])
+    assert overrides_of(deep) == {"model.width": 96, "model.mixer_kwargs.window.window": 7}
     assert task_name(config) == "sequences(length=64, pairs=8, task=recall, vocab_size=64)"
 
 
@@ -99,3 +111,161 @@ def test_profile(tmp_path):
     config = overridden(load_recipe("configs/vision/mnist1d_cnn.py:tiny"), [("mesh.data", 1)])
     train(config, tmp_path / "run", profile=1)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_row_is_of_the_machine_that_measured_and_says_who_trained(tiny_run):
+    _, run = tiny_run("vision/mnist1d_cnn")
+    for row in evaluate([run]):
+        assert row.trained is None  # the same machine and sources: there is nothing to tell
+    recorded = json.loads((run / "provenance.json").read_text())
+    machine = {"cpu": "Z80", "cores": 1, "memory_bytes": 65536, "accelerator": "H900", "accelerators": 8}
+    other = {**recorded, "commit": "c0ffee" * 6 + "abcd", "dirty": True, "hardware": machine, "date": "1976-07-01"}
+    (run / "provenance.json").write_text(json.dumps(other))
+    here, rows = json.loads(json.dumps(dataclasses.asdict(row.provenance))), evaluate([run])
+    for row in rows:
+        found = json.loads(json.dumps(dataclasses.asdict(row.provenance)))
+        assert {**found, "date": 0} == {**here, "date": 0} and found["date"] > "2020"
+        assert row.trained.hardware == machine and row.trained.dirty and row.trained.date == "1976-07-01"
+    text = render(rows)
+    assert "train seconds, 8 x H900 [" in text
+    assert f"latency p50, batch 1, {here['hardware']['cpu']}" in text
+    assert text.splitlines()[2].startswith(here["hardware"]["cpu"])
+    assert "trained at commit c0ffeec0f with changes (measured at" in text and "on 8 x H900" in text
+
+
+BYTES = """
+import hashlib
+import numpy as np
+from lissom.data.dataset import ArraySource, Dataset
+
+def text():
+    rows = np.random.default_rng(0).integers(0, 256, (64, 17)).astype(np.uint8)
+    info = {"vocab_size": 256, "input_shape": (16,), "sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
+    return Dataset("bytes", "tokens", *[ArraySource("tokens", {"text": rows})] * 2, info)
+"""
+
+
+def test_the_checksum_of_the_data_is_in_the_row(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "bytes_of_mine.py").write_text(BYTES)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, run = tiny_run("language/stdlib_lm", **{"data.name": "bytes_of_mine:text", "evaluation.floor": True})
+    facts = json.loads((run / "facts.json").read_text())
+    rows = evaluate([run])
+    assert {row.identity.role for row in rows} == {"variant", "floor"}
+    assert all(row.provenance.data == {"sha256": facts["sha256"]} and row.trained is None for row in rows)
+    # As with another patch version of Python, whose library is another text: what was trained on is not what is
+    # measured on.
+    (run / "facts.json").write_text(json.dumps({**facts, "sha256": "0" * 64}))
+    rows = evaluate([run])
+    assert rows[0].provenance.data == {"sha256": facts["sha256"]} and rows[0].trained.data == {"sha256": "0" * 64}
+    assert f"on data of sha256 000000000 (measured on sha256 {facts['sha256'][:9]})" in render(rows)
+
+
+def damage_checkpoint(run):
+    """Turns a byte of every file that holds an array."""
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 0xFF
+            file.write_bytes(content)
+
+
+def rewrite(name, change):
+    return lambda run: (run / name).write_text(change((run / name).read_text()))
+
+
+def edit(name, **values):
+    return rewrite(name, lambda text: json.dumps({**json.loads(text), **values}))
+
+
+def without_dataset(run):
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["name"] = "gone_dataset"
+    (run / "config.json").write_text(json.dumps(config))
+
+
+DAMAGES = {
+    "config_cut": (rewrite("config.json", lambda text: text[:99]), "config.json can't be read"),
+    "config_empty": (rewrite("config.json", lambda _: "{}"), "config.json can't be read"),
+    "config_list": (rewrite("config.json", lambda _: "[1]"), "config.json can't be read"),
+    "config_model": (rewrite("config.json", lambda text: text.replace('"cnn"', '"gone"')), "unknown model 'gone'"),
+    "facts_cut": (rewrite("facts.json", lambda text: text[:30]), "facts.json can't be read"),
+    "facts_list": (rewrite("facts.json", lambda _: "[]"), "facts.json can't be read"),
+    "facts_gone": (lambda run: (run / "facts.json").unlink(), "facts.json can't be read"),
+    "facts_steps": (edit("facts.json", steps=None), "facts.json can't be read"),
+    "facts_classes": (edit("facts.json", classes=7), "with classes 7, which by now is 10"),
+    "provenance_cut": (rewrite("provenance.json", lambda text: text[:-3]), "provenance.json can't be read"),
+    "provenance_list": (rewrite("provenance.json", lambda _: "[]"), "provenance.json can't be read"),
+    "provenance_other": (edit("provenance.json", hardware=3), "provenance.json can't be read"),
+    "provenance_gone": (lambda run: (run / "provenance.json").unlink(), "provenance.json can't be read: No such file"),
+    "metrics_gone": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl can't be read: No such file"),
+    "metrics_middle": (rewrite("metrics.jsonl", lambda text: text[9:]), "metrics.jsonl can't be read: line 1"),
+    "metrics_word": (rewrite("metrics.jsonl", lambda text: text + "[]\n"), "is no record of a step"),
+    "metrics_times": (
+        rewrite("metrics.jsonl", lambda text: text.replace("compile_seconds", "seconds")),
+        "metrics.jsonl can't be read",
+    ),
+    "checkpoint": (damage_checkpoint, "has no whole checkpoint"),
+    "checkpoint_gone": (lambda run: shutil.rmtree(run / "checkpoints"), "it has no checkpoint"),
+    "dataset": (without_dataset, "gone_dataset"),
+}
+
+
+def test_damaged_runs_are_skipped_and_said(tiny_run, tmp_path):
+    _, good = tiny_run("vision/mnist1d_cnn", "good")
+    for name, (damage, _) in DAMAGES.items():
+        shutil.copytree(good, tmp_path / "runs" / name)
+        damage(tmp_path / "runs" / name)
+    shutil.copytree(good, tmp_path / "runs" / "good")
+    said = []
+    rows = evaluate(find_runs([str(tmp_path / "runs" / "*")], said.append), skip=said.append)
+    assert {row.identity.recipe for row in rows} == {"configs/vision/mnist1d_cnn.py:tiny"} and len(rows) == 2
+    assert len(said) == len(DAMAGES)
+    for name, (_, words) in DAMAGES.items():
+        (line,) = [line for line in said if line.startswith(f"skipped {tmp_path / 'runs' / name}:")]
+        assert words in line and "\n" not in line
+    # Where one run is asked for, as train.py and compare.py do, it is an error; and so is none that is left.
+    for name in ("dataset", "provenance_cut", "metrics_middle"):
+        with pytest.raises(ValueError, match=DAMAGES[name][1]):
+            evaluate([tmp_path / "runs" / name])
+    with pytest.raises(UserError, match="none of 1 runs can be measured"):
+        evaluate([tmp_path / "runs" / "provenance_cut"], skip=said.append)
+
+
+def test_a_line_that_a_kill_cut_off_is_tolerated(tmp_path):
+    whole = [{"step": 1, "kind": "train", "loss": 2.0}, {"step": 2, "kind": "test", "loss": 1.0}]
+    text = "".join(json.dumps(line) + "\n" for line in whole)
+    for end in ("", '{"step": 3, "ki', "{", json.dumps(whole[0])[:-1]):
+        (tmp_path / "metrics.jsonl").write_text(text + end)
+        assert read_metrics(tmp_path) == whole
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 3, "ki\n')
+    with pytest.raises(UserError, match="line 3 is no record"):
+        read_metrics(tmp_path)
+
+
+def test_out_is_checked_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/deep/er"):
+        with pytest.raises(UserError, match="file is a file"):
+            check_writable(tmp_path / out, "--out")
+    # The kernel's own directory refuses everybody, root too.
+    with pytest.raises(UserError, match="--out=/proc/new can't be written"):
+        check_writable("/proc/new", "--out")
+    check_writable(tmp_path / "a" / "b", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_command_line_skips_and_refuses(tiny_run, tmp_path):
+    _, run = tiny_run("vision/mnist1d_cnn", "runs/one")
+    shutil.copytree(run, tmp_path / "runs" / "two")
+    (tmp_path / "runs" / "two" / "provenance.json").write_text("{")
+    (tmp_path / "file").write_text("mine")
+    command = lambda *words: subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ
+    )
+    done = command("--runs=runs/*", "--out=out")
+    assert done.returncode == 0, done.stderr
+    assert "skipped runs/two: runs/two/provenance.json can't be read" in done.stderr
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2
+    done = command("--runs=runs/one", "--out=file")
+    assert done.returncode == 2 and done.stderr == "error: --out=file must be a directory, and file is a file\n"

@@ -1,5 +1,6 @@
 """Rows: what is refused, and what survives the way to disk and back."""
 
+import dataclasses
 import math
 import multiprocessing
 import subprocess
@@ -46,6 +47,53 @@ def test_rows_come_back_as_they_went(tmp_path):
     assert rows.read_rows(path) == [row(0), row(1, 0.25)]
     assert '"value": null' in path.read_text()
     assert not list(path.parent.glob("*.partial"))
+
+
+def test_training_elsewhere_notes_and_data_come_back(tmp_path):
+    trained = Provenance("abc", True, {"accelerator": "H900"}, {"jax": "0.12"}, None, {"sha256": "00"})
+    there = dataclasses.replace(row(), trained=trained, notes=("a sentence",))
+    rows.write_rows(tmp_path / "rows.jsonl", [there])
+    assert rows.read_rows(tmp_path / "rows.jsonl") == [there]
+
+
+def test_rows_of_before_there_were_such_fields_are_read():
+    line = (
+        '{"identity": {"recipe": "r", "task": "t", "seed": 0, "overrides": {}, "transform": null, "variant": null, '
+        '"role": "variant"}, "provenance": {"commit": "abc", "dirty": false, "hardware": {"cpu": "Z80"}, "versions": '
+        '{}, "date": null}, "measurements": [{"name": "flops", "value": 7, "unit": "FLOP", "kind": "compiled", '
+        '"conditions": {"batch": 1}}]}'
+    )
+    provenance = Provenance("abc", False, {"cpu": "Z80"})
+    assert rows.from_json(line) == Row(Identity("r", "t", 0), provenance, (measure("flops", 7, "compiled", batch=1),))
+    with pytest.raises(TypeError, match="seeds"):
+        rows.from_json(line.replace('"measurements"', '"seeds": 1, "measurements"'))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({}, None),
+        ({"date": "1999-01-01"}, None),
+        ({"commit": "0123456789"}, "trained at commit 012345678 (measured at abc)"),
+        ({"dirty": True}, "trained at commit abc with changes (measured at abc)"),
+        ({"hardware": {"cpu": "6502", "cores": 2}}, "trained on 6502, 2 cores"),
+        ({"hardware": {"cpu": "Z80", "cores": 1, "memory_bytes": 9}}, "trained on another Z80, 1 core"),
+        ({"versions": {"jax": "0.10", "tpu": "1"}},
+         "trained with jax 0.10 (measured with 0.11.2), tpu 1 (measured with unknown)"),
+        ({"data": {"sha256": "0123456789"}}, "trained on data of sha256 012345678 (measured on unknown sha256)"),
+    ],
+)  # fmt: skip
+def test_in_which_way_training_was_elsewhere(change, words):
+    here = row().provenance
+    trained = rows.elsewhere(dataclasses.replace(here, **change), here)
+    assert (trained is None) == (words is None)
+    assert rows.trained_note(dataclasses.replace(row(), trained=trained)) == words
+
+
+@pytest.mark.parametrize("data", [[], {"hardware": 3}, {"versions": "x"}, {"who": 1}, {"data": None}])
+def test_what_is_no_provenance(data):
+    with pytest.raises(ValueError, match=r"no provenance|sequence"):
+        rows.provenance_of(data)
 
 
 def test_a_damaged_line_is_named(tmp_path):

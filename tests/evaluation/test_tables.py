@@ -1,10 +1,12 @@
 """What stands in tables, CSV and plots, from rows with known numbers."""
 
 import csv
+import dataclasses
 import io
 
 import pytest
 from matplotlib.image import imread
+from matplotlib.transforms import Bbox
 
 from lissom.evaluation import plots, rows, tables
 from lissom.evaluation.rows import Identity, Provenance, Row, measure
@@ -55,6 +57,37 @@ def test_kinds_conditions_and_machines_have_columns_of_their_own():
     assert len([c for c in table.columns if c.name == "latency_p50"]) == 4
     assert "peak memory, modelled, Z80, 1 core [MB]" in tables.markdown(table)
     assert "latency p50, batch 8, 6502, ? cores [ms]" in tables.markdown(table)
+
+
+def test_what_training_cost_stands_under_the_machine_that_trained():
+    def one(variant, trained=None, **more):
+        numbers = measure("train_seconds", 3.0), measure("latency_p50", 0.1, batch=1)
+        return dataclasses.replace(row(variant, 0, *numbers), trained=trained, **more)
+
+    (here,) = tables.tables([one("a"), one("b")])
+    assert len(here.columns) == 2 and here.notes == () and tables.header(here, here.columns[0]) == "train seconds [s]"
+    gpu = Provenance("abc", True, {"accelerator": "H900", "accelerators": 2})
+    (table,) = tables.tables([one("a"), one("b", gpu), one("c", gpu)])
+    found = [tables.header(table, column) for column in table.columns]
+    assert found == [
+        "train seconds, Z80, 1 core [s]",
+        "train seconds, 2 x H900 [s]",
+        "latency p50, batch 1, Z80, 1 core [ms]",
+    ]
+    assert table.machines == ("Z80, 1 core",)
+    assert table.lines[1].summary(table.columns[0]) is None and table.lines[1].summary(table.columns[1]).mean == 3.0
+    note = "b, c: trained at commit abc with changes (measured at unknown), on 2 x H900"
+    assert table.notes == (note,) and f"\n- {note}.\n" in tables.markdown(table)
+    # All of them trained there: the column says so, since the heading names only the machine that measured.
+    (table,) = tables.tables([one("b", gpu), one("c", gpu)])
+    assert "train seconds, 2 x H900 [s]" in tables.markdown(table)
+
+
+def test_a_note_of_several_rows_is_said_once():
+    noted = [dataclasses.replace(r, notes=("at the edge",)) for r in trained("a", [0.5, 0.6])]
+    int8 = [dataclasses.replace(r, notes=("at the edge",)) for r in trained("a", [0.4], transform="int8")]
+    (table,) = tables.tables([*noted, *int8, *trained("b", [0.5])])
+    assert table.notes == ("a: at the edge",)
 
 
 def test_a_table_is_of_one_task_and_a_transform_is_a_line():
@@ -125,6 +158,37 @@ def test_labels_do_not_overlap_each_other(tmp_path, count):
     assert not any(plots.overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
     height, width, _ = imread(tmp_path / "plot.png").shape
     assert all(b.x0 >= 0 and b.x1 <= width and b.y0 >= 0 and b.y1 <= height for b in boxes)
+
+
+def test_a_label_that_could_be_anothers_moves_or_gets_a_line():
+    frame, extent = Bbox.from_extents(0, 0, 400, 400), Bbox.from_extents(0, 0, 40, 10)
+    own = Bbox.from_extents(190, 190, 210, 210)
+    place = lambda *others: plots._best_place((200, 200), 10, extent, frame, [own], [], [], others)
+    # To the right of a marker of radius 10, after 4 pixels; nothing else is near.
+    box, leader = place(((200, 260), 10))
+    assert (box.x0, box.y0) == (214, 195) and leader == []
+    # A small marker 5 pixels above that place, while the own is 4 away: the left side is free of doubt.
+    box, leader = place(((234, 215), 5))
+    assert box.x1 == 186 and leader == []
+    # Two markers at one point: wherever the label stands, only a line from the centre says whose it is.
+    box, leader = place(((200, 200), 10))
+    assert leader[0] == (200, 200) and leader[-1] == (214, 200)
+
+
+def test_every_batch_size_has_its_panel():
+    numbers = [measure("accuracy", 0.5), *(measure("latency_p50", b / 1e3, batch=b) for b in (1, 64))]
+    (table,) = tables.tables([row("a", 0, *numbers, measure("latency_p50", None, batch=512))])
+    one, many = tables.panels(table)  # 512 is unknown to all lines
+    assert one.title == "digits: accuracy against latency p50, batch 1" and one.points[0].x == 1.0
+    assert many.title == "digits: accuracy against latency p50, batch 64" and many.points[0].x == 64.0
+    assert many.x_label == "latency p50, batch 64 [ms]" and tables.panels(table, x="energy") == []
+
+
+def test_a_report_survives_labels_that_do_not_fit(tmp_path):
+    tables.write_report(trained("long " * 60, [0.5]), tmp_path, shown=["accuracy"])
+    text = (tmp_path / "table.md").read_text()
+    assert "No plot: 1 labels do not fit" in text and "accuracy [%]" in text and "latency" not in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "table.csv", "table.md"]
 
 
 def test_labels_that_cannot_fit_are_refused(tmp_path):

@@ -1,8 +1,13 @@
 """compare.py: grid, matching, tuning, shards, resuming; the table says what the runs recorded."""
 
+import contextlib
+import itertools
 import json
 import pathlib
+import re
 import sys
+import threading
+import time
 
 import pytest
 
@@ -71,12 +76,180 @@ def test_compare(tmp_path):
 
 def test_tune_flags_the_edge_and_remembers(tmp_path, capsys):
     axis = "optim.learning_rate=1e-6,1e-2"
-    best = script.tuned(config(), tmp_path, axis, "plain")
+    best, note = script.tuned(config(), tmp_path, axis, "plain")
     assert best.optim.learning_rate in (1e-6, 1e-2)
     assert "AT THE EDGE" in capsys.readouterr().err
+    assert "of the values tried (1e-6, 1e-2), so that one beyond may be better" in note
     record = json.loads((tmp_path / "tuned" / "plain.json").read_text())
     assert set(record) == {"optim.learning_rate=1e-6", "optim.learning_rate=1e-2"}
     (tmp_path / "tuned" / "plain.json").write_text(
         json.dumps({"optim.learning_rate=1e-6": 0.1, "optim.learning_rate=1e-2": 0.2})
     )
-    assert script.tuned(config(), tmp_path, axis, "plain").optim.learning_rate == 1e-6
+    assert script.tuned(config(), tmp_path, axis, "plain")[0].optim.learning_rate == 1e-6
+    assert [path.name for path in (tmp_path / "tuned").glob("*.partial")] == []
+    # What was tuned for other flags is not this variant's choice.
+    with pytest.raises(UserError, match="another config"):
+        script.tuned(config(**{"optim.warmup": 0.5}), tmp_path, axis, "plain")
+    (tmp_path / "tuned" / "plain.json").write_text('{"optim.lea')
+    with pytest.raises(UserError, match=r"plain\.json can't be read"):
+        script.tuned(config(), tmp_path, axis, "plain")
+
+
+def fake_losses(monkeypatch, losses, trained=None):
+    """Trials that take no time: the loss of a trial by its learning rate."""
+
+    def one(settings, run):
+        if trained is not None:
+            trained.append(run.name)
+        return losses[settings.optim.learning_rate]
+
+    monkeypatch.setattr(script, "_trained", one)
+
+
+@pytest.mark.parametrize(
+    "losses, best, edge",
+    [
+        ({3e-3: 2.0, 1e-3: 1.0, 1e-2: 3.0}, 1e-3, "smallest"),
+        ({3e-3: 2.0, 1e-3: 3.0, 1e-2: 1.0}, 1e-2, "largest"),
+        ({3e-3: 1.0, 1e-3: 2.0, 1e-2: None}, 3e-3, None),  # the first of the list, and not at an edge
+    ],
+)
+def test_the_edge_of_a_grid_is_that_of_its_numbers(tmp_path, monkeypatch, losses, best, edge):
+    fake_losses(monkeypatch, losses)
+    chosen, note = script.tuned(config(), tmp_path, "optim.learning_rate=3e-3,1e-3,1e-2", "plain")
+    assert chosen.optim.learning_rate == best
+    assert (f"is the {edge} of the values tried (3e-3, 1e-3, 1e-2)" in note) if edge else note is None
+    assert script.at_edge("adamw", ["adamw", "lion"]) is None
+
+
+def test_a_shard_waits_for_the_one_that_tunes(tmp_path, monkeypatch, capsys):
+    """The second shard comes while the first trains its first trial; it must train none itself."""
+    began, go_on, trained, found = threading.Event(), threading.Event(), [], []
+
+    def one(settings, run):
+        trained.append((threading.current_thread().name, settings.optim.learning_rate))
+        began.set()
+        assert go_on.wait(20)
+        return settings.optim.learning_rate
+
+    monkeypatch.setattr(script, "_trained", one)
+    tune = lambda: found.append(
+        script.tuned(config(), tmp_path, "optim.learning_rate=1e-3,3e-3,1e-2", "plain", shared=True)
+    )
+    shards = [threading.Thread(target=tune, name=name) for name in ("first", "second")]
+    shards[0].start()
+    assert began.wait(20)
+    shards[1].start()
+    deadline = time.monotonic() + 20
+    while "waiting for the shard that tunes it" not in capsys.readouterr().err:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    go_on.set()
+    for shard in shards:
+        shard.join()
+    assert trained == [("first", 1e-3), ("first", 3e-3), ("first", 1e-2)]
+    assert [settings.optim.learning_rate for settings, _ in found] == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("jobs, count", [(6, 4), (6, 1), (2, 5), (7, 3)])
+def test_every_run_belongs_to_one_shard(jobs, count):
+    shares = [script.share(range(jobs), (index, count)) for index in range(count)]
+    assert sorted(itertools.chain(*shares)) == list(range(jobs))
+
+
+def test_a_shard_without_a_run_ends_at_once(tmp_path, capsys):
+    variants = script.grid(["model.mixer=attention,none"])
+    assert script.compare(config(), variants, tmp_path / "work", seeds=2, shard=(4, 5)) == []
+    assert capsys.readouterr().err == "--shard=4/5 has nothing to do: there are 4 runs\n"
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_rows_of_a_variant_tuned_at_the_edge_say_so(tmp_path, monkeypatch):
+    import lissom.eval
+
+    asked, trained = {}, []
+    monkeypatch.setattr(lissom.eval, "evaluate", lambda runs, **more: asked.update(more) or runs)
+    fake_losses(monkeypatch, {1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0}, trained)
+    axis = "optim.learning_rate=1e-3,3e-3,1e-2"
+    runs = script.compare(config(), script.grid(["model.mixer=attention,none"]), tmp_path, seeds=2, tune=[axis])
+    labels = ["mixer=attention", "mixer=none"]
+    assert [run.name for run in runs] == [f"{label}_seed{seed}" for seed in (0, 1) for label in labels]
+    note = "optim.learning_rate=1e-2 is the largest of the values tried (1e-3, 3e-3, 1e-2), so that one beyond may be "
+    assert asked["notes"] == {str(run): [note + "better"] for run in runs}
+    # Every variant once, when its first run's turn comes; and every run once.
+    trials = [
+        f"{label} optim.learning_rate={rate}".replace(" ", "_") for label in labels for rate in axis[20:].split(",")
+    ]
+    assert trained == [*trials[:3], runs[0].name, *trials[3:], *(run.name for run in runs[1:])]
+
+
+def test_shards_write_apart_and_a_join_where_it_is_told(tmp_path, monkeypatch):
+    from lissom.evaluation.rows import Identity, Provenance, Row, measure, read_rows
+
+    row = lambda seed: Row(Identity("r", "t", seed), Provenance(), (measure("accuracy", 0.5),))
+    monkeypatch.setattr(script, "compare", lambda *_, shard, merge, **more: [row(99 if merge else shard[0])])
+    for words in ("--shard=0/2", "--shard=1/2", "--shard=1/2 --merge", f"--shard=1/2 --out={tmp_path}/out"):
+        with command_line():
+            script.main(["compare.py", f"--config={RECIPE}", f"--workdir={tmp_path}/work", *words.split()])
+    found = {path.parent.relative_to(tmp_path): read_rows(path) for path in tmp_path.rglob("rows.jsonl")}
+    expected = {"work/shards/0_of_2": 0, "work/shards/1_of_2": 1, "work": 99, "out/shards/1_of_2": 1}
+    assert found == {pathlib.Path(place): [row(seed)] for place, seed in expected.items()}
+
+
+RATES = "optim.learning_rate=1e-3,1e-2"
+WRONG = [
+    ("--vary=model.mixerr=none ", "mixerr.*did you mean 'mixer'"),
+    ("--vary=model.mixer=attention,attentoin", "unknown mixer 'attentoin'"),
+    ("--vary=train.steps=3,three", "train.steps='three' is not a whole number"),
+    ("--vary=optim.learning_rate=1e-3,fast", "learning_rate='fast' is not a number"),
+    ("--vary=model.heads=2,3", "heads=3"),
+    ("--vary=data.name=mnist1d,mnist99", "mnist99"),
+    ("--vary=optim.accumulate=1,3", "multiple of config.optim.accumulate=3"),
+    ("--vary=optim.optim_kwargs.adamw.b3=0.5", "has no setting 'b3'"),
+    ("--vary=model.mixer=none,,window", "must be field=value,value"),
+    ("--vary=model.mixer", "must be field=value,value"),
+    ("--vary=model.mixer=none,none", "names one variant twice"),
+    ("--vary=model.mixer=none --vary=model.mixer=window", "varies one field twice"),
+    ("--vary=model.channels=(1;2),(1:2)", "would lie in one directory"),
+    ("--vary=seed=1,2", "--vary=seed does not go with --seeds"),
+    ("--seeds=0", "--seeds=0 must be at least 1"),
+    ("--seeds=many", "--seeds=many"),
+    ("--shard=2/2", "0 <= i < n"),
+    ("--match=params --config.model.name=cnn --config.model.mixer=none", "model 'cnn' does not have"),
+    ("--match=params --vary=model.width=32,64", "--vary=model.width does not go with --match=params"),
+    (f"--tune={RATES} --vary={RATES}", "--tune=optim.learning_rate does not go with --vary=optim.learning_rate"),
+    ("--tune=optim.learning_rate=1e-3", "two values at least"),
+    ("--tune=optim.learning_rate=1e-3,1e-3", "none twice"),
+    ("--tune=optim.learning_rat=1e-3,1e-2", "did you mean 'learning_rate'"),
+    ("--tune=optim.learning_rate=1e-3,fast", "learning_rate='fast' is not a number"),
+    ("--out=file", "--out=file must be a directory"),
+    ("--out=file/deep", "--out=file/deep must be a directory"),
+    ("--workdir=file", "--workdir=file must be a directory"),
+    ("--out=/proc/new", "--out=/proc/new can't be written"),
+]
+
+
+@pytest.mark.parametrize("words, sentence", WRONG)
+def test_what_is_wrong_is_said_before_anything_is_trained(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(script, "_trained", lambda *_: pytest.fail("something was trained"))
+    with pytest.raises(SystemExit) as end, command_line():
+        script.main(["compare.py", f"--config={RECIPE}", "--config.mesh.data=1", *words.split()])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(f"error: .*{sentence}", said), said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@contextlib.contextmanager
+def command_line():
+    """Each command line defines its flags: here several run in one process."""
+    from absl import flags
+
+    try:
+        yield
+    finally:
+        # Its own only: what it imports for the first time (grain) defines flags of the process.
+        for flag in list(flags.FLAGS.flags_by_module_dict().get(script.__name__, ())):
+            delattr(flags.FLAGS, flag.name)
