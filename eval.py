@@ -250,7 +250,6 @@ def _subject(run: pathlib.Path, config, entry: dict, dataset, blank, times: Mapp
     from lissom.evaluation.memory import artefact_bytes
     from lissom.models.variables import merge
     from lissom.training.building import build_objective
-    from lissom.training.objectives.classification import Classification
 
     name = entry.get("name")
     try:
@@ -265,15 +264,13 @@ def _subject(run: pathlib.Path, config, entry: dict, dataset, blank, times: Mapp
             raise
         raise UserError(f"{run / 'exports'} can't be written: {error.strerror}") from error
     parts = reload(directory)
-    # A distilled student is judged as a classifier: its teacher's run need not exist any more.
-    objective = Classification() if config.objective == "distillation" else build_objective(config)
     return Subject(
         run=str(run),
         blank=dataclasses.replace(blank, identity=dataclasses.replace(blank.identity, transform=name)),
         graph=parts.graph,
         state=tuple(parts[1:]),
         merge=lambda graph, state: merge(type(parts)(graph, *state)),
-        judge=objective.judge,
+        judge=build_objective(config).judge,
         batches=lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size),
         examples=dataset.test,
         kind=dataset.kind,

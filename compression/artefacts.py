@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,9 @@ def reload(directory: pathlib.Path | str) -> Parts:
         raise UserError(f"{directory} holds no exported network: {error.strerror} ({error.filename})") from error
     transforms = build_transforms(config.transforms) + build_transforms(entries)
     parts = split(nnx.eval_shape(lambda: structured(build_network(config, facts, nnx.Rngs(0)), transforms)))
-    found = Checkpoints(directory / "checkpoints").newest(_state(parts), {})
+    found = Checkpoints(directory / "checkpoints").newest(
+        _state(parts), {}, say=lambda text: print(text, file=sys.stderr)
+    )
     if found is None:
         raise UserError(f"{directory} has no whole checkpoint")
     state = jax.tree.map(jnp.asarray, found[1])

@@ -338,7 +338,13 @@ def compare(
 ) -> list:
     """Trains what is missing and returns the rows of all variants and seeds (of this shard; none where there are more
     shards than runs). With `merge` nothing is trained, and a missing run is an error."""
+    from lissom.training import processes
+
     check_axes(variants, seeds, match, tune)
+    if processes.several():
+        raise UserError(
+            "compare.py is one process, and this one was started as one of several: share runs by --shard=i/n"
+        )
     jobs = list(enumerate((seed, variant) for seed in range(seeds) for variant in variants))
     mine = jobs if merge else share(jobs, shard)
     if not mine:

@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 
 class Logs:
@@ -18,7 +19,7 @@ class Logs:
             return
         from tensorboardX import SummaryWriter
 
-        self._file = (workdir / "metrics.jsonl").open("a")
+        self._file = _opened(workdir / "metrics.jsonl")
         self._board = SummaryWriter(str(workdir / "tensorboard"))
         self._total, self._unit = total, unit
         self._said = 0.0
@@ -76,3 +77,13 @@ class Logs:
             self._bar.stop()
         self._board.close()
         self._file.close()
+
+
+def _opened(path: pathlib.Path) -> IO[str]:
+    """The file at its end; a last line that a kill cut off is cut away, or the next record would be joined to it."""
+    if path.exists():
+        whole = path.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            os.truncate(path, end)
+    return path.open("a")

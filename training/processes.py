@@ -8,12 +8,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
+def several() -> bool:
+    """Whether this process was started as one of several: under Slurm with several tasks, or where LISSOM_DISTRIBUTED
+    is set (Kubernetes, TPU VMs)."""
+    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "LISSOM_DISTRIBUTED" in os.environ
+
+
 def join() -> None:
-    """Finds the other processes where there are any: under Slurm with several tasks, or where LISSOM_DISTRIBUTED is set
-    (Kubernetes, TPU VMs), to the JSON arguments of `jax.distributed.initialize` or to anything else, which leaves
-    it to jax to detect them. Once a process: a comparison trains many runs in it."""
-    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "LISSOM_DISTRIBUTED" in os.environ
-    if not several or jax.distributed.is_initialized():
+    """Finds the other processes, where there are any. LISSOM_DISTRIBUTED may hold the JSON arguments of
+    `jax.distributed.initialize`; anything else leaves it to jax to detect them."""
+    if not several() or jax.distributed.is_initialized():
         return
     given = os.environ.get("LISSOM_DISTRIBUTED", "")
     jax.distributed.initialize(**(json.loads(given) if given.startswith("{") else {}))

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from lissom.training.errors import UserError
 from lissom.training.stages import final_config, replaced
 
 KINDS = ("params", "stats", "frozen")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def is_run(path: pathlib.Path | str) -> bool:
@@ -95,9 +100,12 @@ def as_loop(config):
     return config
 
 
-def load_network(path: pathlib.Path | str, structure_of: Callable | None = None, say=print) -> Parts:
-    """The trained network of a run, from its newest whole checkpoint, on the first device, with its layers apart.
-    `structure_of(config)` gives the function that applies the transforms which the run was trained with."""
+def load_network(
+    path: pathlib.Path | str, structure_of: Callable | None = None, finished: bool = True, say=_to_stderr
+) -> Parts:
+    """The trained network of a run, from its newest whole checkpoint, on the first device, with its layers apart; a run
+    whose last step is not in it is an error if it is to be `finished`. `structure_of(config)` gives the function that
+    applies the transforms which the run was trained with."""
     config, facts = as_loop(final_config(read_config(path))), read_facts(path)
     if config.transforms and structure_of is None:
         raise UserError(f"{path} was trained with transforms, which a network that is taken from it can't have")
@@ -112,6 +120,10 @@ def load_network(path: pathlib.Path | str, structure_of: Callable | None = None,
     found = store.newest(shapes, {}, say)
     if found is None:
         raise UserError(f"{path} has no whole checkpoint: every one is damaged")
+    if finished and found[0] < facts.get("steps", 0):
+        raise UserError(
+            f"{path} is not finished: its newest whole checkpoint is of step {found[0]} of {facts['steps']}"
+        )
     return Parts(parts.graph, *(jax.tree.map(jax.numpy.asarray, within(found[1][kind], inside)) for kind in KINDS))
 
 

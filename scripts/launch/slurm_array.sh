@@ -16,7 +16,6 @@ shift
 arguments=("--workdir=$workdir")
 if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
   shard="$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT"
-  # Every share writes a table of its own runs; it must not stand where that of all runs will.
-  arguments+=("--shard=$shard" "--out=$workdir/shards/$SLURM_ARRAY_TASK_ID")
+  arguments+=("--shard=$shard")
 fi
 exec uv run --extra cuda scripts/compare.py "${arguments[@]}" "$@"

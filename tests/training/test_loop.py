@@ -249,4 +249,17 @@ def test_kill_9_leaves_a_loadable_run(tmp_path, capsys):
     wait_for(lambda: any(not p.name.isdigit() for p in folder.iterdir()), process)
     process.kill()
     process.wait()
-    assert load_network(tmp_path / "run").params
+    assert load_network(tmp_path / "run", finished=False).params
+    with pytest.raises(UserError, match="not finished"):
+        load_network(tmp_path / "run")
+
+
+def test_a_record_that_a_kill_cut_off(tmp_path):
+    from lissom.training.logs import Logs
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
+    logs = Logs(tmp_path, 3, 1)
+    logs.write(2, {"loss": 0.5})
+    logs.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
