@@ -37,9 +37,6 @@ BLOCK_SCORES = 2**20
 """Scores of one block of one head; with it the block's queries shrink as the keys grow, and memory stays
 linear."""
 
-CLEAN_VALUES = 2**21
-"""Values that are cleared of padding at a time: a copy of a whole cache would cost five times the product."""
-
 LEAST_ROWS, MOST_ROWS = 64, 512
 """Bounds on the queries of a block: fewer make thin products, more compute too much beside a triangle."""
 
@@ -155,22 +152,23 @@ def _block(scale, q, k, v, keep, bias, valid=None):
 def _weighted(weights, v, valid):
     """sum_s weights[..., g, t, s] v[..., s, d], where padding of v counts as zeros."""
 
-    def product(weights, v, valid):
-        v = _zero_padding(v, valid)
+    def product(weights, v):
         return jnp.einsum("...gts,...sd->...gtd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
 
-    kv_len = v.shape[-2]
-    size = max(CLEAN_VALUES // (v.size // kv_len), 1)
-    if valid is None or kv_len <= size:
-        return product(weights, v, valid)
+    if valid is None:
+        return product(weights, v)
 
-    def part(start, size):
-        return product(*(_take(x, start, size, axis) for x, axis in ((weights, -1), (v, -2), (valid, -1))))
+    def unless_poisoned(weights, v, valid):
+        # Padding has weight 0, which takes everything out but NaN and infinities, and these show in the result.
+        # On a CPU a copy of the values without padding takes five times as long as the product itself.
+        out = product(weights, v)
+        rows = (weights, v, jnp.broadcast_to(valid, (v.shape[0], valid.shape[1])))
+        by_row = lambda _, rows: jax.lax.map(lambda x: product(x[0], _zero_padding(x[1], x[2])), rows)
+        return jax.lax.cond(jnp.isfinite(out).all(), lambda out, _: out, by_row, out, rows)
 
-    starts = size * np.arange(kv_len // size, dtype=np.int32)
-    first = part(len(starts) * size, kv_len % size) if kv_len % size else 0
-    zeros = jnp.zeros((*weights.shape[:-1], v.shape[-1]), weights.dtype)
-    return jax.lax.scan(lambda total, start: (total + part(start, size), None), zeros + first, starts)[0]
+    # Elsewhere the choice would have the host wait for the device.
+    clean = lambda weights, v, valid: product(weights, _zero_padding(v, valid))
+    return jax.lax.platform_dependent(weights, v, valid, cpu=unless_poisoned, default=clean)
 
 
 def _zero_padding(x, valid):
