@@ -1,11 +1,10 @@
 """Attention in plain XLA operations that is fast on CPUs and linear in memory, forward and backward.
 
 Queries go in blocks, and each block meets only the keys that its mask can show it: a triangle for causal
-masks, a band for windows, known while tracing. Blocks of like width share one `scan` body, so the program
-stays small at any length. One head is computed at a time, which keeps a block's scores in the cache of the
-CPU: causal attention of 4096 positions runs two times faster so than with all heads in one product. A row's
-softmax is taken whole, over one block of queries by all its keys, so memory is O(block * kv_len) beside
-inputs and outputs.
+masks, a band for windows, known while tracing. All blocks of a head are one `scan`, in which a `switch` picks
+the body for a block's number of keys, so the program stays small at any length. One head is computed at a time,
+which keeps a block's scores in the cache of the CPU. A row's softmax is taken whole, over one block of queries by
+all its keys, so memory is O(block * kv_len) beside inputs and outputs.
 
 The backward pass keeps q, k, v and lse, and computes the scores again (FlashAttention-2, Dao 2023, arXiv
 2307.08691, section 3.1.2). It is a `custom_vjp` over loops: it cannot be differentiated twice; `reference`
@@ -37,7 +36,7 @@ BLOCK_SCORES = 2**20
 """Scores of one block of one head; with it the block's queries shrink as the keys grow, and memory stays
 linear."""
 
-LEAST_ROWS, MOST_ROWS = 64, 512
+LEAST_ROWS, MOST_ROWS = 64, 256
 """Bounds on the queries of a block: fewer make thin products, more compute too much beside a triangle."""
 
 GROUPS = 8
@@ -230,10 +229,11 @@ def plan(mask: Mask, q_len: int, kv_len: int, rows: int) -> tuple[Group, ...]:
 def _plan(q, k, mask) -> tuple[Group, ...]:
     group, q_len = q.shape[2:4]
     kv_len = k.shape[2]
-    seen = max(high - low for low, high in (mask.key_range(i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1)))
+    ranges = (mask.key_range(i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1))
+    seen = max(1, *(high - low for low, high in ranges))
     # A block of n queries of a band or a triangle meets n keys more than one query does.
-    most = MOST_ROWS if mask.key_range(0, 1, kv_len) == (0, kv_len) else _round(seen) // 8
-    rows = max(LEAST_ROWS, min(BLOCK_SCORES // (max(seen, 1) * group), most, MOST_ROWS))
+    most = MOST_ROWS if mask.key_range(0, 1, kv_len) == (0, kv_len) else min(_round(seen) // 4, MOST_ROWS)
+    rows = max(LEAST_ROWS, min(BLOCK_SCORES // (seen * group), most))
     return plan(mask, q_len, kv_len, rows)
 
 
