@@ -1,11 +1,10 @@
 """Attention in plain XLA operations that is fast on CPUs and linear in memory, forward and backward.
 
 Queries go in blocks, and each block meets only the keys that its mask can show it: a triangle for causal
-masks, a band for windows, known while tracing. Blocks of like width share one `scan` body, so the program
-stays small at any length. One head is computed at a time, which keeps a block's scores in the cache of the
-CPU: causal attention of 4096 positions runs two times faster so than with all heads in one product. A row's
-softmax is taken whole, over one block of queries by all its keys, so memory is O(block * kv_len) beside
-inputs and outputs.
+masks, a band for windows, known while tracing. All blocks of a head are one `scan`, in which a `switch` picks
+the body for a block's number of keys, so the program stays small at any length. One head is computed at a time,
+which keeps a block's scores in the cache of the CPU. A row's softmax is taken whole, over one block of queries by
+all its keys, so memory is O(block * kv_len) beside inputs and outputs.
 
 The backward pass keeps q, k, v and lse, and computes the scores again (FlashAttention-2, Dao 2023, arXiv
 2307.08691, section 3.1.2). It is a `custom_vjp` over loops: it cannot be differentiated twice; `reference`
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lissom.ops.attention.masks import Mask, Span, without_padding
+from lissom.ops.attention.masks import Mask, Span
 
 # The head loop indexes the batch and head axes, which the compiler would gather onto every device.
 LOCAL = True
@@ -33,15 +32,19 @@ DIRECT_SCORES = 2**21
 """Up to so many scores over all heads (8 MB in float32, about a cache) are one block: loops would only add
 overhead."""
 
-BLOCK_SCORES = 2**21
+BLOCK_SCORES = 2**20
 """Scores of one block of one head; with it the block's queries shrink as the keys grow, and memory stays
 linear."""
 
-LEAST_ROWS, MOST_ROWS = 64, 512
+LEAST_ROWS, MOST_ROWS = 64, 256
 """Bounds on the queries of a block: fewer make thin products, more compute too much beside a triangle."""
 
 GROUPS = 8
-"""Bodies to unroll at most. A causal triangle in 8 steps computes 1/8 more than the triangle itself."""
+"""Bodies to compile at most. A causal triangle in 8 steps computes 1/8 more than the triangle itself."""
+
+WIDE = 512
+"""From so many keys on, dk and dv are computed transposed. On a CPU a product with the scores transposed runs at a
+quarter of the speed of one with the few rows of q transposed; with fewer keys, turning dk and dv back costs more."""
 
 
 class Group(NamedTuple):
@@ -63,7 +66,8 @@ def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
     batch, q_len, heads, _ = q.shape
     kv_heads = k.shape[2]
     valid = mask.valid_queries(q_len)
-    q, k, v = without_padding(mask, q, k, v)
+    if valid is not None:
+        q = jnp.where(valid[:, :, None, None], q, 0)
     # Heads before positions: one head's keys lie together. A heads-major cache given as a transposed view
     # costs no copy.
     q = q.transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, q_len, -1)
@@ -87,7 +91,7 @@ def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
 def _attend(scale: float, q, k, v, mask: Mask, bias):
     if _is_direct(q, k):
         keep = mask.block(Span(0, q.shape[-2]), Span(0, k.shape[-2]))
-        return _block(scale, q, k, v, None if keep is None else keep[:, :, None], bias)
+        return _block(scale, q, k, v, None if keep is None else keep[:, :, None], bias, mask.valid_keys(k.shape[-2]))
     return _by_heads(scale, q, k, v, mask, bias)
 
 
@@ -105,6 +109,7 @@ def _attend_backward(scale, saved, cotangents):
     if _is_direct(q, k):
         keep = mask.block(Span(0, q.shape[-2]), Span(0, k.shape[-2]))
         keep = None if keep is None else keep[:, :, None]
+        k, v = (_zero_padding(x, mask.valid_keys(k.shape[-2])) for x in (k, v))
         dq, dk, dv, ds = _block_backward(scale, q, k, v, keep, bias, d_out, lse, d_lse)
         d_bias = None if bias is None else _sum_to(ds, bias.shape)
     else:
@@ -129,23 +134,53 @@ def _scores(scale, q, k, keep, bias):
     return scores if keep is None else jnp.where(keep, scores, -jnp.inf)
 
 
-def _block(scale, q, k, v, keep, bias):
-    """out in v's dtype and lse of queries against all of their keys; `keep` broadcasts to [..., group, t,
-    s]."""
+def _block(scale, q, k, v, keep, bias, valid=None):
+    """out in v's dtype and lse of queries against all of their keys; `keep` broadcasts to [..., group, t, s],
+    `valid` [batch, s] is False at padding of k and v. What padding does to scores is hidden by `keep`."""
     scores = _scores(scale, q, k, keep, bias)
     largest = scores.max(-1, keepdims=True)
     largest = jnp.where(jnp.isneginf(largest), 0, largest)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
     sees = total > 0
-    out = jnp.einsum("...gts,...sd->...gtd", weights.astype(v.dtype), v, preferred_element_type=scores.dtype)
-    out = out / jnp.where(sees, total, 1)
+    out = _weighted(weights, v, valid) / jnp.where(sees, total, 1)
     lse = jnp.where(sees, jnp.log(total) + largest, -jnp.inf)[..., 0]
     return out.astype(v.dtype), lse
 
 
-def _block_backward(scale, q, k, v, keep, bias, d_out, lse, d_lse):
-    """(dq, dk, dv, d scores), all in float32 at least."""
+def _weighted(weights, v, valid):
+    """sum_s weights[..., g, t, s] v[..., s, d], where padding of v counts as zeros."""
+
+    def product(weights, v):
+        return jnp.einsum("...gts,...sd->...gtd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
+
+    if valid is None:
+        return product(weights, v)
+
+    def unless_poisoned(weights, v, valid):
+        # Padding has weight 0, which takes everything out but NaN and infinities, and these show in the result.
+        # On a CPU a copy of the values without padding takes five times as long as the product itself.
+        out = product(weights, v)
+        rows = (weights, v, jnp.broadcast_to(valid, (v.shape[0], valid.shape[1])))
+        by_row = lambda _, rows: jax.lax.map(lambda x: product(x[0], _zero_padding(x[1], x[2])), rows)
+        return jax.lax.cond(jnp.isfinite(out).all(), lambda out, _: out, by_row, out, rows)
+
+    # Elsewhere the choice would have the host wait for the device.
+    clean = lambda weights, v, valid: product(weights, _zero_padding(v, valid))
+    return jax.lax.platform_dependent(weights, v, valid, cpu=unless_poisoned, default=clean)
+
+
+def _zero_padding(x, valid):
+    """x [..., s, d] with zeros where `valid` [..., s] is False."""
+    if valid is None:
+        return x
+    valid = valid.reshape(*valid.shape[:-1], *(1,) * (x.ndim - valid.ndim - 1), valid.shape[-1], 1)
+    return jnp.where(valid, x, 0)
+
+
+def _block_backward(scale, q, k, v, keep, bias, d_out, lse, d_lse, wide=False):
+    """(dq, dk, dv, d scores), all in float32 at least; dk and dv lie as [..., d, s] if `wide`, else as
+    [..., s, d]."""
     scores = _scores(scale, q, k, keep, bias)
     exact = scores.dtype
     weights = jnp.exp(scores - lse[..., None])
@@ -156,9 +191,13 @@ def _block_backward(scale, q, k, v, keep, bias, d_out, lse, d_lse):
     ds = weights * (d_weights - own[..., None])
     low = ds.astype(q.dtype)
     dq = scale * jnp.einsum("...gts,...sd->...gtd", low, k, preferred_element_type=exact)
-    dk = scale * jnp.einsum("...gts,...gtd->...sd", low, q, preferred_element_type=exact)
-    dv = jnp.einsum("...gts,...gtd->...sd", weights.astype(v.dtype), d_out, preferred_element_type=exact)
-    return dq, dk, dv, ds
+    dk, dv = (
+        jnp.einsum("...gtd,...gts->...ds", rows, square, preferred_element_type=exact)
+        if wide
+        else jnp.einsum("...gts,...gtd->...sd", square, rows, preferred_element_type=exact)
+        for rows, square in ((q, low), (d_out, weights.astype(v.dtype)))
+    )
+    return dq, scale * dk, dv, ds
 
 
 def _sum_to(array, shape):
@@ -190,10 +229,11 @@ def plan(mask: Mask, q_len: int, kv_len: int, rows: int) -> tuple[Group, ...]:
 def _plan(q, k, mask) -> tuple[Group, ...]:
     group, q_len = q.shape[2:4]
     kv_len = k.shape[2]
-    seen = max(high - low for low, high in (mask.key_range(i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1)))
-    # Narrow bands take blocks of about their own width: a block of n queries meets n keys more than one query
-    # does.
-    rows = max(LEAST_ROWS, min(BLOCK_SCORES // (max(seen, 1) * group), _round(seen), MOST_ROWS))
+    ranges = (mask.key_range(i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1))
+    seen = max(1, *(high - low for low, high in ranges))
+    # A block of n queries of a band or a triangle meets n keys more than one query does.
+    most = MOST_ROWS if mask.key_range(0, 1, kv_len) == (0, kv_len) else min(_round(seen) // 4, MOST_ROWS)
+    rows = max(LEAST_ROWS, min(BLOCK_SCORES // (seen * group), most))
     return plan(mask, q_len, kv_len, rows)
 
 
@@ -208,28 +248,40 @@ def _take(array, start, size, axis):
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _over_blocks(group: Group, body, carry):
-    """body(carry, (start, key_start)) over a group's blocks; results are joined along the query axis, 1 of
+def _over_blocks(groups, body, carry):
+    """body(group, carry, start, key_start) over all blocks; results are joined along the query axis, 1 of
     [g, t, ...]."""
-    if len(group.starts) == 1:
-        return body(carry, (group.starts[0], group.key_starts[0]))
-    xs = (np.asarray(group.starts, np.int32), np.asarray(group.key_starts, np.int32))
-    carry, results = jax.lax.scan(body, carry, xs)
+    parts = []
+    for size in dict.fromkeys(group.size for group in groups):
+        alike = [group for group in groups if group.size == size]
+        bodies = [functools.partial(body, group) for group in alike]
+        kinds = np.repeat(np.arange(len(alike), dtype=np.int32), [len(group.starts) for group in alike])
+        starts, key_starts = (np.concatenate([group[i] for group in alike]).astype(np.int32) for i in (0, 1))
 
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+        # A switch, and no loop for each group: loops without a dependence may run at the same time, each with
+        # scores of its own, which do not fit into the cache together.
+        def step(carry, at, bodies=bodies):
+            return jax.lax.switch(at[0], bodies, carry, *at[1:]) if len(bodies) > 1 else bodies[0](carry, *at[1:])
 
-    return carry, jax.tree.map(join, results)
+        carry, results = jax.lax.scan(step, carry, (kinds, starts, key_starts))
+        parts.append(jax.tree.map(_joined, results))
+    return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs, 1) if len(xs) > 1 else xs[0], *parts)
 
 
-def _join(parts):
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs, 1) if len(xs) > 1 else xs[0], *parts)
+def _joined(blocks):
+    """[blocks, g, t, ...] -> [g, blocks * t, ...]."""
+    blocks = jnp.moveaxis(blocks, 0, 1)
+    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
 
 
 def _keep(mask: Mask, start, size, key_start, width):
     square = mask.block(Span(start, size), Span(key_start, width))
     return None if square is None else square[0]
+
+
+def _head_valid(mask, kv_len):
+    valid = mask.valid_keys(kv_len)
+    return None if valid is None else valid[0]
 
 
 def _head_bias(bias, batch, head):
@@ -241,7 +293,7 @@ def _head_bias(bias, batch, head):
 
 def _by_heads(scale, q, k, v, mask, bias):
     groups = _plan(q, k, mask)
-    batch, kv_heads = k.shape[:2]
+    batch, kv_heads, kv_len = k.shape[:3]
 
     def one_head(item):
         index, q, k, v = item
@@ -249,18 +301,15 @@ def _by_heads(scale, q, k, v, mask, bias):
             mask.at(index // kv_heads),
             _head_bias(bias, index // kv_heads, index % kv_heads),
         )
-        parts = []
-        for group in groups:
+        k, v = (_zero_padding(x, _head_valid(head_mask, kv_len)) for x in (k, v))
 
-            def body(carry, at, group=group):
-                start, key_start = at
-                k_part, v_part = (_take(x, key_start, group.width, 0) for x in (k, v))
-                keep = _keep(head_mask, start, group.size, key_start, group.width)
-                b = _take(_take(head_bias, start, group.size, 1), key_start, group.width, 2)
-                return carry, _block(scale, _take(q, start, group.size, 1), k_part, v_part, keep, b)
+        def body(group, carry, start, key_start):
+            k_part, v_part = (_take(x, key_start, group.width, 0) for x in (k, v))
+            keep = _keep(head_mask, start, group.size, key_start, group.width)
+            b = _take(_take(head_bias, start, group.size, 1), key_start, group.width, 2)
+            return carry, _block(scale, _take(q, start, group.size, 1), k_part, v_part, keep, b)
 
-            parts.append(_over_blocks(group, body, None)[1])
-        return _join(parts)
+        return _over_blocks(groups, body, None)[1]
 
     flat = [x.reshape(batch * kv_heads, *x.shape[2:]) for x in (q, k, v)]
     out, lse = jax.lax.map(one_head, (np.arange(batch * kv_heads, dtype=np.int32), *flat))
@@ -269,35 +318,34 @@ def _by_heads(scale, q, k, v, mask, bias):
 
 def _by_heads_backward(scale, q, k, v, mask, bias, d_out, lse, d_lse):
     groups = _plan(q, k, mask)
-    batch, kv_heads = k.shape[:2]
+    batch, kv_heads, kv_len = k.shape[:3]
+    wide = max(group.width for group in groups) >= WIDE
 
     def one_head(d_bias, item):
         index, q, k, v, d_out, lse, d_lse = item
         at_bias = (index // kv_heads, index % kv_heads)
         head_mask, head_bias = mask.at(at_bias[0]), _head_bias(bias, *at_bias)
-        carry = (jnp.zeros(k.shape, lse.dtype), jnp.zeros(v.shape, lse.dtype), d_bias)
-        parts = []
-        for group in groups:
+        k, v = (_zero_padding(x, _head_valid(head_mask, kv_len)) for x in (k, v))
+        carry = (*(jnp.zeros(x.shape[::-1] if wide else x.shape, lse.dtype) for x in (k, v)), d_bias)
 
-            def body(carry, at, group=group):
-                dk, dv, d_bias = carry
-                start, key_start = at
-                q_part, d_part, lse_part, d_lse_part = (_take(x, start, group.size, 1) for x in (q, d_out, lse, d_lse))
-                k_part, v_part = (_take(x, key_start, group.width, 0) for x in (k, v))
-                keep = _keep(head_mask, start, group.size, key_start, group.width)
-                b = _take(_take(head_bias, start, group.size, 1), key_start, group.width, 2)
-                dq, dk_part, dv_part, ds = _block_backward(
-                    scale, q_part, k_part, v_part, keep, b, d_part, lse_part, d_lse_part
-                )
-                dk, dv = _add(dk, dk_part, (key_start, 0)), _add(dv, dv_part, (key_start, 0))
-                if bias is not None:
-                    d_bias = _add(d_bias, _sum_to(ds, b.shape)[None, None], (*at_bias, 0, start, key_start))
-                return (dk, dv, d_bias), dq.astype(q.dtype)
+        def body(group, carry, start, key_start):
+            dk, dv, d_bias = carry
+            q_part, d_part, lse_part, d_lse_part = (_take(x, start, group.size, 1) for x in (q, d_out, lse, d_lse))
+            k_part, v_part = (_take(x, key_start, group.width, 0) for x in (k, v))
+            keep = _keep(head_mask, start, group.size, key_start, group.width)
+            b = _take(_take(head_bias, start, group.size, 1), key_start, group.width, 2)
+            dq, dk_part, dv_part, ds = _block_backward(
+                scale, q_part, k_part, v_part, keep, b, d_part, lse_part, d_lse_part, wide
+            )
+            at = (0, key_start) if wide else (key_start, 0)
+            dk, dv = _add(dk, dk_part, at), _add(dv, dv_part, at)
+            if bias is not None:
+                d_bias = _add(d_bias, _sum_to(ds, b.shape)[None, None], (*at_bias, 0, start, key_start))
+            return (dk, dv, d_bias), dq.astype(q.dtype)
 
-            carry, dq = _over_blocks(group, body, carry)
-            parts.append(dq)
-        dk, dv, d_bias = carry
-        return d_bias, (_join(parts), dk.astype(k.dtype), dv.astype(v.dtype))
+        (dk, dv, d_bias), dq = _over_blocks(groups, body, carry)
+        dk, dv = (dk.T, dv.T) if wide else (dk, dv)
+        return d_bias, (dq, dk.astype(k.dtype), dv.astype(v.dtype))
 
     flat = [x.reshape(batch * kv_heads, *x.shape[2:]) for x in (q, k, v, d_out, lse, d_lse)]
     d_bias = None if bias is None else jnp.zeros(bias.shape, lse.dtype)

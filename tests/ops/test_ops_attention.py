@@ -1,6 +1,7 @@
 """Every implementation of attention against the float64 reference, and the reference against hand-computed numbers."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -195,16 +196,37 @@ def test_work_follows_the_mask():
     assert area(Window(63, 0), 4096) == 2 * area(Window(63, 0), 2048)
 
 
-@pytest.mark.parametrize("mask", [Full(), Causal(), Window(31, 0)])
-def test_memory_is_linear_in_length(mask):
-    def temporary(length):
-        x = jax.ShapeDtypeStruct((1, length, 2, 8), np.float32)
-        f = lambda q, k, v: attention(q, k, v, mask=mask, implementation="xla").sum()
-        compiled = jax.jit(jax.grad(f, argnums=(0, 1, 2))).lower(x, x, x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+def temporary_bytes(f, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    return jax.jit(f).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
-    # From 8192 on a block holds BLOCK_SCORES scores, however long the rows are.
-    assert temporary(32768) <= 4.4 * temporary(8192)
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(255, 0)])
+def test_memory_is_linear_in_length(mask, differentiated):
+    run = lambda q, k, v: attention(q, k, v, mask=mask, implementation="xla")
+    f = jax.grad(lambda *x: run(*x).sum(), argnums=(0, 1, 2)) if differentiated else run
+    sizes = [temporary_bytes(f, *[(1, length, 8, 64)] * 3) for length in (1024, 2048, 4096, 8192)]
+    assert all(longer <= 2.2 * shorter for shorter, longer in itertools.pairwise(sizes)), sizes
+
+
+@pytest.mark.parametrize("mask", [Lengths, lambda lengths: Causal(lengths - 1)], ids=["Lengths", "Causal"])
+def test_a_decode_step_copies_no_cache(mask):
+    cache = (8, 4, 1024, 64)  # heads-major, as mixers keep it
+    lengths = jnp.arange(1, 9) * 100
+    major = lambda x: jnp.swapaxes(x, 1, 2)
+    step = lambda q, k, v: attention(q, major(k), major(v), mask=mask(lengths), implementation="xla")
+    assert temporary_bytes(step, (8, 1, 4, 64), cache, cache) <= math.prod(cache) * 4 / 4
+
+
+@pytest.mark.parametrize("poison", [0.0, np.nan, np.inf, -np.inf])
+def test_padding_of_values_is_never_read(poison):
+    q, k, v = testing.normal(7, (2, 1, 2, 4), (2, 9, 2, 4), (2, 9, 2, 4))
+    lengths = np.array([9, 4])
+    whole, short = (attention(q, k[:, :n], v[:, :n], implementation="reference") for n in lengths)
+    v[1, 4:] = poison
+    out = attention(q, k, v, mask=Lengths(lengths), implementation="xla")
+    np.testing.assert_allclose(out, [whole[0], short[1]], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
