@@ -8,13 +8,17 @@ movement count nothing, as in the literature. A complex multiply-accumulate is 8
 results nobody reads count nothing: XLA removes them too. XLA's `cost_analysis()` counts the body of a loop
 once and a kernel as nothing, so it serves as a check on the unrolled form only.
 
-What cannot be known (a `while` with products in it, a kernel without cost estimate, a foreign call) makes
-the whole count None and is listed by name: never 0.
+A loop over blocks of several kinds (`scan` over a constant list, `cond` on its entries, as in blocked
+attention) counts each block as its own kind; any other `cond` counts its largest branch. What cannot be known
+(a `while` with products in it, a kernel without cost estimate, a foreign call) makes the whole count None and
+is listed by name: never 0.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -85,43 +89,61 @@ def count_jaxpr(
     # A GPU device says "gpu", the lowering rules say which.
     names = {"gpu": ("cuda", "rocm", "gpu")}.get(platform, (platform,))
     counter = _Counter(names, None if while_trips is None else list(while_trips))
-    parts, unknown = counter.jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    parts, unknown = counter.jaxpr(closed, [True] * len(closed.jaxpr.outvars))
     if counter.trips:
         raise ValueError(f"{len(counter.trips)} of the given while_trips belong to no loop with products")
     flops = None if unknown else sum(parts.values())
     return Costs(flops, tuple(dict.fromkeys(unknown)), parts)
 
 
+class _Each(NamedTuple):
+    """What a variable inside a `scan` is on each trip."""
+
+    values: np.ndarray
+
+
 class _Counter:
-    """Walks a jaxpr. Every method returns (operations by primitive, unknown things) of what it was given."""
+    """Walks a jaxpr. Every method returns (operations by primitive, unknown things) of what it was given.
+    `known` has the values of constant integers, by which a `cond` may be decided."""
 
     def __init__(self, platforms: tuple[str, ...], trips: list[float] | None):
         self.platforms = platforms
         self.trips = trips
 
-    def jaxpr(self, jaxpr: Jaxpr, live_outputs: Sequence[bool]):
+    def jaxpr(self, jaxpr: Jaxpr | ClosedJaxpr, live_outputs: Sequence[bool], inputs: Sequence = ()):
+        """`inputs`: for each argument its value, an `_Each`, or None where it is not known."""
+        constants = jaxpr.consts if isinstance(jaxpr, ClosedJaxpr) else ()
+        jaxpr = _open(jaxpr)
+        known = {v: value for v, value in zip(jaxpr.invars, inputs, strict=False) if value is not None}
+        for variable, value in zip(jaxpr.constvars, constants, strict=False):
+            if _is_integer(variable):
+                known[variable] = np.asarray(value)
         parts, unknown = {}, []
         for equation, live in _live_equations(jaxpr, live_outputs):
-            more, why = self.equation(equation, live)
+            more, why = self.equation(equation, live, known)
             _add(parts, more)
             unknown += why
+            if equation.primitive.name in FOLDED:
+                values = [_value(variable, known) for variable in equation.invars]
+                if all(value is not None for value in values):
+                    known[equation.outvars[0]] = FOLDED[equation.primitive.name](*values)
         return parts, unknown
 
-    def equation(self, equation, live: Sequence[bool]):
+    def equation(self, equation, live: Sequence[bool], known: dict):
         name, params = equation.primitive.name, equation.params
         if name in PRODUCTS:
             return {name: PRODUCTS[name](equation)}, []
         if name in CALLS:
-            return self.jaxpr(_open(params[CALLS[name]]), live)
+            return self.jaxpr(params[CALLS[name]], live, [_value(v, known) for v in equation.invars])
         if name == "scan":
-            return self.scan(equation, live)
+            return self.scan(equation, live, known)
         if name == "while":
             return self.while_loop(params)
         if name == "cond":
-            return self.cond(params, live)
+            return self.cond(equation, live, known)
         if name == "shard_map":
             size = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-            parts, unknown = self.jaxpr(_open(params["jaxpr"]), live)
+            parts, unknown = self.jaxpr(params["jaxpr"], live)
             return _times(parts, size), unknown
         if name in KERNELS:
             estimate = params.get("cost_estimate")
@@ -144,15 +166,25 @@ class _Counter:
                     return {}, [f"{name} (holds products, trip count not known)"]
         return {}, []
 
-    def scan(self, equation, live: Sequence[bool]):
-        inner = _open(equation.params["jaxpr"])
+    def scan(self, equation, live: Sequence[bool], known: dict):
+        inner, length = equation.params["jaxpr"], equation.params["length"]
         # A stacked output has one axis more outside than inside. Carries stay live: the next trip reads them.
-        inside = [
-            is_live or outer.aval.ndim == variable.aval.ndim
-            for is_live, outer, variable in zip(live, equation.outvars, inner.outvars, strict=True)
+        carries = [
+            outer.aval.ndim == variable.aval.ndim
+            for outer, variable in zip(equation.outvars, _open(inner).outvars, strict=True)
         ]
-        parts, unknown = self.jaxpr(inner, inside)
-        return _times(parts, equation.params["length"]), unknown
+        inside = [is_live or carry for is_live, carry in zip(live, carries, strict=True)]
+        # In front of the carries stand what is the same on every trip, behind them what is sliced.
+        sliced = sum(o.aval.ndim > v.aval.ndim for o, v in zip(equation.invars, _open(inner).invars, strict=True))
+        same = len(equation.invars) - sliced - sum(carries)
+        values = [_value(variable, known) for variable in equation.invars]
+        inputs = [None] * len(values)
+        inputs[:same] = values[:same]
+        for at in range(same + sum(carries), len(values)):
+            if isinstance(values[at], np.ndarray) and values[at].ndim == 1:
+                inputs[at] = _Each(values[at])
+        parts, unknown = self.jaxpr(inner, inside, inputs)
+        return {name: _whole(length * value) for name, value in parts.items()}, unknown
 
     def while_loop(self, params):
         mark = None if self.trips is None else list(self.trips)
@@ -172,13 +204,23 @@ class _Counter:
             raise ValueError("fewer while_trips were given than there are while loops with products")
         return _times(parts, taken), unknown
 
-    def cond(self, params, live: Sequence[bool]):
-        branches = [_open(branch) for branch in params["branches"]]
+    def cond(self, equation, live: Sequence[bool], known: dict):
+        params = equation.params
+        branches = params["branches"]
         platforms = params.get("branches_platforms")
+        inputs = [_value(variable, known) for variable in equation.invars[1:]]
         if platforms is not None:
-            branches = [branches[self.platform_branch(platforms)]]
-        counts = [self.jaxpr(branch, live) for branch in branches]
+            return self.jaxpr(branches[self.platform_branch(platforms)], live, inputs)
+        counts = [self.jaxpr(branch, live, inputs) for branch in branches]
         unknown = [why for _, reasons in counts for why in reasons]
+        taken = _value(equation.invars[0], known)
+        if isinstance(taken, _Each):  # the mean of the trips, which the scan multiplies by their number
+            parts: dict = {}
+            for index, times in zip(*np.unique(taken.values, return_counts=True), strict=True):
+                _add(parts, _times(counts[index][0], Fraction(int(times), len(taken.values))))
+            return parts, unknown
+        if taken is not None:
+            return counts[int(taken)]
         return max((parts for parts, _ in counts), key=lambda parts: sum(parts.values())), unknown
 
     def platform_branch(self, platforms) -> int:
@@ -204,6 +246,30 @@ def _live_equations(jaxpr: Jaxpr, live_outputs: Sequence[bool]) -> Iterator[tupl
             kept.append((equation, mask))
             live.update(v for v in equation.invars if not _literal(v))
     return reversed(kept)
+
+
+def _is_integer(variable) -> bool:
+    return np.issubdtype(variable.aval.dtype, np.integer)
+
+
+def _value(variable, known: dict):
+    """The value of a variable or literal, an `_Each`, or None."""
+    return variable.val if _literal(variable) else known.get(variable)
+
+
+def _clamp(low, value, high):
+    if isinstance(value, _Each):
+        return _Each(np.clip(value.values, low, high))
+    return np.clip(value, low, high)
+
+
+# What `jax.lax.switch` does with an index before it gets to `cond`.
+FOLDED = {"clamp": _clamp, "convert_element_type": lambda value: value}
+
+
+def _whole(number):
+    """A count of operations as an int where it is one."""
+    return int(number) if isinstance(number, Fraction) and number.denominator == 1 else number
 
 
 def _literal(variable) -> bool:

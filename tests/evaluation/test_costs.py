@@ -185,3 +185,32 @@ def test_fft_and_factorizations():
     # 3 complex transforms of 8 points: 3 * 5 * 8 * log2(8)
     assert count(jnp.fft.fft, shape(3, 8, dtype=jnp.complex64)).flops == 3 * 5 * 8 * 3
     assert count(jnp.linalg.cholesky, shape(6, 6)).flops == 6**3 / 3
+
+
+def test_blocks_of_several_kinds():
+    """A loop whose blocks pick their body from a constant list counts each as its own kind, nested too."""
+    kinds = np.array([0, 2, 2, 1, 5], np.int32)  # 5 is clamped to 2, the last
+    widths = (4, 8, 16)
+
+    def f(x, y):
+        bodies = [lambda at, width=width: (x[at] @ y[:, :width]).sum() for width in widths]
+        row = lambda _, at: (None, jax.lax.switch(at[0], bodies, at[1]))
+        one = lambda: jax.lax.scan(row, None, (kinds, np.arange(5, dtype=np.int32)))[1]
+        return jax.lax.scan(lambda c, _: (c, one()), None, None, length=3)[1]
+
+    shapes = (jax.ShapeDtypeStruct((5, 2, 3), jnp.float32), jax.ShapeDtypeStruct((3, 16), jnp.float32))
+    assert count(f, *shapes).flops == 3 * 2 * 2 * 3 * (4 + 16 + 16 + 8 + 16)
+
+
+def test_causal_attention_counts_its_triangle():
+    from lissom.ops.attention import attention, masks
+
+    shape = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
+    flops = {
+        mask: count(lambda q, k, v, m=mask: attention(q, k, v, mask=m, implementation="xla"), *[shape] * 3).flops
+        for mask in (masks.Full(), masks.Causal(), masks.Window(255, 0))
+    }
+    full = 2 * 2 * 4096 * 4096 * 2 * 16
+    assert flops[masks.Full()] == full
+    assert full / 2 < flops[masks.Causal()] < 0.6 * full
+    assert full * 256 / 4096 < flops[masks.Window(255, 0)] < 2 * full * 256 / 4096
