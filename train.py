@@ -36,13 +36,12 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.compression.transforms import build_transforms
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
-    from lissom.ops import dispatch
     from lissom.training import processes, runs, sharding, stages
-    from lissom.training.building import assemble, fresh_state, load_dataset, shardings_of
+    from lissom.training.building import assemble, fresh_state, load_dataset
     from lissom.training.checkpoints import Checkpoints
     from lissom.training.config import total_steps
     from lissom.training.logs import Logs
-    from lissom.training.step import make_evaluation, make_step, mean_over
+    from lissom.training.step import make_evaluation, mean_over, trace_step
 
     # ----------------------------------------------------------------- where
     processes.join()
@@ -56,16 +55,10 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     total = total_steps(config, len(dataset.train))
     facts = {**dataset.info, "kind": dataset.kind, "examples": len(dataset.train), "steps": total}
 
-    def batches_of(stage, start):
-        return data.train_batches(
-            dataset,
-            start_step=start,
-            batch_size=stage.config.data.batch_size,
-            seed=config.seed,
-            process=process,
-            processes=count,
-            augment=stage.config.data.augment,
-        )
+    def stream(stage):
+        """What picks the batches of a stage."""
+        batches = {"batch_size": stage.config.data.batch_size, "augment": stage.config.data.augment}
+        return {**batches, "seed": config.seed, "process": process, "processes": count}
 
     # --------------------------------------------------- shapes, programs, claim
     # Everything that can be wrong with any stage is found before the directory is touched.
@@ -94,32 +87,22 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     def program(stage, assembly):
         """The traced step of a stage, and where its batches go."""
-        body = make_step(assembly, stage.config.optim.accumulate)
 
-        def traced(*args):
+        def counted():
             traces[stage.name] = traces.get(stage.name, 0) + 1
-            return body(*args)
 
         began = time.monotonic()
-        first = next(batches_of(stage, stage.start))
-        where = sharding.batch_shardings(mesh, first)
-        batch = {
-            name: jax.ShapeDtypeStruct((leaf.shape[0] * count, *leaf.shape[1:]), leaf.dtype, sharding=where[name])
-            for name, leaf in first.items()
-        }
-        state = {name: leaf for name, leaf in assembly.shapes.items() if name != "frozen"}
-        jitted = jax.jit(traced, donate_argnums=0, out_shardings=(shardings_of(state), everywhere))
-        try:
-            with sharding.on_mesh(mesh):
-                found = jitted.trace(state, assembly.shapes["frozen"], batch, loop_key)
-        except (NotImplementedError, dispatch.RequestError) as refusal:
-            raise UserError(str(refusal)) from refusal
+        batch = data.train_batch(dataset, step=stage.start, **stream(stage))
+        where = sharding.batch_shardings(mesh, batch)
+        shapes = sharding.global_shapes(batch, where, count)
+        step = trace_step(assembly, stage.config.optim.accumulate, shapes, loop_key, counted)
         spent["compile"] += time.monotonic() - began
-        return found, where
+        return step, where
 
     programs = [program(stage, assembly) for stage, assembly in zip(plan, assemblies, strict=True)]
+    store = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     starting = None
-    if config.init_from and not resuming:
+    if config.init_from and not (resuming and store.steps()):
         first = assemblies[0]
         starting = runs.starting_values(
             first.shapes, first.stacks, first.objective.path, config.init_from, structure_of
@@ -134,7 +117,6 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     processes.together("claimed")
 
     # ----------------------------------------------------------------- state
-    store = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     state, current = None, 0
     if resuming:
         for step in store.steps():
@@ -213,7 +195,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                 compiled = traced.lower().compile()
             spent["compile"] += time.monotonic() - began
 
-            batches = batches_of(stage, step)
+            batches = data.train_batches(dataset, start_step=step, **stream(stage))
             pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step
             while step < stage.stop and not halted:
                 if profile and step == start + min(5, total - start - 1):

@@ -110,6 +110,14 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedShar
     return {name: place(leaf) for name, leaf in batch.items()}
 
 
+def global_shapes(batch: Mapping[str, Any], shardings: Mapping[str, NamedSharding], processes: int) -> dict[str, Any]:
+    """What `put_batch` gives, as shapes."""
+    return {
+        name: jax.ShapeDtypeStruct((leaf.shape[0] * processes, *leaf.shape[1:]), leaf.dtype, sharding=shardings[name])
+        for name, leaf in batch.items()
+    }
+
+
 def put_batch(batch: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
     """This process's rows -> global arrays."""
     return {

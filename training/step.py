@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from lissom.models.variables import Parts, merge
-from lissom.training.building import Assembly
+from lissom.ops import dispatch
+from lissom.training.building import Assembly, shardings_of
+from lissom.training.errors import UserError
 from lissom.training.objectives.base import Objective
+from lissom.training.sharding import on_mesh, replicated
 
 
 def make_step(assembly: Assembly, accumulate: int) -> Callable:
@@ -35,6 +38,26 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
         return {"params": params, "stats": stats, "opt": opt, "step": state["step"] + 1}, metrics
 
     return step
+
+
+def trace_step(assembly: Assembly, accumulate: int, batch: Any, key: jax.Array, traced: Callable[[], None]) -> Any:
+    """The step of `make_step` as jax traces it from shapes alone: `.lower().compile()` is what is left to do. What an
+    op or the mesh refuses is a UserError here, before anything of a run is touched. `traced` is called once a trace."""
+    body = make_step(assembly, accumulate)
+
+    def step(*args):
+        traced()
+        return body(*args)
+
+    state = {name: leaf for name, leaf in assembly.shapes.items() if name != "frozen"}
+    places = (shardings_of(state), replicated(assembly.mesh))
+    try:
+        with on_mesh(assembly.mesh):
+            return jax.jit(step, donate_argnums=0, out_shardings=places).trace(
+                state, assembly.shapes["frozen"], batch, key
+            )
+    except (NotImplementedError, dispatch.RequestError) as refusal:
+        raise UserError(str(refusal)) from refusal
 
 
 def _accumulated(objective: Objective, gradients: Callable, stats: Any, batch: dict, key: jax.Array, parts: int):

@@ -136,6 +136,16 @@ def test_init_from(tiny_run):
             np.testing.assert_allclose(mean[name], (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-7)
 
 
+def test_init_from_after_a_kill_before_the_first_checkpoint(tiny_run):
+    _, one = tiny_run(RECIPE, "one")
+    still = {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.steps": 1, "init_from": (str(one),)}
+    _, two = tiny_run(RECIPE, "two", **still)
+    first = arrays(two, 1)
+    shutil.rmtree(two / "checkpoints")
+    tiny_run(RECIPE, "two", **still)
+    assert same(first, arrays(two, 1)) == []
+
+
 def test_init_from_a_loop_into_a_scan(tiny_run):
     recipe = "vision/mnist1d_transformer"
     _, one = tiny_run(recipe, "one", **{"model.stack": "loop"})
