@@ -31,9 +31,8 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
             matched = True
             root = pathlib.Path(match)
             candidates = [root] if is_run(root) else sorted(file.parent for file in root.rglob("config.json"))
-            candidates = [
-                path for path in candidates if "exports" not in path.parts and "checkpoints" not in path.parts
-            ]
+            inner = lambda path, root=root: {"exports", "checkpoints"} & set(path.relative_to(root).parts)
+            candidates = [path for path in candidates if not inner(path)]
             if not candidates:
                 say(f"skipped {root}: it holds no run")
             for path in candidates:
@@ -100,15 +99,18 @@ def read_metrics(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _training_times(run: pathlib.Path) -> dict[str, float]:
-    """What the training took; a run that was resumed took the sum."""
-    times: dict[str, float] = {}
+    """What the training took: the sum of its sessions, of each the last that it wrote. Steps that a kill lost, and that
+    were taken again, count once."""
+    sessions: dict[Any, dict[str, float]] = {}
     with _reading(run / "metrics.jsonl"):
-        for entry in read_metrics(run):
+        for number, entry in enumerate(read_metrics(run)):
             if entry["kind"] == "times":
-                for key in ("compile_seconds", "train_seconds"):
-                    times[key] = times.get(key, 0.0) + entry[key]
-                times["examples_per_second"] = entry["examples_per_second"]
-    return times
+                sessions[entry.get("start", f"line {number}")] = entry
+        times = {
+            key: sum(session[key] for session in sessions.values()) for key in ("compile_seconds", "train_seconds")
+        }
+        last = [session["examples_per_second"] for session in sessions.values()][-1:]
+        return {**times, "examples_per_second": last[0]} if sessions else {}
 
 
 def task_name(config) -> str:

@@ -17,8 +17,9 @@ from lissom.training.errors import UserError, one_sentence
 def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profile: int = 0) -> dict[str, Any]:
     """Trains `config` in `workdir`, resuming what stands there; returns the last evaluation and the times.
 
-    Keys: step, traces (of the training step, by stage), compile_seconds, train_seconds, examples_per_second and, where
-    the run was finished, the means that the objective's `evaluate` names. Raises UserError for what the user can mend.
+    Keys: step, start (where this session began), traces (of the training step, by stage), compile_seconds,
+    train_seconds, examples_per_second and, where the run was finished, the means that the objective's `evaluate` names.
+    Raises UserError for what the user can mend.
     """
     check(config)
     # jax is imported behind the check: a mistake is answered in 0.3 seconds instead of 6.
@@ -32,8 +33,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     import jax
 
     from lissom import data
-    from lissom.compression.artefacts import structure_of
-    from lissom.compression.transforms import build_transforms
+    from lissom.compression.artefacts import check_transforms, structure_of
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import processes, runs, sharding, stages
@@ -60,6 +60,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         batches = {"batch_size": stage.config.data.batch_size, "augment": stage.config.data.augment}
         return {**batches, "seed": config.seed, "process": process, "processes": count}
 
+    if resuming:
+        runs.check_facts(workdir, facts)
+
     # --------------------------------------------------- shapes, programs, claim
     # Everything that can be wrong with any stage is found before the directory is touched.
     plan = stages.plan(config, total)
@@ -76,8 +79,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     assemblies = [assembled(stage) for stage in plan]
     for (one, other), stage in zip(itertools.pairwise(assemblies), plan[1:], strict=True):
-        stages.check_carry(one.shapes, other.shapes, stage, one.stacks, other.stacks)
-    build_transforms(config.evaluation.transforms)
+        stages.check_carry(stage, one, other)
+    check_transforms(config, facts)
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     # Made where it lies: of several processes none could put it on the others' devices.
     everywhere = sharding.replicated(mesh)
@@ -160,7 +163,18 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     outcome: dict[str, float] = {}
     per_example = dataset.train[0]["inputs"].size if dataset.kind == "tokens" else 1
 
-    compiled_evaluations: dict[int, Any] = {}
+    began, compiled_evaluations = None, {}
+
+    def times():
+        """Of this session, which began at step `start`."""
+        running = time.monotonic() - began if began else 0.0
+        seconds = spent["train"] + running
+        return {
+            "start": start,
+            "compile_seconds": spent["compile"],
+            "train_seconds": seconds,
+            "examples_per_second": examples / seconds if seconds else math.nan,
+        }
 
     def evaluate(index, state):
         if index not in compiled_evaluations:
@@ -182,7 +196,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             stage, assembly = plan[index], assemblies[index]
             if index > current:
                 fresh = fresh_state(assembly, jax.random.fold_in(init_key, index))
-                state = stages.carry(state, fresh, stage, assemblies[index - 1].stacks, assembly.stacks)
+                state = stages.carry(stage, assemblies[index - 1], assembly, state, fresh)
                 logs.say(f"stage {stage.name!r}: steps {stage.start} to {stage.stop}")
             if int(state["step"]) >= stage.stop:
                 continue
@@ -190,10 +204,10 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             traced, where = programs[index]
             batch_size, step = stage.config.data.batch_size, int(state["step"])
             frozen = state.pop("frozen")
-            began = time.monotonic()
+            compiling = time.monotonic()
             with sharding.on_mesh(mesh):
                 compiled = traced.lower().compile()
-            spent["compile"] += time.monotonic() - began
+            spent["compile"] += time.monotonic() - compiling
 
             batches = data.train_batches(dataset, start_step=step, **stream(stage))
             pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step
@@ -248,8 +262,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     began += time.monotonic() - paused
                     mark += time.monotonic() - paused
                 if saving:
+                    logs.write(step, times(), "times")  # a run that is killed after this has its cost recorded
                     store.save(step, {**state, "frozen": frozen}, assembly.stacks, {"stage": stage.name})
-            spent["train"] += time.monotonic() - began
+            spent["train"], began = spent["train"] + time.monotonic() - began, None
             state["frozen"] = frozen
             if halted:
                 break
@@ -262,19 +277,13 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         else:
             outcome = evaluate(len(plan) - 1, state)
             logs.write(step, outcome, "test")
-        speed = examples / spent["train"] if spent["train"] else math.nan
-        times = {
-            "compile_seconds": spent["compile"],
-            "train_seconds": spent["train"],
-            "examples_per_second": speed,
-        }
         if step > start:
-            logs.write(step, times, "times")
+            logs.write(step, times(), "times")
     finally:
         signal.signal(signal.SIGTERM, previous)
         logs.close()
         store.close()
-    return {"step": step, "traces": traces, **times, **outcome}
+    return {"step": step, "traces": traces, **times(), **outcome}
 
 
 def main(argv: list[str]) -> None:

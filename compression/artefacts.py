@@ -59,6 +59,15 @@ def structure_of(config) -> Callable[[nnx.Module], nnx.Module]:
     return functools.partial(structured, transforms=build_transforms(config.transforms))
 
 
+def check_transforms(config, facts: Mapping[str, Any]) -> None:
+    """Raises UserError where a transform of `config.evaluation` would find nothing to do, or could not do it: found
+    before training on the shapes of the network, and not when it is over."""
+    config = as_loop(final_config(config))
+    trained = build_transforms(config.transforms)
+    for entry in build_transforms(config.evaluation.transforms):
+        nnx.eval_shape(lambda entry=entry: structured(build_network(config, facts, nnx.Rngs(0)), [*trained, entry]))
+
+
 def reload(directory: pathlib.Path | str) -> Parts:
     """The network of an exported directory: build, structure in order, restore. A damaged checkpoint is an error."""
     directory = pathlib.Path(directory)

@@ -97,7 +97,10 @@ def _plug_in(name: str, settings: dict[str, Any]) -> Dataset:
     parameters = inspect.signature(target).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         check(name, target, settings, skip=0)
-    made = target(**settings)
+    try:
+        made = target(**settings)
+    except TypeError as error:
+        raise DataError(f"dataset {name!r} cannot be called with its settings ({error})") from error
     require(
         isinstance(made, Dataset),
         f"dataset {name!r} must return a lissom.data.Dataset, got {type(made).__name__}",

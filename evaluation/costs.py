@@ -9,7 +9,8 @@ results nobody reads count nothing: XLA removes them too. XLA's `cost_analysis()
 once and a kernel as nothing, so it serves as a check on the unrolled form only.
 
 A loop over blocks of several kinds (`scan` over a constant list, `cond` on its entries, as in blocked
-attention) counts each block as its own kind; any other `cond` counts its largest branch. What cannot be known
+attention) counts each block as its own kind; any other `cond` counts its largest branch. A jitted function
+named `fallback`, for inputs that no sound program gives (NaN in padding), counts nothing. What cannot be known
 (a `while` with products in it, a kernel without cost estimate, a foreign call) makes the whole count None and
 is listed by name: never 0.
 """
@@ -125,14 +126,16 @@ class _Counter:
             unknown += why
             if equation.primitive.name in FOLDED:
                 values = [_value(variable, known) for variable in equation.invars]
-                if all(value is not None for value in values):
-                    known[equation.outvars[0]] = FOLDED[equation.primitive.name](*values)
+                if all(value is not None for value in values) and _is_integer(equation.outvars[0]):
+                    known[equation.outvars[0]] = _folded(equation, values)
         return parts, unknown
 
     def equation(self, equation, live: Sequence[bool], known: dict):
         name, params = equation.primitive.name, equation.params
         if name in PRODUCTS:
             return {name: PRODUCTS[name](equation)}, []
+        if name == "jit" and params["name"] == "fallback":
+            return {}, []
         if name in CALLS:
             return self.jaxpr(params[CALLS[name]], live, [_value(v, known) for v in equation.invars])
         if name == "scan":
@@ -208,19 +211,22 @@ class _Counter:
         params = equation.params
         branches = params["branches"]
         platforms = params.get("branches_platforms")
-        inputs = [_value(variable, known) for variable in equation.invars[1:]]
+        taken, *inputs = (_value(variable, known) for variable in equation.invars)
         if platforms is not None:
             return self.jaxpr(branches[self.platform_branch(platforms)], live, inputs)
-        counts = [self.jaxpr(branch, live, inputs) for branch in branches]
-        unknown = [why for _, reasons in counts for why in reasons]
-        taken = _value(equation.invars[0], known)
         if isinstance(taken, _Each):  # the mean of the trips, which the scan multiplies by their number
-            parts: dict = {}
-            for index, times in zip(*np.unique(taken.values, return_counts=True), strict=True):
-                _add(parts, _times(counts[index][0], Fraction(int(times), len(taken.values))))
+            parts, unknown = {}, []
+            for index in np.unique(taken.values):
+                trips = taken.values == index
+                chosen = [_Each(value.values[trips]) if isinstance(value, _Each) else value for value in inputs]
+                more, why = self.jaxpr(branches[int(index)], live, chosen)
+                _add(parts, _times(more, Fraction(int(trips.sum()), len(trips))))
+                unknown += why
             return parts, unknown
         if taken is not None:
-            return counts[int(taken)]
+            return self.jaxpr(branches[int(taken)], live, inputs)
+        counts = [self.jaxpr(branch, live, inputs) for branch in branches]
+        unknown = [why for _, reasons in counts for why in reasons]
         return max((parts for parts, _ in counts), key=lambda parts: sum(parts.values())), unknown
 
     def platform_branch(self, platforms) -> int:
@@ -249,7 +255,7 @@ def _live_equations(jaxpr: Jaxpr, live_outputs: Sequence[bool]) -> Iterator[tupl
 
 
 def _is_integer(variable) -> bool:
-    return np.issubdtype(variable.aval.dtype, np.integer)
+    return jax.numpy.issubdtype(variable.aval.dtype, np.integer)
 
 
 def _value(variable, known: dict):
@@ -257,14 +263,18 @@ def _value(variable, known: dict):
     return variable.val if _literal(variable) else known.get(variable)
 
 
-def _clamp(low, value, high):
-    if isinstance(value, _Each):
-        return _Each(np.clip(value.values, low, high))
-    return np.clip(value, low, high)
+def _folded(equation, values: Sequence):
+    """What `jax.lax.switch` does with an index before it gets to `cond`, done with known values."""
+    if equation.primitive.name == "clamp":
+        change = lambda value: np.clip(value, values[0], values[2])
+        value = values[1]
+    else:
+        change = lambda value: np.asarray(value).astype(equation.params["new_dtype"])
+        value = values[0]
+    return _Each(change(value.values)) if isinstance(value, _Each) else change(value)
 
 
-# What `jax.lax.switch` does with an index before it gets to `cond`.
-FOLDED = {"clamp": _clamp, "convert_element_type": lambda value: value}
+FOLDED = ("clamp", "convert_element_type")
 
 
 def _whole(number):

@@ -7,6 +7,7 @@ happens when the name is used, so that the dicts can be checked before jax is im
 import difflib
 import importlib
 import inspect
+import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -118,7 +119,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     if kind in MAPPINGS:
         return hasattr(value, "keys")  # a ConfigDict does not count as a Mapping
     if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     return kind not in (bool, str, type(None)) or isinstance(value, kind)
 
 
@@ -146,11 +148,15 @@ def construct(
     """Builds what `name` stands for with `kwargs[name]` (its own settings) and `fixed` (what the caller provides).
 
     A plug-in's settings stand under the name of its class (a config's keys have no dots). Names and types of every
-    entry of `kwargs` are checked against its own constructor, also those of names that were not chosen.
+    entry of `kwargs` are checked against its own constructor, also those of names that were not chosen. An entry with a
+    capital letter belongs to a plug-in: where that was not chosen (another layer of a pattern has it, or another run of
+    a comparison) it is passed over.
     """
     kwargs = dict(kwargs or {})
     own = name if name in table else name.rpartition(":")[2]
     for entry, settings in kwargs.items():
+        if entry not in table and entry != own and entry[:1].isupper():
+            continue
         target = resolve(table, name if entry == own else entry, what)
         check_settings(target, settings, f"{what} {entry!r}", reserved=tuple(fixed))
         check_types(target, settings, f"{what} {entry!r}")

@@ -8,7 +8,7 @@ runs/compare/<recipe>; what is finished there is not trained again. Every --vary
 """
 
 import contextlib
-import functools
+import hashlib
 import itertools
 import json
 import math
@@ -173,18 +173,21 @@ def tuned(
             name, trial = f"{key}={value}", overridden(config, [(key, value), *_halved(config)])
             run = workdir / "tuned" / _file(f"{label} {name}")
             if name in losses:
-                _check_same(run, trial)
+                if losses[name]["config"] != _digest(trial):
+                    raise UserError(f"{record} is of another config: give another --workdir")
                 continue
             if merge:
                 raise UserError(f"--merge: {label} was not tuned at {name}")
             try:
-                losses[name] = _trained(trial, run)
+                loss = _trained(trial, run)
             except UserError as error:
                 if "the loss is" not in str(error):
                     raise
-                losses[name] = None  # it diverged: a result, and a bad one
+                loss = None  # it diverged: a result, and a bad one
+            losses[name] = {"loss": loss, "config": _digest(trial)}
             _write_record(record, losses)
-    alive = {value: losses[f"{key}={value}"] for value in values if losses[f"{key}={value}"] is not None}
+    found = {value: losses[f"{key}={value}"]["loss"] for value in values}
+    alive = {value: loss for value, loss in found.items() if loss is not None}
     if not alive:
         raise UserError(f"--tune={axis}: {label} diverged at every value")
     best = min(alive, key=alive.get)
@@ -223,14 +226,23 @@ def _alone(file: pathlib.Path, label: str) -> Iterator[None]:
         lock.release()
 
 
-def _read_record(record: pathlib.Path) -> dict[str, float | None]:
+def _digest(config) -> str:
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def _read_record(record: pathlib.Path) -> dict[str, dict[str, Any]]:
     try:
-        return dict(json.loads(record.read_text())) if record.is_file() else {}
-    except (OSError, ValueError, TypeError) as error:
+        losses = dict(json.loads(record.read_text())) if record.is_file() else {}
+        for entry in losses.values():
+            if entry["loss"] is not None:
+                math.isfinite(entry["loss"])
+            entry["config"].strip()
+        return losses
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{record} can't be read ({error}): without it, this variant is tuned again") from error
 
 
-def _write_record(record: pathlib.Path, losses: Mapping[str, float | None]) -> None:
+def _write_record(record: pathlib.Path, losses: Mapping[str, Mapping[str, Any]]) -> None:
     """As a whole or not at all: a shard may be killed at any moment."""
     record.parent.mkdir(parents=True, exist_ok=True)
     partial = record.with_name(f"{record.name}.{os.getpid()}.partial")
@@ -250,8 +262,16 @@ def _check_same(run: pathlib.Path, config) -> None:
 
 
 def _halved(config) -> list[tuple[str, Any]]:
+    """What makes a run half as long; stages in steps become shares of it."""
     ((name, length),) = config.train.items()
-    return [(f"train.{name}", max(1, length // 2 if isinstance(length, int) else length / 2))]
+    stages = [dict(stage) for stage in config.stages]
+    if name == "steps":
+        for stage in stages:
+            stage["duration"] = float(
+                stage["duration"] / length if isinstance(stage["duration"], int) else stage["duration"]
+            )
+    half = max(1, length // 2) if name == "steps" else length / 2
+    return [(f"train.{name}", half), *([("stages", tuple(stages))] if stages else [])]
 
 
 def _file(label: str) -> str:
@@ -302,7 +322,7 @@ def configs_of(
             try_out(changed, facts, len(dataset.train))
             for key, values in (axis_of(axis, "--tune") for axis in tune):
                 for value in values:
-                    try_out(overridden(changed, [(key, value)]), facts, len(dataset.train))
+                    try_out(overridden(changed, [(key, value), *_halved(changed)]), facts, len(dataset.train))
     return configs
 
 
@@ -310,7 +330,7 @@ def try_out(config, facts: Mapping[str, Any], examples: int) -> None:
     """Raises what train.py would raise for this config, without building an array."""
     import jax
 
-    from lissom.compression.transforms import build_transforms, structured
+    from lissom.compression.artefacts import check_transforms, structure_of
     from lissom.training import sharding, stages
     from lissom.training.building import assemble
     from lissom.training.config import total_steps
@@ -320,9 +340,8 @@ def try_out(config, facts: Mapping[str, Any], examples: int) -> None:
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate, jax.process_count())
     total = total_steps(config, examples)
     for stage in stages.plan(config, total):
-        structure = functools.partial(structured, transforms=build_transforms(stage.config.transforms))
-        assemble(stage.config, facts, total, mesh, structure)
-    build_transforms(config.evaluation.transforms)
+        assemble(stage.config, facts, total, mesh, structure_of(stage.config))
+    check_transforms(config, facts)
 
 
 def compare(

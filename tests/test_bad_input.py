@@ -41,6 +41,9 @@ EARLY = [
     ((VIT, "--config.optim.warmup=3"), ["warmup=3.0", "at most 1"]),
     ((VIT, "--config.evaluation.latency_batches=0,1"), ["latency_batches holds 0", "at least 1"]),
     ((VIT, "--config.checkpoint.keep=0"), ["keep=0", "at least 1"]),
+    ((VIT, "--config.seed=1e30"), ["seed=", "at most"]),
+    ((VIT, "--config.model.mixer_kwargs={'attention': 5}"), ["mixer_kwargs holds 5", "table of settings"]),
+    ((VIT, "--config.data.kwargs={'digits': 5}"), ["data.kwargs holds 5"]),
     ((VIT, "--nonsense=1"), ["nonsense"]),
     ((VIT, "stray"), ["'stray' is no flag"]),
 ]
@@ -69,6 +72,9 @@ LATE = [
     (("--config.model.mixer_kwargs.attention.implementation=flash",), ["has no 'flash'"]),
     (("--config.mesh.data=1", "--config.mesh.tensor=4"), ["heads", "2 entries", "4 shards"]),
     (("--config.data.name=mnist99",), ["mnist99"]),
+    (("--config.data.name=json:dumps",), ["json:dumps", "cannot be called"]),
+    (("--config.model.ffn_kwargs.mlp.expansion=inf",), ["expansion=inf"]),
+    (("--config.evaluation.transforms=({'name': 'int8_weights', 'rules': [('nosuch', {})]},)",), ["matches no layer"]),
     (("--config.init_from=nowhere",), ["nowhere"]),
 ]
 

@@ -88,7 +88,7 @@ def assemble(
             f"{config.data.name!r} is {facts['kind']} data"
         )
 
-    objective.prepare()
+    objective.prepare(facts)
 
     def build(key: jax.Array) -> nnx.Module:
         model_key, own_key = jax.random.split(key)

@@ -110,7 +110,8 @@ class Checkpoints:
                 own.write_text(json.dumps(crc))
                 if jax.process_index() == 0:
                     for old in own.parent.parent.iterdir():
-                        if int(old.name) not in (step, *self.steps()):
+                        # A save that is under way is not among the steps yet.
+                        if int(old.name) < min(self.steps(), default=0):
                             shutil.rmtree(old, ignore_errors=True)
             # The names are checked too: a damaged one would read as the checkpoint of another model.
             record["names"] = _names(crc)
@@ -192,9 +193,10 @@ class Checkpoints:
                 f"({len(missing)} of {len(wanted)} arrays are not in it): it is of another model"
             )
         try:
-            restored = _restore(self.directory / str(step) / "state", _part(wanted, frozen=False))
-            if record["frozen"]:
-                restored |= _restore(self._beside("frozen") / record["frozen"]["directory"], _part(wanted, frozen=True))
+            apart = record["frozen"].get("directory")
+            restored = _restore(self.directory / str(step) / "state", _part(wanted, False) if apart else wanted)
+            if apart:
+                restored |= _restore(self._beside("frozen") / apart, _part(wanted, True))
         except DAMAGE as error:
             raise Damaged(f"it can't be read ({str(error).strip().splitlines()[0][:160]})") from error
         for name, leaf in restored.items():
@@ -252,6 +254,18 @@ def _part(leaves: Mapping[str, Any], frozen: bool) -> dict[str, Any]:
     return {name: leaf for name, leaf in leaves.items() if name.startswith(FROZEN) == frozen}
 
 
+def _reader() -> ocp.Checkpointer:
+    if jax.process_count() == 1:
+        return ocp.PyTreeCheckpointer()
+    # Each process reads alone: where one finds damage, the others must not wait for it inside of orbax.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
 def _here() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -259,7 +273,7 @@ def _here() -> jax.sharding.Sharding:
 def _restore(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     if not wanted:
         return {}
-    with ocp.PyTreeCheckpointer() as reader:
+    with _reader() as reader:
         args = {
             name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or _here())
             for name, leaf in wanted.items()

@@ -27,22 +27,23 @@ class Field(NamedTuple):
 
 
 TABLE = Field(Mapping)
+TABLES = Field(Mapping, entry=Mapping)  # settings by the name that they belong to
 FIELDS = {
     "recipe": Field(str),
-    "seed": Field(int, 0),
+    "seed": Field(int, 0, 2**32 - 1),
     "data.name": Field(str),
     "data.data_dir": Field(str),
     "data.batch_size": Field(int, 1),
     "data.augment": Field(tuple, entry=str),
-    "data.kwargs": TABLE,
+    "data.kwargs": TABLES,
     "model.name": Field(str),
     "model.size": Field(str),
     "model.dtype": Field(str),
     "objective": Field(str),
-    "objective_kwargs": TABLE,
+    "objective_kwargs": TABLES,
     "transforms": Field(tuple, entry=Mapping),
     "optim.name": Field(str),
-    "optim.optim_kwargs": TABLE,
+    "optim.optim_kwargs": TABLES,
     "optim.learning_rate": Field(float, 0),
     "optim.schedule": Field(str),
     "optim.warmup": Field(float, 0, 1),
@@ -110,7 +111,7 @@ def check_field(name: str, value: Any, field: Field) -> None:
     if not fits(value, field.kind):
         raise UserError(f"{name}={_shown(value)} is not {WORDS[field.kind]}")
     if field.entry:
-        for entry in value:
+        for entry in value.values() if field.kind is Mapping else value:
             if not fits(entry, field.entry) or (field.entry is int and entry < field.least):
                 bound = f" of at least {field.least:g}" if field.entry is int else ""
                 raise UserError(f"{name} holds {_shown(entry)}, which is not {WORDS[field.entry]}{bound}")
@@ -147,6 +148,13 @@ def check_fields(config: Mapping) -> None:
 def _check_values(config: Mapping) -> None:
     if config["model"]["dtype"] not in DTYPES:
         raise UserError(f"config.model.dtype={config['model']['dtype']!r} must be one of {', '.join(DTYPES)}")
+    for name, value in config["model"].items():
+        if name.endswith("_kwargs") and value is not None:
+            check_field(f"config.model.{name}", value, TABLES)
+    for name in ("mixer", "ffn", "norm"):
+        value = config["model"].get(name)
+        if value is not None and not isinstance(value, str):
+            check_field(f"config.model.{name}", value, Field(tuple, entry=str))
     try:
         re.compile(config["optim"]["decay"])
     except re.error as error:
@@ -180,7 +188,7 @@ def check_stage(number: int, entry: Mapping) -> None:
     length = entry["duration"]
     if length <= 0 or (isinstance(length, float) and length > 1):
         raise UserError(f"{where}.duration={length} must be a number of steps from 1 on, or a fraction up to 1.0")
-    for key in entry.get("overrides", {}):
+    for key in map(str, entry.get("overrides", {})):
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in STAGE_MAY):
             raise UserError(f"{where} overrides {key}: a stage may change {', '.join(STAGE_MAY)}")
 

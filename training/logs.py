@@ -19,7 +19,7 @@ class Logs:
             return
         from tensorboardX import SummaryWriter
 
-        self._file = _opened(workdir / "metrics.jsonl")
+        self._file = _opened(workdir / "metrics.jsonl", start)
         self._board = SummaryWriter(str(workdir / "tensorboard"))
         self._total, self._unit = total, unit
         self._said = 0.0
@@ -79,11 +79,18 @@ class Logs:
         self._file.close()
 
 
-def _opened(path: pathlib.Path) -> IO[str]:
-    """The file at its end; a last line that a kill cut off is cut away, or the next record would be joined to it."""
+def _opened(path: pathlib.Path, start: int) -> IO[str]:
+    """The file, without the records of steps after `start`, which will be taken again, and without a last line that a
+    kill cut off."""
     if path.exists():
-        whole = path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            os.truncate(path, end)
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= start and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
     return path.open("a")

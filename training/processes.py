@@ -7,11 +7,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lissom.training.errors import UserError
+
 
 def several() -> bool:
     """Whether this process was started as one of several: under Slurm with several tasks, or where LISSOM_DISTRIBUTED
     is set (Kubernetes, TPU VMs)."""
-    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "LISSOM_DISTRIBUTED" in os.environ
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    return (tasks.isdigit() and int(tasks) > 1) or os.environ.get("LISSOM_DISTRIBUTED", "") not in ("", "0")
 
 
 def join() -> None:
@@ -20,7 +23,14 @@ def join() -> None:
     if not several() or jax.distributed.is_initialized():
         return
     given = os.environ.get("LISSOM_DISTRIBUTED", "")
-    jax.distributed.initialize(**(json.loads(given) if given.startswith("{") else {}))
+    try:
+        jax.distributed.initialize(**(json.loads(given) if given.startswith("{") else {}))
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"LISSOM_DISTRIBUTED={given} and SLURM_NTASKS={os.environ.get('SLURM_NTASKS', '')} say that this is one of "
+            f"several processes, and the others can't be found ({reason}): start it by srun, or unset them"
+        ) from error
 
 
 def together(what: str) -> None:

@@ -73,6 +73,19 @@ def stands(workdir: pathlib.Path, config, overwrite: bool) -> bool:
     return False
 
 
+def check_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Raises UserError where the data is not any more what a run in `workdir` was begun on."""
+    if not (workdir / "facts.json").is_file():
+        return
+    before, now = read_facts(workdir), json.loads(json.dumps(facts, default=str))
+    for name in ("kind", "examples", "steps", "input_shape", "classes", "vocab_size", "sha256"):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"the run in {workdir} was begun on data with {name} {before.get(name)}, which by now is "
+                f"{now.get(name)}: give another --workdir, or --overwrite"
+            )
+
+
 def claim(workdir: pathlib.Path, config, overwrite: bool) -> None:
     """Makes `workdir` the run of `config`; with `overwrite` it is emptied of what another run left in it."""
     try:
@@ -144,24 +157,24 @@ def within(tree: dict, path: Sequence[str]) -> dict:
 def starting_values(
     shapes: Mapping, stacks: Mapping, inside: Sequence[str], paths: Sequence[str], structure_of
 ) -> dict:
-    """{"params" | "stats": {path: value}} of a finished run, or the mean of several runs' (a uniform soup: Wortsman et
-    al. 2022, arXiv:2203.05482), for a module of the given shapes whose network stands at `inside`; raises UserError
-    where a run has not every parameter in its shape."""
+    """{"params" | "stats" | "frozen": {path: value}} of a finished run, or the mean of several runs' (a uniform soup:
+    Wortsman et al. 2022, arXiv:2203.05482), for a module of the given shapes whose network stands at `inside`; raises
+    UserError where a run has not every parameter in its shape."""
     networks = [load_network(path, structure_of) for path in paths]
     shapes = jax.eval_shape(lambda tree: unstack_layers(tree, dict(stacks)), dict(shapes))
     values = {}
-    for kind in ("params", "stats"):
+    for kind in KINDS:
         want = flatten(within(shapes[kind], inside))
         have = [flatten(getattr(network, kind)) for network in networks]
         for path, leaves in zip(paths, have, strict=True):
             wrong = [name for name in want if name not in leaves or leaves[name].shape != want[name].shape]
-            if wrong and kind == "params":
+            if wrong and kind != "stats":
                 raise UserError(
                     f"config.init_from: the run {path} has no {wrong[0]} of the shape that this model needs"
                 )
         values[kind] = {
-            "/".join((*inside, name)): sum(leaves[name] for leaves in have) / len(have)
-            for name in want
+            "/".join((*inside, name)): (sum(leaves[name] for leaves in have) / len(have)).astype(leaf.dtype)
+            for name, leaf in want.items()
             if all(name in leaves and leaves[name].shape == want[name].shape for leaves in have)
         }
     return values

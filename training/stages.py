@@ -9,15 +9,18 @@ or by the converter, a function (old state, fresh state) -> state. Both see laye
 stage may go from a looped to a scanned stack.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lissom.models.registry import resolve
 from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import flatten
 from lissom.training import sharding
+from lissom.training.building import Assembly
 from lissom.training.checkpoints import flat
 from lissom.training.config import overridden
 from lissom.training.errors import UserError
@@ -31,7 +34,7 @@ class Stage(NamedTuple):
     optimizer: str
     schedule: str
     converter: str
-    refills: bool = False  # it names another objective, or other settings of it
+    refills: bool = False  # its objective is not that of the stage before, or has other settings
 
 
 def plan(config, total: int) -> list[Stage]:
@@ -59,9 +62,11 @@ def plan(config, total: int) -> list[Stage]:
                 entry.get("optimizer", "keep"),
                 entry.get("schedule", "run"),
                 entry.get("converter", ""),
-                any(key.startswith("objective") for key in entry.get("overrides", {})),
             )
         )
+        if i:
+            learns = [{key: s.config.to_dict()[key] for key in ("objective", "objective_kwargs")} for s in stages[-2:]]
+            stages[-1] = stages[-1]._replace(refills=learns[0] != learns[1])
         at += length
     if at != total:
         raise UserError(f"the stages last {at} steps in all, the run {total}: durations must fill the run")
@@ -77,23 +82,29 @@ def final_config(config):
     return overridden(config, list(dict(entry.get("overrides", {})).items()))
 
 
-def check_carry(
-    old: Mapping[str, Any], fresh: Mapping[str, Any], stage: Stage, before: Mapping, after: Mapping
-) -> None:
+def check_carry(stage: Stage, before: Assembly, after: Assembly) -> None:
     """Raises UserError where `carry` would not know how to fill the stage's module: half a model must not be
-    re-initialised without a word. Shapes will do for arrays."""
+    re-initialised without a word."""
     if stage.converter:
-        resolve({}, stage.converter, "converter")
-        return
-    apart = lambda tree, stacks: jax.eval_shape(lambda t: unstack_layers(t, dict(stacks)), tree)
-    old, fresh = apart(dict(old), before), apart(dict(fresh), after)
-    have = flatten(old["params"])
-    for path, leaf in flatten(fresh["params"]).items():
-        if path not in have or have[path].shape != leaf.shape:
+        try:
+            inspect.signature(resolve({}, stage.converter, "converter")).bind("old state", "fresh state")
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"stage {stage.name!r}: parameter {path} has no counterpart of its shape in the stage "
-                "before, and no converter is named"
-            )
+                f"stage {stage.name!r}: converter {stage.converter} is no function (old state, fresh state): {error}"
+            ) from error
+        return
+    apart = lambda assembly: jax.eval_shape(lambda tree: unstack_layers(tree, dict(assembly.stacks)), assembly.shapes)
+    old, fresh = apart(before), apart(after)
+    for kind, what in (("params", "parameter"), ("frozen", "frozen array")):
+        have = _moved(flatten(old[kind]), before, after)
+        for path, leaf in flatten(fresh[kind]).items():
+            # What an objective froze itself it also fills itself.
+            kept = kind == "params" or _of_network(path, after)
+            if kept and (path not in have or have[path].shape != leaf.shape):
+                raise UserError(
+                    f"stage {stage.name!r}: {what} {path} has no counterpart of its shape in the stage "
+                    "before, and no converter is named"
+                )
     shapes = lambda tree: {name: leaf.shape for name, leaf in flat(tree["opt"]).items()}
     if stage.optimizer == "keep" and shapes(old) != shapes(fresh):
         raise UserError(
@@ -103,25 +114,40 @@ def check_carry(
 
 
 def carry(
-    old: Mapping[str, Any], fresh: Mapping[str, Any], stage: Stage, before: Mapping, after: Mapping
+    stage: Stage, before: Assembly, after: Assembly, old: Mapping[str, Any], fresh: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state that opens a stage: values of the old one where path and shape agree, the rest fresh. `before` and
-    `after` are the stacks (`models.stack.stacks`) of the two modules."""
+    """The state that opens a stage: values of the old one where path and shape agree, the rest fresh. Where the network
+    stands elsewhere in the module (a student beside its teacher), its values move there."""
     places = jax.tree.map(lambda leaf: leaf.sharding, dict(fresh))
-    old, fresh = unstack_layers(dict(old), dict(before)), unstack_layers(dict(fresh), dict(after))
+    old, fresh = unstack_layers(dict(old), dict(before.stacks)), unstack_layers(dict(fresh), dict(after.stacks))
     if stage.converter:
         state = dict(resolve({}, stage.converter, "converter")(old, fresh))
     else:
-        # An objective that changed has filled its frozen part (a teacher) itself.
-        kinds = ("params", "stats") if stage.refills else ("params", "stats", "frozen")
+        values = {kind: _moved(flatten(old[kind]), before, after) for kind in ("params", "stats", "frozen")}
+        if stage.refills:
+            values["frozen"] = {path: leaf for path, leaf in values["frozen"].items() if _of_network(path, after)}
         state = {**fresh, "step": old["step"]}
-        state |= {kind: replaced(fresh[kind], flatten(old[kind])) for kind in kinds}
+        state |= {kind: replaced(fresh[kind], values[kind]) for kind in values}
         if stage.optimizer == "keep":
-            values = flat(old["opt"])
+            moments = flat(old["opt"])
             state["opt"] = jax.tree.unflatten(
-                jax.tree.structure(fresh["opt"]), [values[name] for name in flat(fresh["opt"])]
+                jax.tree.structure(fresh["opt"]), [moments[name] for name in flat(fresh["opt"])]
             )
-    return sharding.put(stack_layers(state, dict(after)), places)
+    if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, dict(fresh)):
+        raise UserError(f"stage {stage.name!r}: {stage.converter} does not give the state that the stage needs")
+    return sharding.put(stack_layers(state, dict(after.stacks)), places)
+
+
+def _of_network(path: str, assembly: Assembly) -> bool:
+    inside = assembly.objective.path
+    return path.split("/")[: len(inside)] == list(inside)
+
+
+def _moved(values: Mapping[str, Any], before: Assembly, after: Assembly) -> dict[str, Any]:
+    """Paths of the old module -> paths of the new one, for what belongs to the network."""
+    out, into = before.objective.path, after.objective.path
+    move = lambda path: "/".join((*into, *path.split("/")[len(out) :])) if _of_network(path, before) else path
+    return {move(path): leaf for path, leaf in values.items()}
 
 
 def replaced(tree: Mapping, values: Mapping[str, Any], prefix: tuple = ()) -> dict:

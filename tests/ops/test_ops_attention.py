@@ -296,3 +296,19 @@ def test_real_cases_are_valid_requests():
         v = jax.ShapeDtypeStruct((*k.shape[:3], case.v_dim), np.float32)
         run = functools.partial(attention, mask=case.mask, implementation="xla")
         assert jax.eval_shape(run, q, k, v).shape == (*q.shape[:3], case.v_dim)
+
+
+@pytest.mark.parametrize("mask", [Causal(), Window(40, 0)], ids=lambda m: type(m).__name__)
+def test_float64(mask):
+    """Blocked, forward and backward, where index types are 64 bits wide too."""
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(x, jnp.float64) for x in testing.normal(0, *[(1, 2048, 1, 8)] * 3))
+        bias = jnp.zeros((1, 1, 1, 2048))
+
+        def loss(q, k, v, bias, implementation):
+            return (attention(q, k, v, mask=mask, bias=bias, implementation=implementation) ** 2).sum()
+
+        ours, exact = (jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, bias, name) for name in ("xla", "reference"))
+        for one, other in zip(ours, exact, strict=True):
+            assert one.dtype == jnp.float64
+            np.testing.assert_allclose(one, other, atol=1e-11)

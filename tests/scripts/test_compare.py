@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import sys
 import threading
 import time
@@ -82,12 +83,14 @@ def test_tune_flags_the_edge_and_remembers(tmp_path, capsys):
     assert "of the values tried (1e-6, 1e-2), so that one beyond may be better" in note
     record = json.loads((tmp_path / "tuned" / "plain.json").read_text())
     assert set(record) == {"optim.learning_rate=1e-6", "optim.learning_rate=1e-2"}
-    (tmp_path / "tuned" / "plain.json").write_text(
-        json.dumps({"optim.learning_rate=1e-6": 0.1, "optim.learning_rate=1e-2": 0.2})
-    )
+    record["optim.learning_rate=1e-6"]["loss"], record["optim.learning_rate=1e-2"]["loss"] = 0.1, 0.2
+    (tmp_path / "tuned" / "plain.json").write_text(json.dumps(record))
     assert script.tuned(config(), tmp_path, axis, "plain")[0].optim.learning_rate == 1e-6
     assert [path.name for path in (tmp_path / "tuned").glob("*.partial")] == []
     # What was tuned for other flags is not this variant's choice.
+    with pytest.raises(UserError, match="another config"):
+        script.tuned(config(**{"optim.warmup": 0.5}), tmp_path, axis, "plain")
+    shutil.rmtree(tmp_path / "tuned" / "plain_optim.learning_rate=1e-2")  # the record alone knows
     with pytest.raises(UserError, match="another config"):
         script.tuned(config(**{"optim.warmup": 0.5}), tmp_path, axis, "plain")
     (tmp_path / "tuned" / "plain.json").write_text('{"optim.lea')
@@ -253,3 +256,13 @@ def command_line():
         # Its own only: what it imports for the first time (grain) defines flags of the process.
         for flag in list(flags.FLAGS.flags_by_module_dict().get(script.__name__, ())):
             delattr(flags.FLAGS, flag.name)
+
+
+def test_halves():
+    """Steps stay whole, shares of the data may be halved, and stages in steps become shares."""
+    halved = lambda **changes: dict(script._halved(config(**changes)))
+    assert halved(**{"train.steps": 7}) == {"train.steps": 3}
+    assert halved(**{"train.epochs": 1.0}) == {"train.epochs": 0.5}
+    assert halved(**{"train.epochs": 3}) == {"train.epochs": 1.5}
+    stages = ({"name": "a", "duration": 3}, {"name": "b", "duration": 1})
+    assert [s["duration"] for s in halved(**{"train.steps": 4, "stages": stages})["stages"]] == [0.75, 0.25]

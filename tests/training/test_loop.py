@@ -182,6 +182,49 @@ def test_nan_stops_with_the_step(tiny_run):
         )
 
 
+def test_times_of_a_killed_session_are_kept(tiny_run):
+    """What a kill leaves: a checkpoint of step 2 with its times, and lines of steps after it."""
+    from lissom.eval import _training_times, read_metrics
+
+    settings = {"train.steps": 4, "checkpoint.every": 2, "checkpoint.keep": 5, "log.every": 1}
+    _, run = tiny_run("vision/mnist1d_cnn", **settings)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lost = [line for line in lines if line["step"] <= 3 and line["kind"] != "test"]
+    first = next(line for line in lost if line["kind"] == "times")
+    assert first["step"] == 2
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lost))
+    shutil.rmtree(run / "checkpoints" / "4")
+    tiny_run("vision/mnist1d_cnn", **settings)
+    again = read_metrics(run)
+    assert [line["step"] for line in again if line["kind"] == "train"] == [1, 2, 3, 4]
+    second = [line for line in again if line["kind"] == "times" and line["start"] == 2][-1]
+    assert _training_times(run)["train_seconds"] == first["train_seconds"] + second["train_seconds"]
+
+
+def test_data_that_changed_since(tmp_path):
+    from lissom.train import train
+    from lissom.training.config import load_recipe, overridden
+
+    folder = tmp_path / "rows"
+    folder.mkdir()
+
+    def write(count):
+        rng = np.random.default_rng(0)
+        for split in ("train", "test"):
+            inputs, labels = rng.random((count, 8, 8, 1), np.float32), rng.integers(0, 10, count)
+            np.savez(folder / f"{split}.npz", inputs=inputs, labels=labels)
+
+    def run():
+        config = load_recipe("configs/vision/digits_vit.py:tiny")
+        train(overridden(config, [("data.name", str(folder)), ("mesh.data", 1)]), tmp_path / "run")
+
+    write(64)
+    run()
+    write(32)
+    with pytest.raises(UserError, match="examples 64, which by now is 32"):
+        run()
+
+
 def test_frozen_is_saved_once(tmp_path):
     store = Checkpoints(tmp_path / "checkpoints", keep=3)
     state = {"params": {"w": jax.numpy.arange(4.0)}, "frozen": {"t": jax.numpy.arange(1000.0)}}

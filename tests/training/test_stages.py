@@ -1,6 +1,7 @@
 """Stages, starting points and distillation: all in the one loop."""
 
 import itertools
+import pathlib
 import shutil
 
 import jax
@@ -89,12 +90,79 @@ HALF = {"name": "a", "duration": 0.5}
         ((HALF, {"duration": 0.5, "overrides": {"model.widht": 1}}), r"stages\[1\].*widht"),
         ((HALF, {"duration": 0.5, "overrides": {"data.batch_size": 15, "optim.accumulate": 2}}), "multiple of"),
         ((HALF, {"duration": 0.5, "converter": "nowhere.at_all:f"}), "no module"),
+        ((HALF, {"duration": 0.5, "converter": "os:getcwd"}), "no function"),
     ],
 )
 def test_bad_stages(stages, words, tiny_run, tmp_path):
     with pytest.raises((UserError, UnknownName), match=words):
         tiny_run(RECIPE, **{"train.steps": 4, "stages": stages})
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_do_not_freeze_without_values(tiny_run):
+    """Where a transform makes frozen arrays of parameters, nothing is there to fill them with."""
+    stages = (HALF, {"name": "b", "duration": 0.5, "overrides": {"transforms": ({"name": "int8_weights"},)}})
+    stages[1]["optimizer"] = "reset"
+    with pytest.raises(UserError, match=r"frozen array .* no counterpart"):
+        tiny_run(RECIPE, **{"train.steps": 4, "stages": stages})
+    _, one = tiny_run(RECIPE, "one")
+    with pytest.raises(UserError, match=r"init_from: the run .* has no "):
+        tiny_run(RECIPE, "two", init_from=(str(one),), transforms=({"name": "int8_weights"},))
+
+
+def test_what_the_network_froze_stays(tiny_run):
+    frozen = {"transforms": ({"name": "int8_weights"},)}
+    smooth = {"objective_kwargs": {"classification": {"label_smoothing": 0.1}}}
+    stages = ({"name": "a", "duration": 2}, {"name": "b", "duration": 2, "overrides": smooth})
+    _, run = tiny_run(RECIPE, **frozen, **{"train.steps": 4, "stages": stages, "checkpoint.keep": 5})
+    two, four = arrays(run, 2), arrays(run, 4)
+    names = [name for name in two if name.startswith("frozen")]
+    assert names and [name for name in same(two, four) if name in names] == []
+    _, other = tiny_run(RECIPE, "other", **frozen, seed=1, init_from=(str(run),))
+    assert [name for name in names if not np.array_equal(four[name], arrays(other, 3)[name])] == []
+
+
+def test_the_teacher_of_each_stage(tiny_run):
+    """Overrides are of the base: a stage without them goes back to the base's teacher."""
+    teachers = [str(tiny_run("vision/digits_resnet", f"teacher{seed}", seed=seed)[1]) for seed in range(2)]
+    taught = [{"distillation": {"teacher": teacher}} for teacher in teachers]
+    stages = (
+        {"name": "a", "duration": 1},
+        {"name": "b", "duration": 1, "overrides": {"objective_kwargs": taught[1]}},
+        {"name": "c", "duration": 1},
+    )
+    settings = {"objective": "distillation", "objective_kwargs": taught[0], "stages": stages, "checkpoint.keep": 5}
+    _, run = tiny_run("vision/digits_vit", **settings)
+    for step, teacher in ((1, 0), (2, 1), (3, 0)):
+        expected, found = arrays(pathlib.Path(teachers[teacher]), 3), arrays(run, step)
+        name = next(name for name in expected if name.startswith("params"))
+        np.testing.assert_array_equal(found[name.replace("params", "frozen.teacher", 1)], expected[name])
+
+
+def test_from_classification_to_distillation(tiny_run):
+    """The network moves beside its teacher."""
+    _, teacher = tiny_run("vision/digits_resnet", "teacher")
+    over = {
+        "objective": "distillation",
+        "objective_kwargs": {"distillation": {"teacher": str(teacher)}},
+        "optim.learning_rate": 0.0,
+    }
+    stages = (
+        {"name": "alone", "duration": 2},
+        {"name": "taught", "duration": 2, "overrides": over, "optimizer": "reset"},
+    )
+    _, run = tiny_run("vision/digits_vit", **{"train.steps": 4, "stages": stages, "checkpoint.keep": 5})
+    two, four = arrays(run, 2), arrays(run, 4)
+    for name, value in two.items():
+        if name.startswith("params"):
+            np.testing.assert_array_equal(four[name.replace("params", "params.student", 1)], value)
+
+
+def test_a_teacher_of_other_data(tiny_run):
+    _, teacher = tiny_run("vision/mnist1d_cnn", "teacher")
+    settings = {"objective": "distillation", "objective_kwargs": {"distillation": {"teacher": str(teacher)}}}
+    with pytest.raises(UserError, match="was trained on data with kind signal, this is image"):
+        tiny_run("vision/digits_vit", "student", **settings)
 
 
 def test_a_stage_may_scan(tiny_run):

@@ -1,6 +1,7 @@
 """What an objective is. The state of training needs no slot beyond params, stats and frozen: all that an objective
 carries (projection heads, EMA copies, a teacher) is part of the module it builds."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,8 +24,9 @@ class Objective:
     kinds: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
 
-    def prepare(self) -> None:
-        """Reads from the disk what `build` and `fill` need; called once before them, and by nobody who only judges."""
+    def prepare(self, facts: Mapping[str, Any]) -> None:
+        """Reads from the disk what `build` and `fill` need, and checks that it goes with the data that `facts` are of;
+        called once before them, and by nobody who only judges."""
 
     def build(self, model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
         """The module that is trained; called under `eval_shape` first."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lissom.models.variables import Parts, freeze, merge
+from lissom.training.errors import UserError
 from lissom.training.objectives.base import auxiliary, cross_entropy
 from lissom.training.objectives.classification import Classification
 
@@ -31,9 +32,14 @@ class Distillation(Classification):
         super().__init__(label_smoothing=label_smoothing)
         self.teacher, self.temperature, self.soft_weight = teacher, temperature, weight
 
-    def prepare(self):
-        from lissom.training.runs import load_network
+    def prepare(self, facts):
+        from lissom.training.runs import load_network, read_facts
 
+        taught = read_facts(self.teacher)
+        for name in ("kind", "input_shape", "classes"):
+            one, other = (list(known[name]) if name == "input_shape" else known[name] for known in (taught, facts))
+            if one != other:
+                raise UserError(f"the teacher {self.teacher} was trained on data with {name} {one}, this is {other}")
         self._taught = load_network(self.teacher)
 
     def build(self, model, rngs):
