@@ -27,7 +27,10 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
 
     found, matched = [], False
     for pattern in patterns:
-        for match in sorted(glob.glob(str(pattern))):
+        matches = sorted(glob.glob(str(pattern)))
+        if not matches:
+            say(f"skipped {pattern}: it matches nothing")
+        for match in matches:
             matched = True
             root = pathlib.Path(match)
             candidates = [root] if is_run(root) else sorted(file.parent for file in root.rglob("config.json"))
@@ -115,16 +118,19 @@ def _training_times(run: pathlib.Path) -> dict[str, float]:
 
 def task_name(config) -> str:
     """The task of a run: the data and the settings that were chosen for it."""
-    settings = config.data.kwargs.get(config.data.name, {})
+    from lissom.training.building import data_settings
+
+    settings = data_settings(config)
     inner = ", ".join(f"{key}={value}" for key, value in sorted(settings.items()))
     return config.data.name + (f"({inner})" if inner else "")
 
 
 def overrides_of(config) -> dict[str, Any]:
-    """{field: value} of what differs from the recipe; empty where the recipe's file is gone."""
+    """{field: value} of what differs from the recipe, but for the seed and for fields that change no result; empty
+    where the recipe's file is gone."""
     from flax.traverse_util import flatten_dict
 
-    from lissom.training.config import from_json, load_recipe, to_json
+    from lissom.training.config import WATCHING, from_json, load_recipe, to_json
 
     try:
         base = flatten_dict(from_json(to_json(load_recipe(config.recipe))).to_dict(), sep=".")
@@ -133,7 +139,7 @@ def overrides_of(config) -> dict[str, Any]:
     return {
         key: value if isinstance(value, str | int | float | bool) else str(value)
         for key, value in flatten_dict(config.to_dict(), sep=".").items()
-        if key != "seed" and value != base.get(key, "unset")
+        if key != "seed" and not key.startswith(WATCHING) and value != base.get(key, "unset")
     }
 
 
@@ -177,8 +183,8 @@ def evaluate(
     _tell_apart(subjects)
     rows = [subject.row() for subject in subjects]
     for task, group in tasks.items():
-        dataset, config = loaded[task]
-        if floors and config.evaluation.floor:
+        dataset = loaded[task]
+        if floors and any(subject.floor for subject in group):
             rows += _floor_rows(task, dataset, group[0].blank.provenance)
     return rows
 
@@ -191,10 +197,12 @@ def _tell_apart(subjects: list) -> None:
         seen.setdefault((identity.task, identity.label, identity.transform, identity.seed), []).append(subject)
     for same in seen.values():
         if len(same) > 1:
+            places = [subject.run for subject in same]
             for number, subject in enumerate(same):
                 identity = subject.blank.identity
-                place = f"{subject.run}{f' #{number}' if number else ''}"
-                identity = dataclasses.replace(identity, variant=f"{identity.variant or identity.recipe} ({place})")
+                # Two transforms of one name, with other settings, come from one run.
+                place = f"{subject.run} #{number + 1}" if places.count(subject.run) > 1 else subject.run
+                identity = dataclasses.replace(identity, variant=f"{identity.label} ({place})")
                 subject.blank = dataclasses.replace(subject.blank, identity=identity)
 
 
@@ -207,7 +215,8 @@ def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes:
     from lissom.training.stages import final_config
 
     with _reading(run / "config.json"):
-        config = final_config(read_config(run))
+        given = read_config(run)
+        config = final_config(given)
         check(config)
         task = task_name(config)
     with _reading(run / "facts.json"):
@@ -217,11 +226,11 @@ def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes:
         trained = provenance_of({**recorded, "data": _checksum(facts)})
     times = _training_times(run)
     if task not in loaded:
-        loaded[task] = (load_dataset(config), config)
-    dataset = loaded[task][0]
+        loaded[task] = load_dataset(config)
+    dataset = loaded[task]
     _check_data(run, facts, dataset)
     measured = dataclasses.replace(here, data=_checksum(dataset.info))
-    identity = Identity(config.recipe, task, config.seed, overrides_of(config), variant=variant)
+    identity = Identity(config.recipe, task, config.seed, overrides_of(given), variant=variant)
     blank = Row(identity, measured, (), elsewhere(trained, measured), tuple(notes))
     return [
         _subject(run, config, dict(entry), dataset, blank, {} if entry else times)
@@ -281,6 +290,7 @@ def _subject(run: pathlib.Path, config, entry: dict, dataset, blank, times: Mapp
         repeats=config.evaluation.latency_repeats,
         artefact_bytes=artefact_bytes(directory),
         times=times,
+        floor=bool(config.evaluation.floor),
     )
 
 
@@ -316,6 +326,10 @@ def write(rows: list, out: pathlib.Path | str) -> None:
     from lissom.evaluation.tables import write_report
 
     write_report(rows, out, shown=SHOWN)
+    text = (pathlib.Path(out) / "table.md").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("No plot"):
+            print(line, file=sys.stderr)
 
 
 # What is printed; table.csv and rows.jsonl hold everything.

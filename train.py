@@ -136,7 +136,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                 processes.together("read")
                 if process == 0:
                     store.set_aside_after(step)
-                    print(f"resuming {workdir} at step {step} of {total}", file=sys.stderr)
+                    what = "resuming" if step < total else "nothing is left to train in"
+                    print(f"{what} {workdir} at step {step} of {total}", file=sys.stderr)
                 processes.together("damaged ones set aside")
                 break
     if state is None:
@@ -157,7 +158,12 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         f"{config.data.batch_size} on {mesh.size} {jax.devices()[0].device_kind} device(s), in {workdir}"
     )
     stopped, halted, examples = [], False, 0
-    previous = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+
+    def stop(number, _):
+        stopped.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C does not wait
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     # Programs in flight on more virtual devices than there are cores starve each other's collectives until XLA aborts.
     virtual = mesh.size > 1 and jax.devices()[0].platform == "cpu"
     outcome: dict[str, float] = {}
@@ -232,19 +238,20 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                     halted = bool(stopped)
                 elif step % config.log.every == 0:
                     halted = processes.any_of(bool(stopped))
-                last = step == stage.stop or halted
-                saving = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+                at_end = step == stage.stop or halted
+                saving = at_end or (config.checkpoint.every and step % config.checkpoint.every == 0)
                 if step % config.log.every == 0 or saving:
                     values = [(at, jax.device_get(entry)) for at, entry in pending]
                     pending = []
                     for at, entry in values:
                         if not (math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])):
                             whole = store.steps()
+                            last = f"the last good checkpoint is step {whole[0]}" if whole else "there is no checkpoint"
                             raise UserError(
                                 f"the loss is {float(entry['loss'])} at step {at}, the gradient's norm "
-                                f"{float(entry['gradient_norm'])}; the last good "
-                                f"checkpoint is {'step ' + str(whole[0]) if whole else 'none'}, in "
-                                f"{workdir}: lower config.optim.learning_rate or clip_norm"
+                                f"{float(entry['gradient_norm'])}; {last} in {workdir}: lower "
+                                "config.optim.learning_rate or clip_norm, or look for values in "
+                                "the data that are not finite"
                             )
                     now = time.monotonic()
                     rate = (step - mark_step) / max(now - mark, 1e-9)
@@ -273,14 +280,16 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         store.wait()
         step = int(state["step"])
         if halted:
-            logs.say(f"stopped by SIGTERM at step {step} of {total}; saved in {workdir}")
+            by = stopped[0] if stopped else "a signal to another process"
+            logs.say(f"stopped by {by} at step {step} of {total}; saved in {workdir}")
         else:
             outcome = evaluate(len(plan) - 1, state)
             logs.write(step, outcome, "test")
         if step > start:
             logs.write(step, times(), "times")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         logs.close()
         store.close()
     return {"step": step, "traces": traces, **times(), **outcome}

@@ -32,6 +32,8 @@ def linear(train_inputs: np.ndarray, train_labels: np.ndarray, test_inputs: np.n
     """Multinomial logistic regression on standardized, flattened inputs (L2 weight 1, scikit-learn's
     default).
     """
+    if len(np.unique(train_labels)) == 1:  # a regression needs two classes
+        return majority_class(train_labels, len(test_inputs))
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return model.fit(_flat(train_inputs), train_labels).predict(_flat(test_inputs))
 

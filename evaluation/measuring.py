@@ -41,6 +41,7 @@ class Subject:
     repeats: int
     artefact_bytes: int
     times: Mapping[str, float]
+    floor: bool = False  # whether it wants the trivial methods beside it
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
 
     def forward(self, params: Any, stats: Any, frozen: Any, inputs: jax.Array) -> jax.Array:

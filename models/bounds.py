@@ -24,5 +24,12 @@ def rate(where: str, **settings: float) -> None:
             raise _out_of_bounds(where, name, value, "be at least 0 and below 1")
 
 
+def shape_of(model: str, input_shape: Sequence[int], names: str) -> tuple[int, ...]:
+    """The shape of an example, where it has as many axes as the model reads; `names` are theirs."""
+    if len(input_shape) != len(names.split(", ")):
+        raise ValueError(f"the model {model} reads examples [{names}], and those of the data are {list(input_shape)}")
+    return tuple(input_shape)
+
+
 def _out_of_bounds(where: str, name: str, value: Any, bound: str) -> ValueError:
     return ValueError(f"{where}.{name}={value!r} must {bound}")

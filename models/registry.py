@@ -52,7 +52,9 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name and module.startswith(error.name):
-            raise UnknownName(f"{what} {name!r}: there is no module {error.name!r} to import") from error
+            raise UnknownName(
+                f"{what} {name!r}: there is no module {error.name!r} to import (a file in this folder: PYTHONPATH=.)"
+            ) from error
         raise
     except AttributeError as error:
         raise UnknownName(f"{what} {name!r}: module {module} has no {attribute!r}") from error

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.bounds import at_least_one
+from lissom.models.bounds import at_least_one, shape_of
 from lissom.models.context import Context
 from lissom.models.linear import Linear
 from lissom.models.transformer import Transformer
@@ -33,7 +33,7 @@ class SequenceTransformer(Transformer):
         **settings,
     ):
         at_least_one("model", width=width, patch=patch)
-        length, channels = input_shape
+        length, channels = shape_of("sequence_transformer", input_shape, "length, channels")
         if length % patch:
             raise ValueError(f"model.patch={patch} must divide the signal's length {length}")
         self.patch, self.causal = patch, causal

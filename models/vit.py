@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.bounds import at_least_one
+from lissom.models.bounds import at_least_one, shape_of
 from lissom.models.context import Context
 from lissom.models.linear import Linear
 from lissom.models.transformer import Transformer
@@ -33,7 +33,7 @@ class VisionTransformer(Transformer):
         **settings,
     ):
         at_least_one("model", width=width, patch=patch)
-        rows, columns, channels = input_shape
+        rows, columns, channels = shape_of("vit", input_shape, "rows, columns, channels")
         if rows % patch or columns % patch:
             raise ValueError(f"model.patch={patch} must divide the image of {rows} x {columns} pixels")
         self.grid = (rows // patch, columns // patch)

@@ -41,6 +41,7 @@ EARLY = [
     ((VIT, "--config.optim.warmup=3"), ["warmup=3.0", "at most 1"]),
     ((VIT, "--config.evaluation.latency_batches=0,1"), ["latency_batches holds 0", "at least 1"]),
     ((VIT, "--config.checkpoint.keep=0"), ["keep=0", "at least 1"]),
+    ((VIT, "--config.train.steps=2", "--config.train.epochs=1"), ["train.steps", "train.epochs", "contradict"]),
     ((VIT, "--config.seed=1e30"), ["seed=", "at most"]),
     ((VIT, "--config.model.mixer_kwargs={'attention': 5}"), ["mixer_kwargs holds 5", "table of settings"]),
     ((VIT, "--config.data.kwargs={'digits': 5}"), ["data.kwargs holds 5"]),
@@ -71,6 +72,7 @@ LATE = [
     (("--config.model.mixer_kwargs.attention.implementation=cudnn",), ["cudnn", "CUDA plugin"]),
     (("--config.model.mixer_kwargs.attention.implementation=flash",), ["has no 'flash'"]),
     (("--config.mesh.data=1", "--config.mesh.tensor=4"), ["heads", "2 entries", "4 shards"]),
+    (("--config.data.name=mnist1d",), ["reads examples [rows, columns, channels]", "[40, 1]"]),
     (("--config.data.name=mnist99",), ["mnist99"]),
     (("--config.data.name=json:dumps",), ["json:dumps", "cannot be called"]),
     (("--config.model.ffn_kwargs.mlp.expansion=inf",), ["expansion=inf"]),
@@ -108,6 +110,7 @@ def test_another_config_stands_there(tmp_path):
     assert stands(run, one, False) is False
     claim(run, one, False)
     assert stands(run, one, False) is True and stands(run, one, True) is False
+    assert stands(run, overridden(one, [("log.every", 7), ("checkpoint.every", 5)]), False) is True
     other = overridden(one, [("seed", "1")])
     with pytest.raises(UserError, match=r"seed: 0 -> 1.*--overwrite"):
         stands(run, other, False)

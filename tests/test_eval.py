@@ -269,3 +269,25 @@ def test_the_command_line_skips_and_refuses(tiny_run, tmp_path):
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2
     done = command("--runs=runs/one", "--out=file")
     assert done.returncode == 2 and done.stderr == "error: --out=file must be a directory, and file is a file\n"
+
+
+def test_floors_labels_and_patterns(tiny_run, capsys):
+    """Floors where one run wants them, in any order; labels keep overrides; patterns without a match are said."""
+    _, one = tiny_run("vision/digits_vit", "one", **{"model.mixer": "none"})
+    _, two = tiny_run("vision/digits_vit", "two", **{"model.mixer": "none", "log.every": 2})
+    _, three = tiny_run("vision/digits_vit", "three", **{"evaluation.floor": True})
+    for runs in ([one, two, three], [three, two, one]):
+        rows = evaluate(runs)
+        assert sum(row.identity.role == "floor" for row in rows) == 2
+        labels = {row.identity.label for row in rows if row.identity.role == "variant"}
+        assert sum("model.mixer=none" in label and "log.every" not in label for label in labels) == 2
+    said = []
+    assert find_runs([str(one), "/nowhere/*"], said.append) == [one]
+    assert said == ["skipped /nowhere/*: it matches nothing"]
+
+
+def test_a_staged_run_is_named_by_what_was_given(tiny_run):
+    stages = ({"name": "a", "duration": 2}, {"name": "b", "duration": 1, "overrides": {"optim.learning_rate": 0.5}})
+    _, run = tiny_run("vision/digits_vit", stages=stages)
+    overrides = evaluate([run], floors=False)[0].identity.overrides
+    assert "optim.learning_rate" not in overrides and "stages" in overrides

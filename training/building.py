@@ -1,5 +1,6 @@
 """From a config to the arrays of training: shapes first, then shardings, then arrays."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,9 +35,19 @@ class Assembly(NamedTuple):
     mesh: Mesh
 
 
+def data_settings(config) -> dict[str, Any]:
+    """The settings of the dataset that `config.data` names: under its name, those of a folder or a function under the
+    last part of theirs (a config's keys have no dots)."""
+    name = config.data.name
+    for key in (name, name.rpartition(":")[2], pathlib.PurePath(name).name):
+        if key in config.data.kwargs:
+            return config.data.kwargs[key].to_dict()
+    return {}
+
+
 def load_dataset(config) -> data.Dataset:
     """The dataset that `config.data` names, with its own settings."""
-    settings = config.data.kwargs.get(config.data.name, {})
+    settings = data_settings(config)
     return data.load(config.data.name, data_dir=config.data.data_dir or None, **settings)
 
 

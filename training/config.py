@@ -20,6 +20,8 @@ from lissom.training import OBJECTIVES, OPTIMIZERS, SCHEDULES
 from lissom.training.errors import UserError
 from lissom.training.fields import DURATIONS, check_fields, check_stage
 
+# Fields that are about watching and keeping a run: they change nothing in it.
+WATCHING = ("log.", "checkpoint.")
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 

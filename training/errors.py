@@ -21,8 +21,11 @@ def one_sentence() -> Iterator[None]:
     except (UserError, UnknownName, WrongType, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         print(f"error: {error.filename or 'a file of the run'} could not be written: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -8,6 +8,11 @@ from absl import flags
 from lissom.training import config as recipes
 from lissom.training.errors import UserError
 
+CONFIG_HELP = """
+  --config: the recipe, a path with an optional mode: configs/vision/digits_vit.py:tiny (train.py, compare.py)
+  --config.FIELD=VALUE: another value of a field of the recipe: --config.model.mixer=window --config.seed=3
+"""
+
 
 def parse(argv: list[str]) -> list[tuple[str, str]]:
     """Parses absl flags; returns the (field, text) pairs of --config.field=value. The recipe is the pair ("", spec)."""
@@ -23,7 +28,7 @@ def parse(argv: list[str]) -> list[tuple[str, str]]:
         else:
             rest.append(word)
     if any(word in ("--help", "-h", "--helpfull") for word in rest):
-        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), CONFIG_HELP, sep="\n")
         raise SystemExit(0)
     try:
         extra = flags.FLAGS(rest)
@@ -40,6 +45,9 @@ def config_from(pairs: list[tuple[str, str]]) -> tuple[str, ml_collections.Confi
     if not specs:
         listing = "\n".join(f"  {name:44s} {doc}" for name, doc in recipes.recipes().items())
         raise UserError(f"--config=RECIPE is missing; the recipes are:\n{listing}")
+    lengths = [key for key, _ in pairs if key.startswith("train.")]
+    if len(set(lengths)) > 1:
+        raise UserError(f"--config.{' and --config.'.join(lengths)} contradict each other: a run has one length")
     config = recipes.overridden(recipes.load_recipe(specs[-1]), [(key, value) for key, value in pairs if key])
     recipes.check(config)
     return specs[-1], config

@@ -17,7 +17,7 @@ from lissom.models.variables import Parts, flatten, split
 from lissom.training import sharding
 from lissom.training.building import build_network, build_objective
 from lissom.training.checkpoints import Checkpoints
-from lissom.training.config import differences, from_json, to_json
+from lissom.training.config import WATCHING, differences, from_json, to_json
 from lissom.training.errors import UserError
 from lissom.training.stages import final_config, replaced
 
@@ -60,6 +60,7 @@ def stands(workdir: pathlib.Path, config, overwrite: bool) -> bool:
         if overwrite:
             return False
         changed = differences(read_config(workdir).to_dict(), from_json(to_json(config)).to_dict())
+        changed = [line for line in changed if not line.startswith(WATCHING)]
         if changed:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(changed[:5])}"

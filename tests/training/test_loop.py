@@ -270,15 +270,16 @@ def wait_for(condition, process):
     raise AssertionError("the run did not get there in a minute")
 
 
-def test_sigterm_saves_and_exits_0(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_and_exits_0(number, tmp_path):
     process = _command(tmp_path / "run", "--config.train.steps=1000000", "--config.log.every=100")
     wait_for(
         lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size,
         process,
     )
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 0
-    assert "stopped by SIGTERM" in process.stderr.read()
+    assert f"stopped by {number.name}" in process.stderr.read()
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[0] > 0
 
 
