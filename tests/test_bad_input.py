@@ -75,7 +75,7 @@ LATE = [
     (("--config.data.name=mnist1d",), ["reads examples [rows, columns, channels]", "[40, 1]"]),
     (("--config.data.name=mnist99",), ["mnist99"]),
     (("--config.data.name=json:dumps",), ["json:dumps", "cannot be called"]),
-    (("--config.model.ffn_kwargs.mlp.expansion=inf",), ["expansion=inf"]),
+    (("--config.model.ffn_kwargs.mlp.expansion=inf",), ["expansion='inf'", "must be a number"]),
     (("--config.evaluation.transforms=({'name': 'int8_weights', 'rules': [('nosuch', {})]},)",), ["matches no layer"]),
     (("--config.init_from=nowhere",), ["nowhere"]),
 ]
