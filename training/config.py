@@ -104,7 +104,9 @@ def override(config: ml_collections.ConfigDict, key: str, text: Any) -> None:
         sized = SIZES.get(node.get("name"), {}).get(node.get("size"), {}) if parents == ["model"] else {}
         present = sized.get(last)
         if not (parents == ["train"] and last in DURATIONS) and last not in sized:
-            raise _unknown(key, last, [*node, *sized])
+            raise _unknown(
+                key, last, list(dict.fromkeys([*node, *sized, *(DURATIONS if parents == ["train"] else ())]))
+            )
     if parents == ["train"] and last in DURATIONS:
         with config.unlocked():  # steps, epochs, examples: the new one takes the place of the recipe's
             for name in DURATIONS:

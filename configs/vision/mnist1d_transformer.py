@@ -2,7 +2,7 @@
 
 Paper: Greydanus & Kobak 2020, arXiv:2011.14439 (the data).
 Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py
-    --vary=model.mixer=attention,window,none --match=params --tune=optim.learning_rate=7e-4,2e-3,6e-3
+    --vary=model.mixer=attention,window,none --match=params --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
 Time: about two minutes a run on 2 CPU cores. Result: see the table in README.md.
 Sweep: model.mixer=attention,window,none  model.ffn=mlp,swiglu  model.norm=layernorm,rmsnorm,none
 """
