@@ -196,8 +196,13 @@ class Checkpoints:
             apart = record["frozen"].get("directory")
             restored = _restore(self.directory / str(step) / "state", _part(wanted, False) if apart else wanted)
             if apart:
-                restored |= _restore(self._beside("frozen") / apart, _part(wanted, True))
+                try:
+                    restored |= _restore(self._beside("frozen") / apart, _part(wanted, True))
+                except DAMAGE as error:
+                    raise Damaged(f"{self._beside('frozen') / apart}, which it refers to, can't be read") from error
         except DAMAGE as error:
+            if isinstance(error, Damaged):
+                raise
             raise Damaged(f"it can't be read ({str(error).strip().splitlines()[0][:160]})") from error
         for name, leaf in restored.items():
             if leaf.shape != wanted[name].shape:

@@ -240,6 +240,10 @@ def test_frozen_is_saved_once(tmp_path):
     store.close()
     assert len(list((tmp_path / "frozen").iterdir())) == 2
     assert store.load(4, shapes, {})["frozen"]["t"][0] == 1
+    shutil.rmtree(tmp_path / "frozen" / store.record(4)["frozen"]["directory"])
+    said = []
+    assert store.newest(shapes, {}, said.append)[0] == 3
+    assert "step 4" in said[0] and "frozen" in said[0]
 
 
 def _command(workdir, *extra):
