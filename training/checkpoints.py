@@ -192,18 +192,10 @@ class Checkpoints:
                 f"the checkpoint of step {step} under {self.directory} has no {missing[0]!r} "
                 f"({len(missing)} of {len(wanted)} arrays are not in it): it is of another model"
             )
-        try:
-            apart = record["frozen"].get("directory")
-            restored = _restore(self.directory / str(step) / "state", _part(wanted, False) if apart else wanted)
-            if apart:
-                try:
-                    restored |= _restore(self._beside("frozen") / apart, _part(wanted, True))
-                except DAMAGE as error:
-                    raise Damaged(f"{self._beside('frozen') / apart}, which it refers to, can't be read") from error
-        except DAMAGE as error:
-            if isinstance(error, Damaged):
-                raise
-            raise Damaged(f"it can't be read ({str(error).strip().splitlines()[0][:160]})") from error
+        apart = record["frozen"].get("directory")
+        restored = _restore(self.directory / str(step) / "state", _part(wanted, False) if apart else wanted)
+        if apart:
+            restored |= _restore(self._beside("frozen") / apart, _part(wanted, True))
         for name, leaf in restored.items():
             if leaf.shape != wanted[name].shape:
                 raise UserError(
@@ -278,11 +270,13 @@ def _here() -> jax.sharding.Sharding:
 def _restore(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     if not wanted:
         return {}
-    with _reader() as reader:
-        args = {
-            name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or _here())
-            for name, leaf in wanted.items()
-        }
-        return reader.restore(
-            path, args=ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
-        )
+    args = {
+        name: ocp.ArrayRestoreArgs(sharding=getattr(leaf, "sharding", None) or _here()) for name, leaf in wanted.items()
+    }
+    how = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
+    try:
+        with _reader() as reader:
+            return reader.restore(path, args=how)
+    except DAMAGE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise Damaged(f"{path.parent.name}/{path.name} can't be read ({reason})") from error
