@@ -231,13 +231,12 @@ def _digest(config) -> str:
 
 
 def _read_record(record: pathlib.Path) -> dict[str, dict[str, Any]]:
+    if not record.is_file():
+        return {}
     try:
-        losses = dict(json.loads(record.read_text())) if record.is_file() else {}
-        for entry in losses.values():
-            if entry["loss"] is not None:
-                math.isfinite(entry["loss"])
-            entry["config"].strip()
-        return losses
+        entries = json.loads(record.read_text()).items()
+        number = lambda loss: None if loss is None else float(loss)
+        return {name: {"loss": number(entry["loss"]), "config": entry["config"]} for name, entry in entries}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{record} can't be read ({error}): without it, this variant is tuned again") from error
 
