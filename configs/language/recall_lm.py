@@ -2,8 +2,9 @@
 
 Paper: Arora et al. 2023, Zoology, arXiv:2312.04927 (the task).
 Command: uv run train.py --config=configs/language/recall_lm.py
-Time: about two minutes on 2 CPU cores. Result: after 1,200 steps (equal parameters, three seeds, 40,000 tokens) attention
-answers 15.1 % (one of the eight values that stand there: 12.5), window 8.5, none 3.2 (chance 3.1): not solved yet.
+Time: about two minutes on 2 CPU cores. Result: after 1,200 steps (equal parameters, three seeds, 40,000 tokens)
+attention answers 15.1 % (guessing one of the eight values that stand there: 12.5), window 8.5, none 3.2 (chance 3.1):
+not solved yet.
 results/recall_lm: compare.py --vary=model.mixer=attention,window,none --match=params --config.train.steps=1200
     --tune=optim.learning_rate=1e-3,3e-3,9e-3
 Sweep: model.mixer=attention,window,none  data.kwargs.sequences.pairs
