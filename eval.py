@@ -25,10 +25,10 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
     """Every finished run at or under what the patterns match; those skipped are said; none at all is an error."""
     from lissom.training.runs import is_run
 
-    found, matched = [], False
+    patterns, found, matched = list(patterns), [], False
     for pattern in patterns:
         matches = sorted(glob.glob(str(pattern)))
-        if not matches:
+        if not matches and len(patterns) > 1:
             say(f"skipped {pattern}: it matches nothing")
         for match in matches:
             matched = True
