@@ -24,7 +24,6 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     check(config)
     # jax is imported behind the check: a mistake is answered in 0.3 seconds instead of 6.
     import dataclasses
-    import itertools
     import json
     import math
     import signal
@@ -37,7 +36,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import processes, runs, sharding, stages
-    from lissom.training.building import assemble, fresh_state, load_dataset
+    from lissom.training.building import fresh_state, load_dataset
     from lissom.training.checkpoints import Checkpoints
     from lissom.training.config import total_steps
     from lissom.training.logs import Logs
@@ -60,26 +59,12 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         batches = {"batch_size": stage.config.data.batch_size, "augment": stage.config.data.augment}
         return {**batches, "seed": config.seed, "process": process, "processes": count}
 
-    if resuming:
-        runs.check_facts(workdir, facts)
+    if resuming and (workdir / "facts.json").is_file():
+        runs.check_facts(workdir, facts, (*runs.SHAPES, "examples", "steps", "sha256"))
 
     # --------------------------------------------------- shapes, programs, claim
     # Everything that can be wrong with any stage is found before the directory is touched.
-    plan = stages.plan(config, total)
-    for stage in plan:
-        sharding.check_batch(mesh, stage.config.data.batch_size, stage.config.optim.accumulate, count)
-
-    def assembled(stage):
-        # The optimizer's count begins where its state was fresh: at the run's start or at the last reset.
-        born = max((s.start for s in plan if s.start <= stage.start and s.optimizer == "reset"), default=0)
-        structure = structure_of(stage.config)
-        if stage.schedule == "run":
-            return assemble(stage.config, facts, total, mesh, structure, offset=born)
-        return assemble(stage.config, facts, stage.stop - stage.start, mesh, structure, offset=born - stage.start)
-
-    assemblies = [assembled(stage) for stage in plan]
-    for (one, other), stage in zip(itertools.pairwise(assemblies), plan[1:], strict=True):
-        stages.check_carry(stage, one, other)
+    plan, assemblies = zip(*stages.assembled(config, facts, len(dataset.train), mesh, structure_of), strict=True)
     check_transforms(config, facts)
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     # Made where it lies: of several processes none could put it on the others' devices.
@@ -120,30 +105,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     processes.together("claimed")
 
     # ----------------------------------------------------------------- state
-    state, current = None, 0
-    if resuming:
-        for step in store.steps():
-            # A checkpoint at a boundary was written by the stage that ends there.
-            current = next(i for i, stage in enumerate(plan) if step <= stage.stop)
-            found = store.newest_at(
-                step,
-                assemblies[current].shapes,
-                assemblies[current].stacks,
-                lambda text: print(text, file=sys.stderr),
-            )
-            if not processes.any_of(found is None):  # damage to one process's shards is damage to all
-                state = found
-                processes.together("read")
-                if process == 0:
-                    store.set_aside_after(step)
-                    what = "resuming" if step < total else "nothing is left to train in"
-                    print(f"{what} {workdir} at step {step} of {total}", file=sys.stderr)
-                processes.together("damaged ones set aside")
-                break
+    state, current = runs.resumed(store, plan, assemblies) if resuming else (None, 0)
     if state is None:
-        current = 0
-        if store.steps():
-            raise UserError(f"every checkpoint of {workdir} is damaged or unreadable: --overwrite to start anew")
         state = fresh_state(assemblies[0], init_key)
         if starting is not None:
             state = runs.started(state, assemblies[0].stacks, starting)

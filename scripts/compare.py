@@ -22,7 +22,7 @@ from absl import flags
 
 from lissom.eval import check_writable, read_metrics
 from lissom.training import flags as command_line
-from lissom.training.config import check, default_workdir, differences, from_json, overridden, to_json
+from lissom.training.config import check, default_workdir, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
 
 MATCHES = ("params", "flops", "bytes")
@@ -251,11 +251,9 @@ def _write_record(record: pathlib.Path, losses: Mapping[str, Mapping[str, Any]])
 
 def _check_same(run: pathlib.Path, config) -> None:
     """The same label may stand for another run: other flags, another recipe."""
-    from lissom.training.runs import is_run, read_config
+    from lissom.training.runs import changes
 
-    if not is_run(run):
-        return
-    changed = differences(read_config(run).to_dict(), from_json(to_json(config)).to_dict())
+    changed = changes(run, config)
     if changed:
         raise UserError(f"{run} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir")
 
@@ -327,19 +325,11 @@ def configs_of(
 
 def try_out(config, facts: Mapping[str, Any], examples: int) -> None:
     """Raises what train.py would raise for this config, without building an array."""
-    import jax
-
     from lissom.compression.artefacts import check_transforms, structure_of
     from lissom.training import sharding, stages
-    from lissom.training.building import assemble
-    from lissom.training.config import total_steps
 
     check(config)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate, jax.process_count())
-    total = total_steps(config, examples)
-    for stage in stages.plan(config, total):
-        assemble(stage.config, facts, total, mesh, structure_of(stage.config))
+    stages.assembled(config, facts, examples, sharding.make_mesh(config.mesh), structure_of)
     check_transforms(config, facts)
 
 

@@ -14,13 +14,14 @@ from lissom.models import MODELS
 from lissom.models.registry import resolve, settings_of
 from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import Parts, flatten, split
-from lissom.training import sharding
+from lissom.training import processes, sharding
 from lissom.training.building import build_network, build_objective
 from lissom.training.checkpoints import Checkpoints
 from lissom.training.config import WATCHING, differences, from_json, to_json
 from lissom.training.errors import UserError
-from lissom.training.stages import final_config, replaced
+from lissom.training.stages import Stage, final_config, replaced
 
+SHAPES = ("kind", "input_shape", "classes", "vocab_size")  # the facts that a network is built on
 KINDS = ("params", "stats", "frozen")
 
 
@@ -53,14 +54,19 @@ def read_facts(path: pathlib.Path | str) -> dict[str, Any]:
         raise UserError(f"{file} can't be read: {error}") from error
 
 
+def changes(path: pathlib.Path, config) -> list[str]:
+    """What differs between the config of a run and `config`, but for fields that change nothing in a run."""
+    found = differences(read_config(path).to_dict(), from_json(to_json(config)).to_dict())
+    return [line for line in found if not line.startswith(WATCHING)]
+
+
 def stands(workdir: pathlib.Path, config, overwrite: bool) -> bool:
     """Whether a run of the same config stands in `workdir`, to be resumed. One of another config is an error unless it
     may be overwritten. Changes nothing."""
     if is_run(workdir):
         if overwrite:
             return False
-        changed = differences(read_config(workdir).to_dict(), from_json(to_json(config)).to_dict())
-        changed = [line for line in changed if not line.startswith(WATCHING)]
+        changed = changes(workdir, config)
         if changed:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(changed[:5])}"
@@ -74,17 +80,37 @@ def stands(workdir: pathlib.Path, config, overwrite: bool) -> bool:
     return False
 
 
-def check_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
-    """Raises UserError where the data is not any more what a run in `workdir` was begun on."""
-    if not (workdir / "facts.json").is_file():
-        return
-    before, now = read_facts(workdir), json.loads(json.dumps(facts, default=str))
-    for name in ("kind", "examples", "steps", "input_shape", "classes", "vocab_size", "sha256"):
+def check_facts(path: pathlib.Path, facts: Mapping[str, Any], names: Sequence[str] = SHAPES) -> None:
+    """Raises UserError where a dataset, by the named facts, is not any more what the run was begun on."""
+    before, now = read_facts(path), json.loads(json.dumps(facts, default=str))
+    for name in names:
         if before.get(name) != now.get(name):
             raise UserError(
-                f"the run in {workdir} was begun on data with {name} {before.get(name)}, which by now is "
-                f"{now.get(name)}: give another --workdir, or --overwrite"
+                f"{path} was trained on data with {name} {before.get(name)}, which by now is {now.get(name)}: a run "
+                "keeps to its data, so give another --workdir"
             )
+
+
+def resumed(store: Checkpoints, plan: Sequence[Stage], assemblies: Sequence) -> tuple[dict[str, Any] | None, int]:
+    """(state, index of its stage) of the newest checkpoint that is whole in every process, those after it set aside;
+    (None, 0) where there is none yet, and a UserError where all are damaged."""
+    steps = store.steps()
+    for step in steps:
+        # A checkpoint at a boundary was written by the stage that ends there.
+        current = next(i for i, stage in enumerate(plan) if step <= stage.stop)
+        found = store.newest_at(step, assemblies[current].shapes, assemblies[current].stacks, _to_stderr)
+        if processes.any_of(found is None):  # damage to one process's shards is damage to all
+            continue
+        processes.together("read")
+        if jax.process_index() == 0:
+            store.set_aside_after(step)
+            what = "resuming" if step < plan[-1].stop else "nothing is left to train in"
+            _to_stderr(f"{what} {store.directory.parent} at step {step} of {plan[-1].stop}")
+        processes.together("damaged ones set aside")
+        return found, current
+    if steps:
+        raise UserError(f"every checkpoint of {store.directory.parent} is damaged: --overwrite to start anew")
+    return None, 0
 
 
 def claim(workdir: pathlib.Path, config, overwrite: bool) -> None:
@@ -114,11 +140,9 @@ def as_loop(config):
     return config
 
 
-def load_network(
-    path: pathlib.Path | str, structure_of: Callable | None = None, finished: bool = True, say=_to_stderr
-) -> Parts:
-    """The trained network of a run, from its newest whole checkpoint, on the first device, with its layers apart; a run
-    whose last step is not in it is an error if it is to be `finished`. `structure_of(config)` gives the function that
+def load_network(path: pathlib.Path | str, structure_of: Callable | None = None, say=_to_stderr) -> Parts:
+    """The trained network of a finished run, from its newest whole checkpoint, on the first device, with its layers
+    apart; where that is not of the run's last step, it is an error. `structure_of(config)` gives the function that
     applies the transforms which the run was trained with."""
     config, facts = as_loop(final_config(read_config(path))), read_facts(path)
     if config.transforms and structure_of is None:
@@ -134,7 +158,7 @@ def load_network(
     found = store.newest(shapes, {}, say)
     if found is None:
         raise UserError(f"{path} has no whole checkpoint: every one is damaged")
-    if finished and found[0] < facts.get("steps", 0):
+    if found[0] < facts.get("steps", 0):
         raise UserError(
             f"{path} is not finished: its newest whole checkpoint is of step {found[0]} of {facts['steps']}"
         )

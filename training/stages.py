@@ -10,19 +10,21 @@ stage may go from a looped to a scanned stack.
 """
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lissom.models.registry import resolve
 from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import flatten
 from lissom.training import sharding
-from lissom.training.building import Assembly
+from lissom.training.building import Assembly, assemble
 from lissom.training.checkpoints import flat
-from lissom.training.config import overridden
+from lissom.training.config import overridden, total_steps
 from lissom.training.errors import UserError
 
 
@@ -74,6 +76,27 @@ def plan(config, total: int) -> list[Stage]:
     if len(set(names)) < len(names):
         raise UserError(f"config.stages: the names {', '.join(names)} are not all different")
     return stages
+
+
+def assembled(
+    config, facts: Mapping[str, Any], examples: int, mesh: Mesh, structure_of
+) -> list[tuple[Stage, Assembly]]:
+    """Every stage of a run on that many training examples, with what is known of it before an array exists. What can be
+    wrong with one of them, or with the step from one to the next, is a UserError here. `structure_of(config)` gives
+    the function that applies the transforms of a config."""
+    total = total_steps(config, examples)
+    stages = plan(config, total)
+    pairs = []
+    for stage in stages:
+        sharding.check_batch(mesh, stage.config.data.batch_size, stage.config.optim.accumulate, jax.process_count())
+        # The optimizer's count begins where its state was fresh: at the run's start or at the last reset.
+        born = max((s.start for s in stages if s.start <= stage.start and s.optimizer == "reset"), default=0)
+        start, length = (0, total) if stage.schedule == "run" else (stage.start, stage.stop - stage.start)
+        structure = structure_of(stage.config)
+        pairs.append((stage, assemble(stage.config, facts, length, mesh, structure, offset=born - start)))
+    for (_, before), (stage, after) in itertools.pairwise(pairs):
+        check_carry(stage, before, after)
+    return pairs
 
 
 def final_config(config):
