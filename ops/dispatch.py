@@ -117,6 +117,17 @@ def partition(mesh: jax.sharding.Mesh | None = None, **axes: str | Sequence[str]
         _partition.reset(token)
 
 
+def wanted(implementation: Names | None) -> tuple[str, ...] | None:
+    """The names that a call with this argument tries on every platform; None where each has its own default."""
+    names = _used.get() if implementation is None else implementation
+    return names if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def is_partitioned() -> bool:
+    """Whether `partition` is in force, so that what runs may see a part of each array only."""
+    return _partition.get() is not None
+
+
 @contextlib.contextmanager
 def record() -> Iterator[list[Choice]]:
     """Collects the choices that are made while it is open. A function that is already compiled is not traced
@@ -150,11 +161,8 @@ def call(
     ("batch", "heads"); `result_dims` has the same for the results. Raises ValueError for a name that the op
     does not have, and NotImplementedError when nothing that was asked for can do the request.
     """
-    wanted = _used.get() if implementation is None else implementation
-    if wanted is None:
-        orders = op.defaults
-    else:
-        orders = {"default": (wanted,) if isinstance(wanted, str) else tuple(wanted)}
+    names = wanted(implementation)
+    orders = op.defaults if names is None else {"default": names}
     for name in (name for order in orders.values() for name in order):
         if name not in op.implementations:
             raise RequestError(
@@ -165,7 +173,7 @@ def call(
         for platform, order in orders.items()
     }
     names = set(chosen.values())
-    for platform, name in {None: names.copy().pop()}.items() if len(names) == 1 else chosen.items():
+    for platform, name in {None: next(iter(names))}.items() if len(names) == 1 else chosen.items():
         for choices in _records.get():
             choices.append(Choice(op.name, name, platform))
     branches = {name: functools.partial(_run, op, name, dict(options), operand_dims, result_dims) for name in names}

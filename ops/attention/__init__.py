@@ -7,9 +7,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lissom.ops import dispatch
-from lissom.ops.attention.masks import And, Causal, Full, Lengths, Mask, Segments, Span, Window
+from lissom.ops.attention.masks import (
+    And,
+    Causal,
+    Full,
+    Lengths,
+    Mask,
+    Neighbourhood,
+    Prefix,
+    Segments,
+    Span,
+    Window,
+)
+from lissom.ops.attention.merging import merge
+from lissom.ops.attention.sparse import BlockSparse, KeyColumns, Union, listed, replaced
 
-__all__ = ["OP", "And", "Causal", "Full", "Lengths", "Mask", "Segments", "Span", "Window", "attention"]
+__all__ = [
+    "OP",
+    "And",
+    "BlockSparse",
+    "Causal",
+    "Full",
+    "KeyColumns",
+    "Lengths",
+    "Mask",
+    "Neighbourhood",
+    "Prefix",
+    "Segments",
+    "Span",
+    "Union",
+    "Window",
+    "attention",
+    "merge",
+]
 
 OP = dispatch.Op(
     name="attention",
@@ -25,6 +55,7 @@ Queries = Float[Array, "batch q_len heads head_dim"]
 Keys = Float[Array, "batch kv_len kv_heads head_dim"]
 Values = Float[Array, "batch kv_len kv_heads v_dim"]
 Bias = Float[Array, "#batch #heads #q_len #kv_len"]
+Sinks = Float[Array, "heads"]
 Out = Float[Array, "batch q_len heads v_dim"]
 LogSumExp = Float[Array, "batch heads q_len"]
 
@@ -35,29 +66,37 @@ def attention(
     v: Values,
     *,
     mask: Mask = Full(),  # noqa: B008 (frozen and static)
-    scale: float | None = None,
     bias: Bias | None = None,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+    sinks: Sinks | None = None,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> Out | tuple[Out, LogSumExp]:
     """Each query's mean of the values, weighted by the softmax of its products with the keys.
 
-        s[b,h,i,j] = scale * sum_d q[b,i,h,d] k[b,j,h//g,d] + bias[b,h,i,j]     over keys j that query i sees
-        lse[b,h,i] = log sum_j exp s[b,h,i,j]
-        out[b,i,h] = sum_j exp(s[b,h,i,j] - lse[b,h,i]) v[b,j,h//g]             g = heads / kv_heads
+        s[b,h,i,j] = cap(scale * sum_d q[b,i,h,d] k[b,j,h//g,d]) + bias[b,h,i,j]     over keys j that query i sees
+        lse[b,h,i] = log(sum_j exp s[b,h,i,j] + exp sinks[h])
+        out[b,i,h] = sum_j exp(s[b,h,i,j] - lse[b,h,i]) v[b,j,h//g]                  g = heads / kv_heads
+        cap(x)     = c tanh(x / c)  with c = logit_softcap, else x
 
     q, k, v: float arrays of one dtype (float16, bfloat16, float32, float64); `heads` is a multiple of
     `kv_heads` (grouped queries), `v_dim` may differ from `head_dim`. Products are accumulated, and the
     softmax is taken, in float32 at least. `out` has the dtype of v, `lse` is float32 (float64 for float64
     inputs).
 
-    mask: an object of `masks` (`Causal() & Segments(ids)`). A query that sees no key gives out 0, lse -inf
-    and zero gradients. What stands at padding (`Lengths`, negative `Segments`) is never read, NaN or not;
-    keys that are hidden from some queries only have to be finite.
+    mask: an object of `masks` or `sparse`, joined by `&` (`Causal() & Segments(ids)`); lists of blocks and of single
+    keys by `|`. A query that sees no key gives out 0, lse -inf (the sink, where there is one) and zero gradients. What
+    stands at padding (`Lengths`, negative `Segments`) reaches no result, NaN or not; keys that are hidden from some
+    queries only have to be finite.
+    bias: rank 4, each dimension whole or 1; differentiable. It is added before masking.
     scale: a Python number, by default head_dim ** -0.5. A learned temperature is multiplied into q by the
     caller.
-    bias: rank 4, each dimension whole or 1; differentiable. It is added before masking.
-    implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "xla", "cudnn", or
+    logit_softcap: a positive Python number, or None (Gemma 2, arXiv 2408.00118, section 2, which has no bias: that the
+    cap comes before it is a choice made here).
+    sinks: float [heads], a learned logit that takes part in the denominator and has no value (gpt-oss, arXiv
+    2508.10925, section 2.2); differentiable. Partial results that are to be merged take it in one part only.
+    implementation: see `lissom.ops.dispatch`: None (the platform's default), a name of `OP.implementations`, or
     a sequence. Only "reference" can be differentiated twice.
 
     ValueError names the argument that does not fit; NotImplementedError comes from an implementation that was
@@ -67,21 +106,50 @@ def attention(
     papers leave open what a row without keys gives; here it is the value that makes merging of partial
     results by (out, lse) exact.
     """
-    _check(q, k, v, mask, scale, bias)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    mask_dims = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else (), mask)
+    _check(q, k, v, mask, bias, scale, logit_softcap, sinks)
+    options = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "logit_softcap": None if logit_softcap is None else float(logit_softcap),
+        "return_lse": return_lse,
+    }
+    blocks = listed(mask)
+    if dispatch.is_partitioned():
+        # What a device sees of a list depends on its place: a static list becomes an operand.
+        mask = mask if blocks is None else replaced(mask, blocks, blocks.on_device())
+    if isinstance(blocks, Union) and dispatch.wanted(implementation) != ("reference",):
+        return _of_union(q, k, v, mask, bias, sinks, options, implementation)
+    return _call(q, k, v, mask, bias, sinks, options, implementation)
+
+
+def _call(q, k, v, mask, bias, sinks, options, implementation):
     rows = ("batch", None, "heads", None)
     return dispatch.call(
         OP,
-        operands=(q, k, v, mask, bias),
-        options={"scale": scale, "return_lse": return_lse},
+        operands=(q, k, v, mask, bias, sinks),
+        options=options,
         implementation=implementation,
-        operand_dims=(rows, rows, rows, mask_dims, None if bias is None else ("batch", "heads", None, None)),
-        result_dims=(rows, ("batch", "heads", None)) if return_lse else rows,
+        operand_dims=(
+            *(rows, rows, rows, mask.dims()),
+            None if bias is None else ("batch", "heads", None, None),
+            None if sinks is None else ("heads",),
+        ),
+        result_dims=(rows, ("batch", "heads", None)) if options["return_lse"] else rows,
     )
 
 
-def _check(q, k, v, mask, scale, bias) -> None:
+def _of_union(q, k, v, mask, bias, sinks, options, implementation):
+    """Blocks and single keys apart, the keys without those in the blocks, merged in float32."""
+    union = listed(mask)
+    parts = []
+    for part, part_sinks in ((union.blocks, sinks), (union.columns_alone(k.shape[1]), None)):
+        part_mask = replaced(mask, union, part)
+        parts.append(_call(q, k, v, part_mask, bias, part_sinks, {**options, "return_lse": True}, implementation))
+    out, lse = merge([(out.astype(lse.dtype), lse) for out, lse in parts])
+    out = out.astype(v.dtype)
+    return (out, lse) if options["return_lse"] else out
+
+
+def _check(q, k, v, mask, bias, scale, logit_softcap, sinks) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4:
             raise ValueError(f"{name} is [batch, length, heads, head_dim], got rank {array.ndim}: {array.shape}.")
@@ -99,10 +167,15 @@ def _check(q, k, v, mask, scale, bias) -> None:
     if heads % k.shape[2]:
         raise ValueError(f"q has {heads} heads, which is not a multiple of the {k.shape[2]} heads of k and v.")
     if not isinstance(mask, Mask):
-        raise ValueError(f"mask is an object of lissom.ops.attention.masks, got {type(mask).__name__}.")
-    mask.check(batch, q_len, k.shape[1])
+        raise ValueError(f"mask is an object of lissom.ops.attention, got {type(mask).__name__}.")
+    listed(mask)
+    mask.check(batch, q_len, k.shape[1], heads, k.shape[2])
     if isinstance(scale, jax.Array):
         raise ValueError("scale is a Python number; multiply an array into q instead.")
+    if logit_softcap is not None and (isinstance(logit_softcap, jax.Array) or not logit_softcap > 0):
+        raise ValueError(f"logit_softcap is a positive Python number or None, got {logit_softcap}.")
+    if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+        raise ValueError(f"sinks is a float array [heads={heads}], got {sinks.dtype}{list(sinks.shape)}.")
     if bias is not None:
         whole = (batch, heads, q_len, k.shape[1])
         if bias.ndim != 4 or any(got not in (1, size) for got, size in zip(bias.shape, whole)):

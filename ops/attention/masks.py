@@ -1,20 +1,16 @@
 """Masks of attention as small objects: which key may a query see.
 
-A mask is a frozen pytree: what is a Python number is static (part of the compiled program), what is an array
-is an operand that passes through `jit`, `vmap` and `shard_map`. Positions are counted from 0 in `q` and in
-`k`; query i of a chunk stands at position i + offset among the keys.
+A mask is a frozen pytree: what is a Python number or a numpy table of its own is static (part of the compiled
+program), what is an array is an operand that passes through `jit`, `vmap` and `shard_map`. Positions are counted
+from 0 in `q` and in `k`; query i of a chunk stands at position i + offset among the keys.
 
-Every mask answers four questions:
+Every mask here comes down to a few tests of one form: query i sees key j where
 
-* `block(q, k)`: the boolean square of the queries and keys in two `Span`s, or None where everything in it is
-  seen;
-* `key_range(start, stop, kv_len)`: static bounds on the keys that queries start..stop-1 can see, to skip the
-  rest;
-* `valid_keys(kv_len)`, `valid_queries(q_len)`: what is padding, hidden from everybody. Padding may hold
-  anything, NaN too. A key that is hidden from some queries only has to be finite: its weight is an exact 0,
-  and 0 * NaN is NaN;
-* `dense(q_len, kv_len)`: the whole square. This is the definition that all implementations are tested
-  against.
+    low[i] <= code[j] < high[i]          in every `Interval`
+
+with one integer a query or key. A triangle, a window, packed documents, a neighbourhood on a grid are tables; so what
+follows from them is written once: the square of a block, the keys that a block can see, the tiles that a kernel may
+skip. `a & b` joins the tests. Masks that list blocks or single keys are in `sparse.py`.
 """
 
 from dataclasses import dataclass
@@ -37,6 +33,54 @@ class Span(NamedTuple):
         # numpy while it can: constants fold, and a static mask can be seen to hide nothing.
         return self.start + np.arange(self.size, dtype=np.int32)
 
+    def take(self, table) -> jax.Array | np.ndarray:
+        """Entries [batch, size] of a table [batch, length]."""
+        if _is_static(self.start):
+            return table[:, self.start : self.start + self.size]
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), self.start, self.size, axis=1)
+
+
+class At(NamedTuple):
+    """Any positions, int [n]."""
+
+    index: jax.Array | np.ndarray
+
+    def positions(self) -> jax.Array | np.ndarray:
+        return self.index
+
+    def take(self, table) -> jax.Array | np.ndarray:
+        static = isinstance(table, np.ndarray) and isinstance(self.index, np.ndarray)
+        return table[:, self.index] if static else jnp.take(jnp.asarray(table), self.index, axis=1, mode="clip")
+
+
+class Interval(NamedTuple):
+    """Query i sees key j where low[i] <= code[j] < high[i].
+
+    `low`, `high` int [1 or batch, q_len], None: unbounded; `code` int [1 or batch, kv_len], None: the position j
+    itself. numpy where static.
+    """
+
+    low: jax.Array | np.ndarray | None
+    high: jax.Array | np.ndarray | None
+    code: jax.Array | np.ndarray | None = None
+
+    def codes(self, kv_len: int) -> jax.Array | np.ndarray:
+        return np.arange(kv_len, dtype=np.int32)[None] if self.code is None else self.code
+
+    def square(self, q: Span | At, k: Span | At) -> jax.Array | np.ndarray | None:
+        """Bool [1 or batch, q.size, k.size], None where unbounded."""
+        code = k.positions()[None] if self.code is None else k.take(self.code)
+        code = code[:, None, :]
+        seen = None if self.low is None else q.take(self.low)[:, :, None] <= code
+        if self.high is not None:
+            below = code < q.take(self.high)[:, :, None]
+            seen = below if seen is None else seen & below
+        return seen
+
+    @property
+    def static(self) -> bool:
+        return all(table is None or isinstance(table, np.ndarray) for table in self)
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -49,57 +93,78 @@ class Mask:
         parts = tuple(p for p in parts if not isinstance(p, Full))
         return And(parts) if len(parts) > 1 else parts[0] if parts else Full()
 
-    def block(self, q: Span, k: Span) -> jax.Array | np.ndarray | None:
-        """Bool [1 or batch, 1, q.size, k.size], True where seen; None where all is seen, known without
-        running."""
-        return None
-
-    def key_range(self, start: int, stop: int, kv_len: int) -> tuple[int, int]:
-        """Static (low, high): no query in start..stop-1 sees a key outside low..high-1."""
-        return 0, kv_len
+    def intervals(self, q_len: int, kv_len: int) -> tuple[Interval, ...]:
+        """What the mask asks of single queries and keys. (Lists of blocks or keys are asked for in `sparse`.)"""
+        return ()
 
     def valid_keys(self, kv_len: int) -> jax.Array | None:
-        """Bool [batch, kv_len], False at padding; None where nothing is padding."""
+        """Bool [batch, kv_len], False at padding; None where nothing is padding. Padding is hidden from everybody and
+        may hold anything, NaN too. A key that is hidden from some queries only has to be finite: its weight is an
+        exact 0, and 0 * NaN is NaN."""
         return None
 
     def valid_queries(self, q_len: int) -> jax.Array | None:
         """Bool [batch, q_len], False at padding; None where nothing is padding."""
         return None
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
-        """ValueError where the arrays inside do not fit."""
+    def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
+        """ValueError where what is inside does not fit."""
+
+    def dims(self) -> "Mask":
+        """The mask with a tuple of dimension labels in place of each array, for `dispatch.partition`."""
+        return jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else (), self)
 
     def dense(self, q_len: int, kv_len: int) -> jax.Array:
-        """Bool [1 or batch, 1, q_len, kv_len]."""
-        seen = self.block(Span(0, q_len), Span(0, kv_len))
-        return jnp.ones((1, 1, q_len, kv_len), bool) if seen is None else jnp.asarray(seen)
+        """Bool [1 or batch, 1 or heads, q_len, kv_len]: the definition that all implementations are tested against."""
+        seen = square(self.intervals(q_len, kv_len), Span(0, q_len), Span(0, kv_len))
+        return jnp.ones((1, 1, q_len, kv_len), bool) if seen is None else jnp.asarray(seen)[:, None]
 
-    def at(self, index: Index) -> "Mask":
-        """The mask of one batch entry, as a mask with batch 1."""
 
-        def take(leaf):
-            if leaf.ndim == 0:
-                return leaf
-            return jax.lax.dynamic_slice_in_dim(leaf, index if leaf.shape[0] > 1 else 0, 1)
+def square(tests: tuple[Interval, ...], q: Span | At, k: Span | At) -> jax.Array | np.ndarray | None:
+    """Bool [1 or batch, q.size, k.size], True where seen; None where all is seen, known without running."""
+    seen = None
+    for test in tests:
+        part = test.square(q, k)
+        if part is not None and not (isinstance(part, np.ndarray) and part.all()):
+            seen = part if seen is None else seen & part
+    return seen
 
-        return jax.tree.map(take, self)
+
+def key_range(tests: tuple[Interval, ...], start: int, stop: int, kv_len: int) -> tuple[int, int]:
+    """Static (low, high): no query in start..stop-1 sees a key outside low..high-1, as far as static tests over
+    positions tell."""
+    low, high = 0, kv_len
+    for test in tests:
+        if test.code is None and test.static:
+            if test.low is not None:
+                low = max(low, int(test.low[:, start:stop].min()))
+            if test.high is not None:
+                high = min(high, int(test.high[:, start:stop].max()))
+    low = min(low, kv_len)
+    return low, max(low, high)
 
 
 def _is_static(value) -> bool:
     return isinstance(value, int | np.integer)
 
 
-def _check_offset(name: str, offset, batch: int) -> None:
-    if not _is_static(offset) and (not _is_integer(offset) or offset.shape not in ((), (1,), (batch,))):
-        raise ValueError(f"mask: the offset of {name} is an integer scalar or [batch={batch}], got {_of(offset)}.")
-
-
-def _is_integer(array) -> bool:
+def is_integer(array) -> bool:
     return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.integer)
 
 
-def _of(array) -> str:
+def shown(array) -> str:
     return f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else repr(array)
+
+
+def _check_number(name: str, value, batch: int) -> None:
+    if not _is_static(value) and (not is_integer(value) or value.shape not in ((), (1,), (batch,))):
+        raise ValueError(f"mask: {name} is an integer, or an integer array of shape [] or [batch={batch}], not "
+                         f"{shown(value)}.")  # fmt: skip
+
+
+def _row(value: Index, at: np.ndarray):
+    """`at` + value as [1 or batch, n]."""
+    return at[None] + (value if _is_static(value) or value.ndim == 0 else value[:, None])
 
 
 @jax.tree_util.register_static
@@ -114,25 +179,15 @@ class _Band(Mask):
     def _bounds(self) -> tuple[int | None, int | None, Index]:
         raise NotImplementedError
 
-    def block(self, q: Span, k: Span):
+    def intervals(self, q_len: int, kv_len: int):
         left, right, offset = self._bounds()
-        offset = offset if _is_static(offset) or offset.ndim == 0 else offset[:, None, None, None]
-        distance = k.positions()[None, None, None, :] - (q.positions()[None, None, :, None] + offset)
-        seen = (distance <= right) if right is not None else None
-        if left is not None:
-            seen = (distance >= -left) if seen is None else seen & (distance >= -left)
-        return None if seen is None or (isinstance(seen, np.ndarray) and seen.all()) else seen
+        at = np.arange(q_len, dtype=np.int32)
+        low, high = (None if bound is None else _row(offset, at + np.int32(bound)) for bound in
+                     (None if left is None else -left, None if right is None else right + 1))  # fmt: skip
+        return (Interval(low, high),) if (low is not None or high is not None) else ()
 
-    def key_range(self, start: int, stop: int, kv_len: int) -> tuple[int, int]:
-        left, right, offset = self._bounds()
-        if not _is_static(offset):
-            return 0, kv_len
-        low = 0 if left is None else min(max(start + offset - left, 0), kv_len)
-        high = kv_len if right is None else max(min(stop - 1 + offset + right + 1, kv_len), 0)
-        return low, max(low, high)
-
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
-        _check_offset(type(self).__name__, self._bounds()[2], batch)
+    def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
+        _check_number(f"the offset of {type(self).__name__}", self._bounds()[2], batch)
 
 
 @dataclass(frozen=True)
@@ -148,8 +203,9 @@ class Causal(_Band):
 
 @dataclass(frozen=True)
 class Window(_Band):
-    """Query i sees keys i+offset-left .. i+offset+right, both ends included, cut at the ends of the sequence;
-    None is unbounded. `left` and `right` are Python ints of at least 0; `offset` as in `Causal`."""
+    """Query i sees keys i+offset-left .. i+offset+right, both ends included, cut at the ends of the sequence
+    (`Neighbourhood` shifts instead); None is unbounded. `left` and `right` are Python ints of at least 0; `offset`
+    as in `Causal`."""
 
     left: int | None
     right: int | None
@@ -165,6 +221,25 @@ class Window(_Band):
 
 
 @dataclass(frozen=True)
+class Prefix(Mask):
+    """Causal, but that everybody sees the first `length` keys: the prefix sees itself whole (prefix LM, Raffel et al.
+    2020, arXiv 1910.10683, section 3.2.1). `length` and `offset`: a Python int, or an integer array [] or [batch]."""
+
+    length: Index
+    offset: Index = 0
+
+    def intervals(self, q_len: int, kv_len: int):
+        own = _row(self.offset, np.arange(1, q_len + 1, dtype=np.int32))
+        length = _row(self.length, np.zeros(1, np.int32))
+        static = isinstance(own, np.ndarray) and isinstance(length, np.ndarray)
+        return (Interval(None, (np if static else jnp).maximum(own, length)),)
+
+    def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
+        for name, value in (("length", self.length), ("offset", self.offset)):
+            _check_number(f"the {name} of Prefix", value, batch)
+
+
+@dataclass(frozen=True)
 class Segments(Mask):
     """Packed documents: a query sees the keys that carry its own number. Negative numbers are padding: they
     see nothing and nobody sees them. `q_ids` [batch, q_len], `kv_ids` [batch, kv_len] (None: the same as
@@ -176,10 +251,11 @@ class Segments(Mask):
     def _keys(self) -> jax.Array:
         return self.q_ids if self.kv_ids is None else self.kv_ids
 
-    def block(self, q: Span, k: Span):
-        rows = jax.lax.dynamic_slice_in_dim(self.q_ids, q.start, q.size, axis=1)[:, None, :, None]
-        keys = jax.lax.dynamic_slice_in_dim(self._keys(), k.start, k.size, axis=1)[:, None, None, :]
-        return (rows == keys) & (rows >= 0)
+    def intervals(self, q_len: int, kv_len: int):
+        # Padding among the queries gets the empty interval [0, 0).
+        low = jnp.maximum(jnp.asarray(self.q_ids, jnp.int32), 0)
+        high = jnp.maximum(jnp.asarray(self.q_ids, jnp.int32) + 1, 0)
+        return (Interval(low, high, jnp.asarray(self._keys(), jnp.int32)),)
 
     def valid_keys(self, kv_len: int) -> jax.Array:
         return self._keys() >= 0
@@ -187,11 +263,11 @@ class Segments(Mask):
     def valid_queries(self, q_len: int) -> jax.Array:
         return self.q_ids >= 0
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
         for name, ids, length in (("q_ids", self.q_ids, q_len), ("kv_ids", self._keys(), kv_len)):
-            if not _is_integer(ids) or ids.ndim != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+            if not is_integer(ids) or ids.ndim != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
                 raise ValueError(
-                    f"mask: Segments {name} is an integer array [batch={batch}, length={length}], got {_of(ids)}."
+                    f"mask: Segments {name} is an integer array [batch={batch}, length={length}], got {shown(ids)}."
                 )
 
 
@@ -202,36 +278,112 @@ class Lengths(Mask):
 
     kv_length: jax.Array
 
-    def block(self, q: Span, k: Span):
-        seen = k.positions()[None, None, None, :] < self.kv_length[:, None, None, None]
-        return jnp.broadcast_to(seen, (seen.shape[0], 1, q.size, k.size))
+    def intervals(self, q_len: int, kv_len: int):
+        high = jnp.broadcast_to(jnp.asarray(self.kv_length, jnp.int32)[:, None], (self.kv_length.shape[0], q_len))
+        return (Interval(None, high),)
 
     def valid_keys(self, kv_len: int) -> jax.Array:
         return np.arange(kv_len, dtype=np.int32) < self.kv_length[:, None]
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
         length = self.kv_length
-        if not _is_integer(length) or length.shape not in ((1,), (batch,)):
-            raise ValueError(f"mask: Lengths kv_length is an integer array [batch={batch}], got {_of(length)}.")
+        if not is_integer(length) or length.shape not in ((1,), (batch,)):
+            raise ValueError(f"mask: Lengths kv_length is an integer array [batch={batch}], got {shown(length)}.")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Neighbourhood(Mask):
+    """Neighbourhood attention on a grid of one or two dimensions (Hassani et al. 2023, arXiv 2204.07143; dilation:
+    arXiv 2209.15001; causal and kernels: Hassani, Hwu and Shi 2024, arXiv 2403.04690; stride: Hassani et al. 2025,
+    arXiv 2504.16922). The sequence is the grid row by row: q_len = kv_len = product of `shape`.
+
+    In each dimension, of length n, query i sees `window` keys. With dilation d it sees keys of its own residue class
+    i mod d only, counted within the class: i' = i // d of n'. The window has window // 2 keys on the left:
+
+        start = clip(leader - window // 2, 0, n' - window);    keys start <= j' < start + window
+
+    so at a border it is shifted, not cut. With stride s the s neighbours of a group share one window, that of their
+    leader (i' // s) s + s // 2 (the class's last where that lies outside). In a causal dimension the window ends at
+    the query, keys i' - window < j' <= i' (there is nothing to shift to at the left border); with a stride it begins at
+    the leader - window + 1 of the group's last query, and still ends at the query.
+
+    shape, window, dilation, stride, causal: one entry a dimension, or one for all. window * dilation <= shape, and
+    1 <= stride <= window.
+    """
+
+    shape: tuple[int, ...]
+    window: tuple[int, ...]
+    dilation: tuple[int, ...] = (1,)
+    stride: tuple[int, ...] = (1,)
+    causal: tuple[bool, ...] = (False,)
+
+    def __post_init__(self):
+        shape = (self.shape,) if _is_static(self.shape) else tuple(self.shape)
+        if len(shape) not in (1, 2):
+            raise ValueError(f"mask: Neighbourhood shape has 1 or 2 dimensions, got {self.shape!r}.")
+        object.__setattr__(self, "shape", shape)
+        for name in ("window", "dilation", "stride", "causal"):
+            value = getattr(self, name)
+            value = tuple(value) if isinstance(value, tuple | list) else (value,)
+            value = value * len(shape) if len(value) == 1 else value
+            kind = bool if name == "causal" else int
+            if len(value) != len(shape) or not all(type(entry) is kind for entry in value):
+                raise ValueError(
+                    f"mask: Neighbourhood {name} is one {kind.__name__}, or one for each dimension of {shape}, got "
+                    f"{getattr(self, name)!r}."
+                )
+            object.__setattr__(self, name, value)
+        for n, w, d, s in zip(shape, self.window, self.dilation, self.stride):
+            if w < 1 or d < 1 or w * d > n:
+                raise ValueError(f"mask: Neighbourhood window {w} with dilation {d} does not fit into {n} positions.")
+            if not 1 <= s <= w:
+                raise ValueError(f"mask: Neighbourhood stride is between 1 and the window {w}, got {s}.")
+
+    def _axis(self, axis: int) -> Interval:
+        """The test along one dimension of the grid, as tables of that dimension's length."""
+        n, w, d, s = (getattr(self, name)[axis] for name in ("shape", "window", "dilation", "stride"))
+        i, residue = np.arange(n) // d, np.arange(n) % d
+        length = (n - residue + d - 1) // d
+        if self.causal[axis]:
+            leader = np.minimum(i // s * s + s - 1, length - 1)
+            start, stop = np.maximum(leader - w + 1, 0), i + 1
+        else:
+            leader = np.minimum(i // s * s + s // 2, length - 1)
+            start = np.clip(leader - w // 2, 0, length - w)
+            stop = start + w
+        if d == 1 and len(self.shape) == 1:
+            return Interval(start.astype(np.int32)[None], stop.astype(np.int32)[None])
+        return Interval(*(x.astype(np.int32)[None] for x in (residue * n + start, residue * n + stop, residue * n + i)))
+
+    def intervals(self, q_len: int, kv_len: int):
+        tests = []
+        for axis in range(len(self.shape)):
+            lay = lambda table, axis=axis: np.broadcast_to(
+                np.expand_dims(table[0], tuple(a for a in range(len(self.shape)) if a != axis)), self.shape
+            ).reshape(1, -1)
+            tests.append(Interval(*(None if table is None else lay(table) for table in self._axis(axis))))
+        return tuple(tests)
+
+    def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
+        if q_len != int(np.prod(self.shape)) or kv_len != q_len:
+            raise ValueError(
+                f"mask: Neighbourhood over {self.shape} takes {int(np.prod(self.shape))} queries and keys, got {q_len} "
+                f"and {kv_len}."
+            )
 
 
 @dataclass(frozen=True)
 class And(Mask):
-    """Seen where all parts see; written `a & b`."""
+    """Seen where all parts see; written `a & b`. At most one part lists blocks or keys."""
 
     parts: tuple[Mask, ...]
 
-    def block(self, q: Span, k: Span):
-        seen = None
-        for part in self.parts:
-            square = part.block(q, k)
-            seen = square if seen is None else seen if square is None else seen & square
-        return seen
+    def intervals(self, q_len: int, kv_len: int):
+        return tuple(test for part in self.parts for test in part.intervals(q_len, kv_len))
 
-    def key_range(self, start: int, stop: int, kv_len: int) -> tuple[int, int]:
-        ranges = [part.key_range(start, stop, kv_len) for part in self.parts]
-        low = max(r[0] for r in ranges)
-        return low, max(low, min(r[1] for r in ranges))
+    def dense(self, q_len: int, kv_len: int):
+        return _all(part.dense(q_len, kv_len) for part in self.parts)
 
     def valid_keys(self, kv_len: int):
         return _all(part.valid_keys(kv_len) for part in self.parts)
@@ -239,9 +391,12 @@ class And(Mask):
     def valid_queries(self, q_len: int):
         return _all(part.valid_queries(q_len) for part in self.parts)
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def dims(self):
+        return And(tuple(part.dims() for part in self.parts))
+
+    def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
         for part in self.parts:
-            part.check(batch, q_len, kv_len)
+            part.check(batch, q_len, kv_len, heads, kv_heads)
 
 
 def _all(arrays):
@@ -251,26 +406,27 @@ def _all(arrays):
     return result
 
 
-def _register_band(cls: type, static: tuple[str, ...]) -> None:
-    # An int offset is part of the tree's structure (static); an array is a leaf.
+def _register(cls: type, fields: tuple[str, ...]) -> None:
+    # A Python number is part of the tree's structure (static); an array is a leaf.
     def flatten(mask):
-        known = tuple(getattr(mask, name) for name in static)
-        if _is_static(mask.offset):
-            return (), (known, int(mask.offset))
-        return (mask.offset,), (known, None)
+        values = [getattr(mask, name) for name in fields]
+        fixed = tuple(value is None or _is_static(value) for value in values)
+        known = tuple(value if value is None else int(value) for value, is_fixed in zip(values, fixed) if is_fixed)
+        return [value for value, is_fixed in zip(values, fixed) if not is_fixed], (fixed, known)
 
     def unflatten(aux, children):
-        known, offset = aux
+        known, arrays = iter(aux[1]), iter(children)
         mask = object.__new__(cls)  # without checks: jax also puts placeholders into leaves
-        for name, value in zip((*static, "offset"), (*known, children[0] if offset is None else offset)):
-            object.__setattr__(mask, name, value)
+        for name, is_fixed in zip(fields, aux[0]):
+            object.__setattr__(mask, name, next(known if is_fixed else arrays))
         return mask
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-_register_band(Causal, ())
-_register_band(Window, ("left", "right"))
+_register(Causal, ("offset",))
+_register(Window, ("left", "right", "offset"))
+_register(Prefix, ("length", "offset"))
 jax.tree_util.register_dataclass(Segments, data_fields=["q_ids", "kv_ids"], meta_fields=[])
 jax.tree_util.register_dataclass(Lengths, data_fields=["kv_length"], meta_fields=[])
 jax.tree_util.register_dataclass(And, data_fields=["parts"], meta_fields=[])

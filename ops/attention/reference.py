@@ -13,11 +13,11 @@ from lissom.ops.attention.masks import Mask, without_padding
 LOCAL = False
 
 
-def check(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool) -> None:
+def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool) -> None:
     """Does everything."""
 
 
-def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
+def run(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool):
     """out [batch, q_len, heads, v_dim], and lse [batch, heads, q_len] if asked for."""
     valid = mask.valid_queries(q.shape[1])
     q, k, v = without_padding(mask, q, k, v)
@@ -28,16 +28,27 @@ def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
 
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=exact)
     scores = scores.reshape(batch, heads, q_len, kv_len)
+    if logit_softcap is not None:
+        scores = logit_softcap * jnp.tanh(scores / logit_softcap)
     if bias is not None:
         scores += bias.astype(exact)
-    scores = jnp.where(mask.dense(q_len, kv_len), scores, -jnp.inf)
+    seen = mask.dense(q_len, kv_len)
+    if seen.shape[1] == kv_heads:
+        seen = jnp.repeat(seen, heads // kv_heads, 1)  # lists that the query heads of a group share
+    scores = jnp.where(seen, scores, -jnp.inf)
 
     # A row that sees nothing has maximum -inf and sum 0; both are replaced before they are divided or
     # subtracted, so that neither the row nor its gradient meets inf - inf or 0 / 0.
-    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    largest = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.astype(exact)[:, None, None]
+        largest = jnp.maximum(largest, sinks)
+    largest = jax.lax.stop_gradient(largest)
     largest = jnp.where(jnp.isneginf(largest), 0, largest)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks - largest)
     sees = total > 0
     total = jnp.where(sees, total, 1)
     lse = jnp.where(sees, jnp.log(total) + largest, -jnp.inf)[..., 0]

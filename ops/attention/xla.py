@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lissom.ops.attention.masks import Mask, Span
+from lissom.ops.attention.masks import Interval, Mask, Span, key_range, square
+from lissom.ops.attention.merging import with_sinks
 
 # The head loop indexes the batch and head axes, which the compiler would gather onto every device.
 LOCAL = True
@@ -57,11 +58,18 @@ class Group(NamedTuple):
     width: int
 
 
-def check(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool) -> None:
+class Numbers(NamedTuple):
+    """The static numbers of a request."""
+
+    scale: float
+    softcap: float | None
+
+
+def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool) -> None:
     """Does everything (once differentiable)."""
 
 
-def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
+def run(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool):
     """out, or (out, lse), as `attention` says."""
     batch, q_len, heads, _ = q.shape
     kv_heads = k.shape[2]
@@ -75,12 +83,14 @@ def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool):
     if bias is not None:
         groups = (kv_heads, heads // kv_heads) if bias.shape[1] > 1 else (1, 1)
         bias = bias.reshape(bias.shape[0], *groups, *bias.shape[2:])
-    out, lse = _attend(scale, q, k, v, mask, bias)
-    out = out.reshape(batch, heads, q_len, -1).transpose(0, 2, 1, 3)
+    out, lse = _attend(Numbers(scale, logit_softcap), q, k, v, mask, bias)
+    out, lse = out.reshape(batch, heads, q_len, -1).transpose(0, 2, 1, 3), lse.reshape(batch, heads, q_len)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
     if valid is not None:
         # Their output is 0 already; this keeps whatever cotangent padding rows receive out of the gradients.
         out = jnp.where(valid[:, :, None, None], out, 0)
-    return (out, lse.reshape(batch, heads, q_len)) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 # Arrays below: q [batch, kv_heads, group, q_len, d], k and v [batch, kv_heads, kv_len, d], bias
