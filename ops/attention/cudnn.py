@@ -21,14 +21,14 @@ from lissom.ops.dispatch import Unavailable
 LOCAL = True
 
 
-def check(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool) -> None:
+def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool) -> None:
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
         raise Unavailable("cuDNN comes with jax's CUDA plugin, which is not installed (extra: cuda).")
-    if why := refusal(q, k, v, mask, bias, return_lse):
+    if why := refusal(q, k, v, mask, bias, sinks, logit_softcap, return_lse):
         raise NotImplementedError(why)
 
 
-def refusal(q, k, v, mask: Mask, bias, return_lse: bool) -> str | None:
+def refusal(q, k, v, mask: Mask, bias, sinks, logit_softcap, return_lse: bool) -> str | None:
     """Why cuDNN, where there is one, cannot do this request; None if it can."""
     head_dim = q.shape[-1]
     if q.dtype not in (jnp.float16, jnp.bfloat16):
@@ -39,6 +39,8 @@ def refusal(q, k, v, mask: Mask, bias, return_lse: bool) -> str | None:
         return f"head_dim {head_dim} is not a multiple of 8 up to 128."
     if bias is not None:
         return "bias has no exact gradient for every shape."
+    if sinks is not None or logit_softcap is not None:
+        return "it has no sinks and no logit_softcap."
     if return_lse:
         return "return_lse is rounded to the input dtype and has no gradient."
     if isinstance(mask, Full):
@@ -50,7 +52,7 @@ def refusal(q, k, v, mask: Mask, bias, return_lse: bool) -> str | None:
     return None
 
 
-def run(q, k, v, mask: Mask, bias, *, scale: float, return_lse: bool) -> jax.Array:
+def run(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool) -> jax.Array:
     left = mask.left if isinstance(mask, Window) else None
     return jax.nn.dot_product_attention(
         q,

@@ -77,6 +77,12 @@ class Interval(NamedTuple):
             seen = below if seen is None else seen & below
         return seen
 
+    def at(self, index: Index) -> "Interval":
+        """The test of one batch entry, with batch 1."""
+        one = lambda table: table if table is None or table.shape[0] == 1 else (
+            jax.lax.dynamic_slice_in_dim(jnp.asarray(table), index, 1, 0))  # fmt: skip
+        return Interval(*(one(table) for table in self))
+
     @property
     def static(self) -> bool:
         return all(table is None or isinstance(table, np.ndarray) for table in self)
@@ -340,7 +346,7 @@ class Neighbourhood(Mask):
             if not 1 <= s <= w:
                 raise ValueError(f"mask: Neighbourhood stride is between 1 and the window {w}, got {s}.")
 
-    def _axis(self, axis: int) -> Interval:
+    def along(self, axis: int) -> Interval:
         """The test along one dimension of the grid, as tables of that dimension's length."""
         n, w, d, s = (getattr(self, name)[axis] for name in ("shape", "window", "dilation", "stride"))
         i, residue = np.arange(n) // d, np.arange(n) % d
@@ -362,7 +368,7 @@ class Neighbourhood(Mask):
             lay = lambda table, axis=axis: np.broadcast_to(
                 np.expand_dims(table[0], tuple(a for a in range(len(self.shape)) if a != axis)), self.shape
             ).reshape(1, -1)
-            tests.append(Interval(*(None if table is None else lay(table) for table in self._axis(axis))))
+            tests.append(Interval(*(None if table is None else lay(table) for table in self.along(axis))))
         return tuple(tests)
 
     def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:

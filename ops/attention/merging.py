@@ -30,7 +30,9 @@ def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, j
         raise ValueError("partials is empty: there is nothing to merge.")
     outs, sums = zip(*partials)
     if len({out.dtype for out in outs}) > 1:
-        raise ValueError(f"partials have outputs of dtypes {sorted({str(out.dtype) for out in outs})}: cast them to one.")
+        raise ValueError(
+            f"partials have outputs of dtypes {sorted({str(out.dtype) for out in outs})}: cast them to one."
+        )
     if len(partials) == 1:
         return outs[0], sums[0]
     exact = jnp.promote_types(outs[0].dtype, jnp.float32)

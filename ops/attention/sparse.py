@@ -172,8 +172,8 @@ class Union(Mask):
     def __post_init__(self):
         if isinstance(self.blocks, BlockSparse) and self.blocks.block_q % self.columns.block_q:
             raise ValueError(
-                f"mask: blocks | columns needs a block_q of the blocks ({self.blocks.block_q}) that is a multiple of that "
-                f"of the columns ({self.columns.block_q})."
+                f"mask: blocks | columns needs a block_q of the blocks ({self.blocks.block_q}) that is a multiple of "
+                f"that of the columns ({self.columns.block_q})."
             )
 
     def dense(self, q_len: int, kv_len: int):

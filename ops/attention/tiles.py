@@ -6,8 +6,8 @@ is seen (the tile is not in the list), all is seen (`whole`: its tests need not 
 The bounds are safe, not tight: a tile that is listed may still show nothing.
 
 Neighbourhoods on a grid are visited in an order in which the queries of a tile lie together in the plane (`order`), so
-that few tiles of keys meet them: fused neighbourhood attention, Hassani, Hwu and Shi 2024 (arXiv 2403.04690), section 4,
-with the tokens moved beforehand instead of in the kernel's copies.
+that few tiles of keys meet them: fused neighbourhood attention, Hassani, Hwu and Shi 2024 (arXiv 2403.04690), with the
+tokens moved beforehand instead of in the kernel's copies.
 """
 
 from typing import NamedTuple
@@ -99,7 +99,8 @@ def maps(mask: Mask, tests: tuple[Interval, ...], q_len: int, kv_len: int, block
         ):
             if block % tile:
                 raise NotImplementedError(
-                    f"mask: blocks of {blocks.block_q} by {blocks.block_k} are not whole tiles of {block_q} by {block_k}."
+                    f"mask: blocks of {blocks.block_q} by {blocks.block_k} are not whole tiles of {block_q} by "
+                    f"{block_k}."
                 )
             named = named.repeat(block // tile, axis)
             named = named[:, :, :tiles] if axis == 2 else named[..., :tiles]

@@ -1,10 +1,11 @@
 """Attention in plain XLA operations that is fast on CPUs and linear in memory, forward and backward.
 
 Queries go in blocks, and each block meets only the keys that its mask can show it: a triangle for causal
-masks, a band for windows, known while tracing. All blocks of a head are one `scan`, in which a `switch` picks
-the body for a block's number of keys, so the program stays small at any length. One head is computed at a time,
-which keeps a block's scores in the cache of the CPU. A row's softmax is taken whole, over one block of queries by
-all its keys, so memory is O(block * kv_len) beside inputs and outputs.
+masks, a band for windows, a rectangle of the plane for neighbourhoods, the listed blocks or keys for lists
+(`xla_plan.py`). All blocks of a head are one `scan`, in which a `switch` picks the body for a block's number of keys,
+so the program stays small at any length. One head is computed at a time, which keeps a block's scores in the cache of
+the CPU. A row's softmax is taken whole, over one block of queries by all its keys, so memory is O(block * kv_len)
+beside inputs and outputs.
 
 The backward pass keeps q, k, v and lse, and computes the scores again (FlashAttention-2, Dao 2023, arXiv
 2307.08691, section 3.1.2). It is a `custom_vjp` over loops: it cannot be differentiated twice; `reference`
@@ -14,14 +15,17 @@ Small problems and few queries (decode) take one direct product over all heads: 
 """
 
 import functools
-from typing import NamedTuple
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lissom.ops.attention.masks import Interval, Mask, Span, key_range, square
+from lissom.ops.attention.masks import Interval, Mask, Neighbourhood, Span, square
 from lissom.ops.attention.merging import with_sinks
+from lissom.ops.attention.sparse import KeyColumns, listed
+from lissom.ops.attention.xla_block import Numbers, backward, forward, sum_to, zero_padding
+from lissom.ops.attention.xla_plan import Block, Plan, Stage, plan
 
 # The head loop indexes the batch and head axes, which the compiler would gather onto every device.
 LOCAL = True
@@ -33,36 +37,9 @@ DIRECT_SCORES = 2**21
 """Up to so many scores over all heads (8 MB in float32, about a cache) are one block: loops would only add
 overhead."""
 
-BLOCK_SCORES = 2**20
-"""Scores of one block of one head; with it the block's queries shrink as the keys grow, and memory stays
-linear."""
-
-LEAST_ROWS, MOST_ROWS = 64, 256
-"""Bounds on the queries of a block: fewer make thin products, more compute too much beside a triangle."""
-
-GROUPS = 8
-"""Bodies to compile at most. A causal triangle in 8 steps computes 1/8 more than the triangle itself."""
-
 WIDE = 512
 """From so many keys on, dk and dv are computed transposed. On a CPU a product with the scores transposed runs at a
 quarter of the speed of one with the few rows of q transposed; with fewer keys, turning dk and dv back costs more."""
-
-
-class Group(NamedTuple):
-    """Query blocks that share one program: `starts` and `key_starts`, one each a block; `size` queries,
-    `width` keys."""
-
-    starts: tuple[int, ...]
-    key_starts: tuple[int, ...]
-    size: int
-    width: int
-
-
-class Numbers(NamedTuple):
-    """The static numbers of a request."""
-
-    scale: float
-    softcap: float | None
 
 
 def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool) -> None:
@@ -71,20 +48,18 @@ def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: floa
 
 def run(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool):
     """out, or (out, lse), as `attention` says."""
-    batch, q_len, heads, _ = q.shape
-    kv_heads = k.shape[2]
-    valid = mask.valid_queries(q_len)
+    numbers = Numbers(scale, logit_softcap)
+    valid = mask.valid_queries(q.shape[1])
     if valid is not None:
         q = jnp.where(valid[:, :, None, None], q, 0)
     # Heads before positions: one head's keys lie together. A heads-major cache given as a transposed view
     # costs no copy.
-    q = q.transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, q_len, -1)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    if bias is not None:
-        groups = (kv_heads, heads // kv_heads) if bias.shape[1] > 1 else (1, 1)
-        bias = bias.reshape(bias.shape[0], *groups, *bias.shape[2:])
-    out, lse = _attend(Numbers(scale, logit_softcap), q, k, v, mask, bias)
-    out, lse = out.reshape(batch, heads, q_len, -1).transpose(0, 2, 1, 3), lse.reshape(batch, heads, q_len)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    if isinstance(mask, Neighbourhood) and max(mask.dilation) > 1:
+        out, lse = _by_classes(numbers, q, k, v, mask, bias)
+    else:
+        out, lse = _attend(numbers, q, k, v, mask, bias)
+    out = out.transpose(0, 2, 1, 3)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     if valid is not None:
@@ -93,37 +68,55 @@ def run(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float 
     return (out, lse) if return_lse else out
 
 
-# Arrays below: q [batch, kv_heads, group, q_len, d], k and v [batch, kv_heads, kv_len, d], bias
-# [b|1, kv_heads|1, group|1, q_len|1, kv_len|1]; inside the head loop the same without the first two.
+def _by_classes(numbers, q, k, v, mask: Neighbourhood, bias):
+    """A dilated neighbourhood is a plain one in each residue class of the grid: classes one by one."""
+    places = np.arange(q.shape[2]).reshape(mask.shape)
+    parts, order = [], []
+    for start in itertools.product(*(range(d) for d in mask.dilation)):
+        at = places[tuple(slice(s, None, d) for s, d in zip(start, mask.dilation))]
+        part_mask = Neighbourhood(at.shape, mask.window, (1,), mask.stride, mask.causal)
+        at = at.ravel()
+        q_part, k_part, v_part = (x[:, :, at] for x in (q, k, v))
+        b = bias
+        for axis in (2, 3):
+            b = b if b is None or b.shape[axis] == 1 else jnp.take(b, at, axis)
+        parts.append(_attend(numbers, q_part, k_part, v_part, part_mask, b))
+        order.append(at)
+    back = np.argsort(np.concatenate(order))
+    return tuple(jnp.concatenate(x, 2)[:, :, back] for x in zip(*parts))
+
+
+# Arrays below: q, d_out [batch, heads, q_len, d], k and v [batch, kv_heads, kv_len, d], lse [batch, heads, q_len],
+# bias [b|1, heads|1, q_len|1, kv_len|1].
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale: float, q, k, v, mask: Mask, bias):
-    if _is_direct(q, k):
-        keep = mask.block(Span(0, q.shape[-2]), Span(0, k.shape[-2]))
-        return _block(scale, q, k, v, None if keep is None else keep[:, :, None], bias, mask.valid_keys(k.shape[-2]))
-    return _by_heads(scale, q, k, v, mask, bias)
+def _attend(numbers: Numbers, q, k, v, mask: Mask, bias):
+    if _is_direct(q, k, mask):
+        q, bias = _grouped(q, k.shape[1]), _grouped(bias, k.shape[1])
+        out, lse = forward(numbers, q, k, v, _keep(q, k, mask), bias, mask.valid_keys(k.shape[2]))
+        return _flat(out), _flat(lse)
+    return _by_heads(numbers, q, k, v, mask, bias)
 
 
-def _attend_forward(scale, q, k, v, mask, bias):
-    out, lse = _attend(scale, q, k, v, mask, bias)
+def _attend_forward(numbers, q, k, v, mask, bias):
+    out, lse = _attend(numbers, q, k, v, mask, bias)
     return (out, lse), (q, k, v, mask, bias, lse)
 
 
-def _attend_backward(scale, saved, cotangents):
+def _attend_backward(numbers, saved, cotangents):
     q, k, v, mask, bias, lse = saved
     d_out, d_lse = cotangents
     sees = ~jnp.isneginf(lse)
     d_lse = jnp.where(sees, d_lse, 0)
     lse = jnp.where(sees, lse, 0)  # exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN
-    if _is_direct(q, k):
-        keep = mask.block(Span(0, q.shape[-2]), Span(0, k.shape[-2]))
-        keep = None if keep is None else keep[:, :, None]
-        k, v = (_zero_padding(x, mask.valid_keys(k.shape[-2])) for x in (k, v))
-        dq, dk, dv, ds = _block_backward(scale, q, k, v, keep, bias, d_out, lse, d_lse)
-        d_bias = None if bias is None else _sum_to(ds, bias.shape)
+    if _is_direct(q, k, mask):
+        k, v = (zero_padding(x, mask.valid_keys(k.shape[2])) for x in (k, v))
+        q, d_out, lse, d_lse, rows_bias = (_grouped(x, k.shape[1]) for x in (q, d_out, lse, d_lse, bias))
+        dq, dk, dv, ds = backward(numbers, q, k, v, _keep(q, k, mask), rows_bias, d_out, lse, d_lse)
+        dq, d_bias = _flat(dq), None if bias is None else sum_to(_flat(ds), bias.shape)
     else:
-        dq, dk, dv, d_bias = _by_heads_backward(scale, q, k, v, mask, bias, d_out, lse, d_lse)
+        dq, dk, dv, d_bias = _by_heads_backward(numbers, q, k, v, mask, bias, d_out, lse, d_lse)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_bias
 
@@ -131,156 +124,112 @@ def _attend_backward(scale, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _is_direct(q, k) -> bool:
-    q_len, kv_len = q.shape[-2], k.shape[-2]
-    return q_len <= DECODE_QUERIES or np.prod(q.shape[:-1]) * kv_len <= DIRECT_SCORES
+def _is_direct(q, k, mask: Mask) -> bool:
+    if listed(mask) is not None:
+        return False
+    q_len, kv_len = q.shape[2], k.shape[2]
+    return q_len <= DECODE_QUERIES or q.shape[0] * q.shape[1] * q_len * kv_len <= DIRECT_SCORES
 
 
-def _scores(scale, q, k, keep, bias):
-    exact = jnp.promote_types(q.dtype, jnp.float32)
-    scores = scale * jnp.einsum("...gtd,...sd->...gts", q, k, preferred_element_type=exact)
-    if bias is not None:
-        scores += bias.astype(exact)
-    return scores if keep is None else jnp.where(keep, scores, -jnp.inf)
+def _grouped(x, ways: int):
+    """[b, heads, ...] -> [b, ways, heads / ways, ...]; a bias that serves all heads gets two dimensions of 1."""
+    if x is None:
+        return None
+    return x.reshape(x.shape[0], *((ways, x.shape[1] // ways) if x.shape[1] > 1 else (1, 1)), *x.shape[2:])
 
 
-def _block(scale, q, k, v, keep, bias, valid=None):
-    """out in v's dtype and lse of queries against all of their keys; `keep` broadcasts to [..., group, t, s],
-    `valid` [batch, s] is False at padding of k and v. What padding does to scores is hidden by `keep`."""
-    scores = _scores(scale, q, k, keep, bias)
-    largest = scores.max(-1, keepdims=True)
-    largest = jnp.where(jnp.isneginf(largest), 0, largest)
-    weights = jnp.exp(scores - largest)
-    total = weights.sum(-1, keepdims=True)
-    sees = total > 0
-    out = _weighted(weights, v, valid) / jnp.where(sees, total, 1)
-    lse = jnp.where(sees, jnp.log(total) + largest, -jnp.inf)[..., 0]
-    return out.astype(v.dtype), lse
+def _flat(x):
+    """The inverse of `_grouped`."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _weighted(weights, v, valid):
-    """sum_s weights[..., g, t, s] v[..., s, d], where padding of v counts as zeros."""
-
-    def product(weights, v):
-        return jnp.einsum("...gts,...sd->...gtd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
-
-    if valid is None:
-        return product(weights, v)
-
-    def unless_poisoned(weights, v, valid):
-        # Padding has weight 0, which takes everything out but NaN and infinities, and these show in the result.
-        # On a CPU a copy of the values without padding takes five times as long as the product itself.
-        out = product(weights, v)
-        rows = (weights, v, jnp.broadcast_to(valid, (v.shape[0], valid.shape[1])))
-
-        # The name tells evaluation/costs.py that this is no part of the usual work.
-        def fallback(rows):
-            return jax.lax.map(lambda x: product(x[0], _zero_padding(x[1], x[2])), rows)
-
-        by_row = jax.jit(fallback)
-        return jax.lax.cond(jnp.isfinite(out).all(), lambda out, _: out, lambda _, rows: by_row(rows), out, rows)
-
-    # Elsewhere the choice would have the host wait for the device.
-    clean = lambda weights, v, valid: product(weights, _zero_padding(v, valid))
-    return jax.lax.platform_dependent(weights, v, valid, cpu=unless_poisoned, default=clean)
+def _keep(q, k, mask: Mask):
+    tests = mask.intervals(q.shape[3], k.shape[2])
+    seen = square(tests, Span(0, q.shape[3]), Span(0, k.shape[2]))
+    return None if seen is None else seen[:, None, None]
 
 
-def _zero_padding(x, valid):
-    """x [..., s, d] with zeros where `valid` [..., s] is False."""
-    if valid is None:
+# ---- one head after the other -----------------------------------------------------------------------------------
+
+
+class _Heads:
+    """The loop over the heads of all batch entries: what a step of it works on.
+
+    A step has all query heads of one key head, [group, q_len, d]; where each query head has a list of its own, one.
+    """
+
+    def __init__(self, q, k, mask: Mask):
+        self.mask, (self.batch, self.heads, self.q_len, _) = mask, q.shape
+        self.kv_heads, self.kv_len = k.shape[1:3]
+        lists = listed(mask)
+        own = lists is not None and lists.index.shape[1] == self.heads
+        self.ways = self.heads if own else self.kv_heads
+        self.tests = mask.intervals(self.q_len, self.kv_len)
+        self.valid = mask.valid_keys(self.kv_len)
+        self.columns = isinstance(lists, KeyColumns)
+
+    def steps(self, *arrays):
+        """For `scan`: the number of each step and its part of arrays that have a row a query."""
+        flat = [_grouped(x, self.ways).reshape(-1, self.heads // self.ways, *x.shape[2:]) for x in arrays]
+        return np.arange(self.batch * self.ways, dtype=np.int32), *flat
+
+    def keys(self, index, *arrays):
+        """The keys or values of a step, [kv_len, d], padding cleared."""
+        at = (index // self.ways, index % self.ways // (self.ways // self.kv_heads))
+        valid = self.valid
+        if valid is not None:
+            valid = jnp.broadcast_to(valid, (self.batch, self.kv_len))[at[0]]
+        return tuple(zero_padding(x[at], valid) for x in arrays)
+
+    def plan(self, index) -> tuple[Plan, tuple[Interval, ...]]:
+        entry = (index // self.ways, index % self.ways)
+        tests = tuple(test.at(entry[0]) for test in self.tests)
+        found = plan(self.mask, tests, self.q_len, self.kv_len, self.heads // self.ways, entry)
+        if found.kv_len > self.kv_len:
+            # The last block overhangs: nobody sees keys that do not exist.
+            tests = (*tests, Interval(None, np.full((1, self.q_len), self.kv_len, np.int32)))
+        pad = lambda table, size: None if table is None else _pad(table, 1, size)
+        tests = tuple(
+            Interval(pad(t.low, found.q_len), pad(t.high, found.q_len), pad(t.code, found.kv_len)) for t in tests
+        )
+        return found, tests
+
+    def bias(self, bias, index):
+        """[group|1, q_len|1, kv_len|1] and where it is in the whole."""
+        if bias is None:
+            return None, None
+        bias = _grouped(bias, self.ways)
+        at = tuple(jnp.where(n > 1, i, 0) for i, n in zip((index // self.ways, index % self.ways), bias.shape))
+        return bias[at], at
+
+
+def _pad(x, axis: int, size: int):
+    """x with zeros behind, up to `size` along the axis; as it is where it is 1 (for all) or fits."""
+    if x is None or x.shape[axis] in (1, size):
         return x
-    valid = valid.reshape(*valid.shape[:-1], *(1,) * (x.ndim - valid.ndim - 1), valid.shape[-1], 1)
-    return jnp.where(valid, x, 0)
+    return (np if isinstance(x, np.ndarray) else jnp).pad(x, [(0, size - n) if a == axis else (0, 0)
+                                                               for a, n in enumerate(x.shape)])  # fmt: skip
 
 
-def _block_backward(scale, q, k, v, keep, bias, d_out, lse, d_lse, wide=False):
-    """(dq, dk, dv, d scores), all in float32 at least; dk and dv lie as [..., d, s] if `wide`, else as
-    [..., s, d]."""
-    scores = _scores(scale, q, k, keep, bias)
-    exact = scores.dtype
-    weights = jnp.exp(scores - lse[..., None])
-    d_weights = jnp.einsum("...gtd,...sd->...gts", d_out, v, preferred_element_type=exact)
-    # A block holds whole rows, so the softmax's own term is summed from what is at hand. sum(d_out * out),
-    # the usual form, has the rounding of out in it: in bfloat16 that quadrupled the error of dk.
-    own = (weights * d_weights).sum(-1) - d_lse
-    ds = weights * (d_weights - own[..., None])
-    low = ds.astype(q.dtype)
-    dq = scale * jnp.einsum("...gts,...sd->...gtd", low, k, preferred_element_type=exact)
-    dk, dv = (
-        jnp.einsum("...gtd,...gts->...ds", rows, square, preferred_element_type=exact)
-        if wide
-        else jnp.einsum("...gts,...gtd->...sd", square, rows, preferred_element_type=exact)
-        for rows, square in ((q, low), (d_out, weights.astype(v.dtype)))
-    )
-    return dq, scale * dk, dv, ds
-
-
-def _sum_to(array, shape):
-    axes = tuple(i for i, size in enumerate(shape) if size == 1 and array.shape[i] > 1)
-    return array.sum(axes, keepdims=True)
-
-
-def plan(mask: Mask, q_len: int, kv_len: int, rows: int) -> tuple[Group, ...]:
-    """Cuts the queries into blocks of about `rows`, finds each block's keys, and joins neighbours into
-    groups."""
-    size = min(rows, q_len)
-    starts = list(range(0, q_len, size))
-    ranges = [mask.key_range(s, min(s + size, q_len), kv_len) for s in starts]
-    groups = []
-    if q_len % size:
-        low, high = ranges.pop()
-        groups = [Group((starts.pop(),), (min(low, kv_len - 1),), q_len % size, max(high - low, 1))]
-    widths = [max(high - low, 1) for low, high in ranges]
-    # One loop for all while it computes little more than the blocks need, else as many loops as are allowed.
-    together = len(starts) if len(starts) * max(widths) <= 1.2 * sum(widths) else -(-len(starts) // GROUPS)
-    for first in reversed(range(0, len(starts), together)):
-        part = slice(first, first + together)
-        width = max(widths[part])
-        key_starts = tuple(min(low, kv_len - width) for low, _ in ranges[part])
-        groups.insert(0, Group(tuple(starts[part]), key_starts, size, width))
-    return tuple(groups)
-
-
-def _plan(q, k, mask) -> tuple[Group, ...]:
-    group, q_len = q.shape[2:4]
-    kv_len = k.shape[2]
-    ranges = (mask.key_range(i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1))
-    seen = max(1, *(high - low for low, high in ranges))
-    # A block of n queries of a band or a triangle meets n keys more than one query does.
-    most = MOST_ROWS if mask.key_range(0, 1, kv_len) == (0, kv_len) else min(_round(seen) // 4, MOST_ROWS)
-    rows = max(LEAST_ROWS, min(BLOCK_SCORES // (seen * group), most))
-    return plan(mask, q_len, kv_len, rows)
-
-
-def _round(n: int) -> int:
-    return 1 << max(n - 1, 1).bit_length()
-
-
-def _take(array, start, size, axis):
-    """Slices an axis, or leaves it where it is 1 and stands for all (bias)."""
-    if array is None or array.shape[axis] == 1:
-        return array
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-
-
-def _over_blocks(groups, body, carry):
-    """body(group, carry, start, key_start) over all blocks; results are joined along the query axis, 1 of
-    [g, t, ...]."""
+def _over_blocks(found: Plan, body, carry):
+    """body(block, carry) over all blocks; its results are joined along the query axis, 1 of [g, t, ...]."""
     parts = []
-    for size in dict.fromkeys(group.size for group in groups):
-        alike = [group for group in groups if group.size == size]
-        bodies = [functools.partial(body, group) for group in alike]
-        kinds = np.repeat(np.arange(len(alike), dtype=np.int32), [len(group.starts) for group in alike])
-        starts, key_starts = (np.concatenate([group[i] for group in alike]).astype(np.int32) for i in (0, 1))
+    for stage in found.stages:
+        bodies = [functools.partial(_block_of, stage, make, body) for make in stage.bodies]
 
-        # A switch, and no loop for each group: loops without a dependence may run at the same time, each with
+        # A switch, and no loop for each kind: loops without a dependence may run at the same time, each with
         # scores of its own, which do not fit into the cache together.
         def step(carry, at, bodies=bodies):
-            return jax.lax.switch(at[0], bodies, carry, *at[1:]) if len(bodies) > 1 else bodies[0](carry, *at[1:])
+            return jax.lax.switch(at[0], bodies, carry, at[1]) if len(bodies) > 1 else bodies[0](carry, at[1])
 
-        carry, results = jax.lax.scan(step, carry, (kinds, starts, key_starts))
+        carry, results = jax.lax.scan(step, carry, (stage.kinds, stage.at))
         parts.append(jax.tree.map(_joined, results))
-    return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs, 1) if len(xs) > 1 else xs[0], *parts)
+    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1) if len(xs) > 1 else xs[0], *parts)
+    return carry, joined if found.restore is None else jax.tree.map(lambda x: x[:, found.restore], joined)
+
+
+def _block_of(stage: Stage, make, body, carry, at):
+    return body(make(at), stage.size, carry)
 
 
 def _joined(blocks):
@@ -289,89 +238,83 @@ def _joined(blocks):
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
 
 
-def _keep(mask: Mask, start, size, key_start, width):
-    square = mask.block(Span(start, size), Span(key_start, width))
-    return None if square is None else square[0]
+def _keep_of(block: Block, tests):
+    seen = square(tests, block.q, block.k)
+    if block.counts is None:
+        return seen
+    return block.counts if seen is None else seen & block.counts
 
 
-def _head_valid(mask, kv_len):
-    valid = mask.valid_keys(kv_len)
-    return None if valid is None else valid[0]
+def _by_heads(numbers, q, k, v, mask, bias):
+    heads = _Heads(q, k, mask)
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+
+    def one(_, item):
+        index, q = item
+        found, tests = heads.plan(index)
+        k_head, v_head = (_pad(x, 0, found.kv_len) for x in heads.keys(index, k, v))
+        q = _pad(q, 1, found.q_len)
+        b = _pad(_pad(heads.bias(bias, index)[0], 1, found.q_len), 2, found.kv_len)
+
+        def body(block, size, carry):
+            if block is None:
+                group = q.shape[0]
+                return carry, (jnp.zeros((group, size, v.shape[3]), v.dtype), jnp.full((group, size), -jnp.inf, exact))
+            b_part = None if b is None else block.k.rows(block.q.rows(b, 1), 2)
+            k_part, v_part = (block.k.rows(x, 0) for x in (k_head, v_head))
+            return carry, forward(numbers, block.q.rows(q, 1), k_part, v_part, _keep_of(block, tests), b_part)
+
+        out, lse = _over_blocks(found, body, None)[1]
+        return None, (out[:, : heads.q_len], lse[:, : heads.q_len])
+
+    out, lse = jax.lax.scan(one, None, heads.steps(q))[1]
+    return out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3])
 
 
-def _head_bias(bias, batch, head):
-    if bias is None:
-        return None
-    bias = _take(_take(bias, batch, 1, 0), head, 1, 1)
-    return bias[0, 0]
+def _by_heads_backward(numbers, q, k, v, mask, bias, d_out, lse, d_lse):
+    heads = _Heads(q, k, mask)
 
+    def one(d_bias, item):
+        index, *rows = item
+        found, tests = heads.plan(index)
+        # Padding behind the last query has cotangents of zero, and gives none.
+        q, d_out, lse, d_lse = (_pad(x, 1, found.q_len) for x in rows)
+        k_head, v_head = (_pad(x, 0, found.kv_len) for x in heads.keys(index, k, v))
+        b, at_bias = heads.bias(bias, index)
+        b = _pad(_pad(b, 1, found.q_len), 2, found.kv_len)
+        wide = not heads.columns and max(max(stage.widths) for stage in found.stages) >= WIDE
+        zeros = tuple(jnp.zeros(x.shape[::-1] if wide else x.shape, lse.dtype) for x in (k_head, v_head))
+        zeros = (*zeros, None if b is None else jnp.zeros(b.shape, lse.dtype))
 
-def _by_heads(scale, q, k, v, mask, bias):
-    groups = _plan(q, k, mask)
-    batch, kv_heads, kv_len = k.shape[:3]
-
-    def one_head(item):
-        index, q, k, v = item
-        head_mask, head_bias = (
-            mask.at(index // kv_heads),
-            _head_bias(bias, index // kv_heads, index % kv_heads),
-        )
-        k, v = (_zero_padding(x, _head_valid(head_mask, kv_len)) for x in (k, v))
-
-        def body(group, carry, start, key_start):
-            k_part, v_part = (_take(x, key_start, group.width, 0) for x in (k, v))
-            keep = _keep(head_mask, start, group.size, key_start, group.width)
-            b = _take(_take(head_bias, start, group.size, 1), key_start, group.width, 2)
-            return carry, _block(scale, _take(q, start, group.size, 1), k_part, v_part, keep, b)
-
-        return _over_blocks(groups, body, None)[1]
-
-    flat = [x.reshape(batch * kv_heads, *x.shape[2:]) for x in (q, k, v)]
-    out, lse = jax.lax.map(one_head, (np.arange(batch * kv_heads, dtype=np.int32), *flat))
-    return out.reshape(batch, kv_heads, *out.shape[1:]), lse.reshape(batch, kv_heads, *lse.shape[1:])
-
-
-def _by_heads_backward(scale, q, k, v, mask, bias, d_out, lse, d_lse):
-    groups = _plan(q, k, mask)
-    batch, kv_heads, kv_len = k.shape[:3]
-    wide = max(group.width for group in groups) >= WIDE
-
-    def one_head(d_bias, item):
-        index, q, k, v, d_out, lse, d_lse = item
-        at_bias = (index // kv_heads, index % kv_heads)
-        head_mask, head_bias = mask.at(at_bias[0]), _head_bias(bias, *at_bias)
-        k, v = (_zero_padding(x, _head_valid(head_mask, kv_len)) for x in (k, v))
-        carry = (*(jnp.zeros(x.shape[::-1] if wide else x.shape, lse.dtype) for x in (k, v)), d_bias)
-
-        def body(group, carry, start, key_start):
-            dk, dv, d_bias = carry
-            q_part, d_part, lse_part, d_lse_part = (_take(x, start, group.size, 1) for x in (q, d_out, lse, d_lse))
-            k_part, v_part = (_take(x, key_start, group.width, 0) for x in (k, v))
-            keep = _keep(head_mask, start, group.size, key_start, group.width)
-            b = _take(_take(head_bias, start, group.size, 1), key_start, group.width, 2)
-            dq, dk_part, dv_part, ds = _block_backward(
-                scale, q_part, k_part, v_part, keep, b, d_part, lse_part, d_lse_part, wide
+        def body(block, size, carry):
+            if block is None:
+                return carry, jnp.zeros((q.shape[0], size, q.shape[2]), q.dtype)
+            dk, dv, db = carry
+            parts = [block.q.rows(x, 1) for x in (q, d_out, lse, d_lse)]
+            k_part, v_part = (block.k.rows(x, 0) for x in (k_head, v_head))
+            b_part = None if b is None else block.k.rows(block.q.rows(b, 1), 2)
+            dq, dk_part, dv_part, ds = backward(
+                numbers, parts[0], k_part, v_part, _keep_of(block, tests), b_part, *parts[1:], wide
             )
-            at = (0, key_start) if wide else (key_start, 0)
-            dk, dv = _add(dk, dk_part, at), _add(dv, dv_part, at)
-            if bias is not None:
-                d_bias = _add(d_bias, _sum_to(ds, b.shape)[None, None], (*at_bias, 0, start, key_start))
-            return (dk, dv, d_bias), dq.astype(q.dtype)
+            dk, dv = (block.k.add(x, part, int(wide)) for x, part in ((dk, dk_part), (dv, dv_part)))
+            if b is not None:
+                db_rows = block.k.add(block.q.rows(jnp.zeros_like(db), 1), sum_to(ds, b_part.shape), 2)
+                db = block.q.add(db, db_rows, 1)
+            return (dk, dv, db), dq.astype(q.dtype)
 
-        (dk, dv, d_bias), dq = _over_blocks(groups, body, carry)
-        dk, dv = (dk.T, dv.T) if wide else (dk, dv)
-        return d_bias, (dq, dk.astype(k.dtype), dv.astype(v.dtype))
+        (dk, dv, db), dq = _over_blocks(found, body, zeros)
+        dk, dv = (x.T if wide else x for x in (dk, dv))
+        if bias is not None:
+            db = db[:, : bias.shape[2], : bias.shape[3]]
+            d_bias = d_bias.at[at_bias].add(db)
+        return d_bias, (dq[:, : heads.q_len], dk[: heads.kv_len], dv[: heads.kv_len])
 
-    flat = [x.reshape(batch * kv_heads, *x.shape[2:]) for x in (q, k, v, d_out, lse, d_lse)]
-    d_bias = None if bias is None else jnp.zeros(bias.shape, lse.dtype)
-    items = (np.arange(batch * kv_heads, dtype=np.int32), *flat)
-    d_bias, grads = jax.lax.scan(one_head, d_bias, items)
-    dq, dk, dv = (g.reshape(batch, kv_heads, *g.shape[1:]) for g in grads)
-    return dq, dk, dv, d_bias
-
-
-def _add(array, part, starts):
-    """Adds `part` at `starts`; a dimension of 1 stands for all, and is always at 0."""
-    starts = tuple(jnp.int32(0 if size == 1 else start) for start, size in zip(starts, array.shape))
-    old = jax.lax.dynamic_slice(array, starts, part.shape)
-    return jax.lax.dynamic_update_slice(array, old + part, starts)
+    d_bias = None if bias is None else jnp.zeros_like(_grouped(bias, heads.ways), lse.dtype)
+    d_bias, (dq, dk, dv) = jax.lax.scan(one, d_bias, heads.steps(q, d_out, lse, d_lse))
+    # Where each query head was a step of its own, the gradients of a shared key head are summed.
+    dk, dv = (
+        x.reshape(heads.batch, heads.kv_heads, -1, *x.shape[1:]).sum(2) if heads.ways > heads.kv_heads
+        else x.reshape(heads.batch, heads.kv_heads, *x.shape[1:])
+        for x in (dk, dv)
+    )  # fmt: skip
+    return dq.reshape(q.shape), dk, dv, None if bias is None else _flat(d_bias)

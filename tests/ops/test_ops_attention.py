@@ -12,10 +12,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissom.ops import testing
-from lissom.ops.attention import OP, Causal, Full, Lengths, Segments, Window, attention, cudnn, xla
+from lissom.ops.attention import (
+    OP,
+    BlockSparse,
+    Causal,
+    Full,
+    KeyColumns,
+    Lengths,
+    Neighbourhood,
+    Prefix,
+    Segments,
+    Window,
+    attention,
+    cudnn,
+    xla,
+    xla_plan,
+)
 from lissom.ops.attention.cases import REAL, TINY
 
 PACKED = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, -1, -1], [5] * 13], np.int32)
+
+
+def random_lists(seed, batch, heads, blocks, most, of):
+    """Lists of 0 to `most` different numbers below `of`, in any order; at least one is empty."""
+    rng = np.random.default_rng(seed)
+    index = rng.permuted(np.broadcast_to(np.arange(of), (batch, heads, blocks, of)), axis=3)[..., :most]
+    count = rng.integers(0, most + 1, (batch, heads, blocks))
+    count[0, 0, 0] = 0
+    return {"index": index.astype(np.int32), "count": count.astype(np.int32)}
+
+
+LISTS = {"each_head": random_lists(0, 2, 4, 4, 3, 4), "key_heads": random_lists(1, 1, 2, 4, 4, 4)}
+COLUMNS = random_lists(2, 2, 4, 4, 5, 27)
 
 # name: mask, (batch, q_len, kv_len, heads, kv_heads, head_dim, v_dim), shape of bias or None
 CASES = {
@@ -31,13 +59,52 @@ CASES = {
     "window_at_offset": (Window(4, 0, np.array(6)), (2, 5, 16, 2, 1, 8, 8), None),
     "offset_below_all_keys": (Causal(-4), (1, 9, 9, 2, 1, 8, 8), None),
     "window_past_all_keys": (Window(1, 0, 9), (1, 9, 9, 2, 1, 8, 8), None),
+    "prefix": (Prefix(5), (1, 13, 13, 2, 1, 8, 8), None),
+    "prefix_of_each": (Prefix(np.array([0, 7]), np.array([4, 2])), (2, 9, 13, 2, 2, 8, 8), None),
+    "neighbourhood_line": (Neighbourhood(21, 5, stride=2), (1, 21, 21, 2, 1, 8, 4), None),
+    "neighbourhood_dilated": (Neighbourhood(22, 4, 3, causal=True), (1, 22, 22, 2, 2, 8, 8), (1, 2, 22, 22)),
+    "neighbourhood_plane": (Neighbourhood((9, 11), (3, 5), stride=(1, 3)), (2, 99, 99, 2, 1, 4, 4), (1, 1, 99, 99)),
+    "neighbourhood_dilated_plane": (
+        Neighbourhood((7, 10), (3, 4), (2, 2), causal=(True, False)),
+        (1, 70, 70, 2, 1, 4, 4),
+        None,
+    ),
+    "neighbourhood_and_segments": (
+        Neighbourhood((3, 7), 3, (1, 2)) & Segments(np.repeat([[0, 1, -1]], 7, 1)),
+        (1, 21, 21, 2, 1, 4, 4),
+        None,
+    ),
+    "blocks_static": (BlockSparse(**LISTS["each_head"], block_q=4, block_k=8), (2, 13, 27, 4, 2, 8, 8), None),
+    "blocks_on_device": (
+        BlockSparse(*map(jnp.asarray, LISTS["key_heads"].values()), block_q=4, block_k=8) & Causal(14),
+        (2, 13, 27, 4, 2, 8, 4),
+        (1, 4, 13, 27),
+    ),
+    "blocks_for_all": (
+        BlockSparse(np.array([[[[3, 0], [1, 2], [0, 1], [3, 2]]]]), block_q=4, block_k=8) & Lengths(np.array([3, 25])),
+        (2, 13, 27, 4, 2, 8, 8),
+        None,
+    ),
+    "columns": (KeyColumns(**COLUMNS, block_q=4), (2, 13, 27, 4, 2, 8, 8), (2, 1, 13, 27)),
+    "columns_on_device": (
+        KeyColumns(*map(jnp.asarray, COLUMNS.values()), block_q=4) & Causal(14),
+        (2, 13, 27, 4, 2, 8, 8),
+        None,
+    ),
+    "blocks_or_columns": (
+        (BlockSparse(**LISTS["each_head"], block_q=4, block_k=8) | KeyColumns(**COLUMNS, block_q=4)) & Causal(14),
+        (2, 13, 27, 4, 2, 8, 8),
+        None,
+    ),
 }
 
 
 def cut_small(patch):
     """Makes tiny problems take the path of long ones: several blocks, scans and a remainder."""
-    for name, value in {"DIRECT_SCORES": 0, "DECODE_QUERIES": 0, "LEAST_ROWS": 4, "MOST_ROWS": 4, "GROUPS": 2}.items():
+    for name, value in {"DIRECT_SCORES": 0, "DECODE_QUERIES": 0}.items():
         patch.setattr(xla, name, value)
+    for name, value in {"LEAST_ROWS": 4, "MOST_ROWS": 4, "GROUPS": 2}.items():
+        patch.setattr(xla_plan, name, value)
 
 
 @pytest.fixture
@@ -177,7 +244,7 @@ def test_plan_covers_every_query_once_and_every_seen_key(q_len, kv_len, left, ri
     seen = np.asarray(mask.dense(q_len, kv_len))[0, 0]
     covered = np.zeros((q_len, kv_len), bool)
     queries = []
-    groups = xla.plan(mask, q_len, kv_len, rows)
+    groups = xla_plan.groups_of(mask.intervals(q_len, kv_len), q_len, kv_len, rows)
     for group in groups:
         for start, key_start in zip(group.starts, group.key_starts):
             assert key_start >= 0 and key_start + group.width <= kv_len
@@ -185,11 +252,11 @@ def test_plan_covers_every_query_once_and_every_seen_key(q_len, kv_len, left, ri
             covered[start : start + group.size, key_start : key_start + group.width] = True
     assert queries == list(range(q_len))
     assert not (seen & ~covered).any()
-    assert len(groups) <= xla.GROUPS + 1
+    assert len(groups) <= xla_plan.GROUPS + 1
 
 
 def test_work_follows_the_mask():
-    area = lambda mask, n: sum(len(g.starts) * g.size * g.width for g in xla.plan(mask, n, n, 64))
+    area = lambda mask, n: xla_plan.area(mask, n, n)
     assert area(Full(), 2048) == 2048**2
     assert area(Causal(), 2048) <= 0.58 * 2048**2  # a triangle is 0.5
     assert area(Window(63, 0), 2048) == 2048 * (64 + 63)  # a block of 64 queries meets 63 more keys
@@ -277,15 +344,17 @@ def test_mixed_dtypes_are_named():
         ({"v_dim": 8}, "differ"),
         ({"return_lse": True}, "return_lse"),
         ({"bias": np.zeros((1, 1, 8, 8))}, "bias"),
+        ({"sinks": np.zeros(2)}, "sinks"),
+        ({"softcap": 5.0}, "logit_softcap"),
     ],
 )
 def test_what_cudnn_takes_and_refuses(changes, reason):
     r = {"mask": Causal(), "dtype": jnp.bfloat16, "kv_len": 8, "head_dim": 16, "v_dim": None, "bias": None}
-    r = {**r, "return_lse": False, **changes}
+    r = {**r, "sinks": None, "softcap": None, "return_lse": False, **changes}
     q = jax.ShapeDtypeStruct((1, 8, 2, r["head_dim"]), r["dtype"])
     k = jax.ShapeDtypeStruct((1, r["kv_len"], 2, r["head_dim"]), r["dtype"])
     v = jax.ShapeDtypeStruct((1, r["kv_len"], 2, r["v_dim"] or r["head_dim"]), r["dtype"])
-    why = cudnn.refusal(q, k, v, r["mask"], r["bias"], r["return_lse"])
+    why = cudnn.refusal(q, k, v, r["mask"], r["bias"], r["sinks"], r["softcap"], r["return_lse"])
     assert (why is None) if reason is None else (reason in why)
 
 
