@@ -211,11 +211,12 @@ def _pad(x, axis: int, size: int):
                                                                for a, n in enumerate(x.shape)])  # fmt: skip
 
 
-def _over_blocks(found: Plan, body, carry):
-    """body(block, carry) over all blocks; its results are joined along the query axis, 1 of [g, t, ...]."""
-    parts = []
+def _over_blocks(found: Plan, compute, put, carry):
+    """compute(block, size) -> (results, parts) for all blocks; put(carry, block, parts) -> carry. Results are joined
+    along the query axis, 1 of [g, t, ...]."""
+    joined = []
     for stage in found.stages:
-        bodies = [functools.partial(_block_of, stage, make, body) for make in stage.bodies]
+        bodies = [functools.partial(_step, stage, make, compute, put) for make in stage.bodies]
 
         # A switch, and no loop for each kind: loops without a dependence may run at the same time, each with
         # scores of its own, which do not fit into the cache together.
@@ -223,18 +224,33 @@ def _over_blocks(found: Plan, body, carry):
             return jax.lax.switch(at[0], bodies, carry, at[1]) if len(bodies) > 1 else bodies[0](carry, at[1])
 
         carry, results = jax.lax.scan(step, carry, (stage.kinds, stage.at))
-        parts.append(jax.tree.map(_joined, results))
-    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1) if len(xs) > 1 else xs[0], *parts)
-    return carry, joined if found.restore is None else jax.tree.map(lambda x: x[:, found.restore], joined)
+        joined.append(jax.tree.map(_joined, results))
+    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1) if len(xs) > 1 else xs[0], *joined)
+    if found.restore is None:
+        return carry, joined
+
+    def restored(x):
+        units = x.reshape(x.shape[0], -1, found.unit, *x.shape[2:])[:, found.restore]
+        return units.reshape(x.shape[0], -1, *x.shape[2:])
+
+    return carry, jax.tree.map(restored, joined)
 
 
-def _block_of(stage: Stage, make, body, carry, at):
-    return body(make(at), stage.size, carry)
+def _step(stage: Stage, make, compute, put, carry, at):
+    one = lambda at: compute(make(at), stage.size)
+    entries = [jax.tree.map(lambda x, i=i: x[i], at) for i in range(stage.together)]
+    if stage.together == 1:
+        results, parts = one(entries[0])
+        return put(carry, make(entries[0]), parts), jax.tree.map(lambda x: x[None], results)
+    results, parts = jax.vmap(one)(at)
+    for i, entry in enumerate(entries):
+        carry = put(carry, make(entry), jax.tree.map(lambda x, i=i: x[i], parts))
+    return carry, results
 
 
 def _joined(blocks):
-    """[blocks, g, t, ...] -> [g, blocks * t, ...]."""
-    blocks = jnp.moveaxis(blocks, 0, 1)
+    """[steps, together, g, t, ...] -> [g, steps * together * t, ...]."""
+    blocks = jnp.moveaxis(blocks.reshape(-1, *blocks.shape[2:]), 0, 1)
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
 
 
@@ -256,15 +272,15 @@ def _by_heads(numbers, q, k, v, mask, bias):
         q = _pad(q, 1, found.q_len)
         b = _pad(_pad(heads.bias(bias, index)[0], 1, found.q_len), 2, found.kv_len)
 
-        def body(block, size, carry):
+        def compute(block, size):
             if block is None:
-                group = q.shape[0]
-                return carry, (jnp.zeros((group, size, v.shape[3]), v.dtype), jnp.full((group, size), -jnp.inf, exact))
+                rows = (q.shape[0], size)
+                return (jnp.zeros((*rows, v.shape[3]), v.dtype), jnp.full(rows, -jnp.inf, exact)), None
             b_part = None if b is None else block.k.rows(block.q.rows(b, 1), 2)
             k_part, v_part = (block.k.rows(x, 0) for x in (k_head, v_head))
-            return carry, forward(numbers, block.q.rows(q, 1), k_part, v_part, _keep_of(block, tests), b_part)
+            return forward(numbers, block.q.rows(q, 1), k_part, v_part, _keep_of(block, tests), b_part), None
 
-        out, lse = _over_blocks(found, body, None)[1]
+        out, lse = _over_blocks(found, compute, lambda carry, *_: carry, None)[1]
         return None, (out[:, : heads.q_len], lse[:, : heads.q_len])
 
     out, lse = jax.lax.scan(one, None, heads.steps(q))[1]
@@ -286,23 +302,28 @@ def _by_heads_backward(numbers, q, k, v, mask, bias, d_out, lse, d_lse):
         zeros = tuple(jnp.zeros(x.shape[::-1] if wide else x.shape, lse.dtype) for x in (k_head, v_head))
         zeros = (*zeros, None if b is None else jnp.zeros(b.shape, lse.dtype))
 
-        def body(block, size, carry):
+        def compute(block, size):
             if block is None:
-                return carry, jnp.zeros((q.shape[0], size, q.shape[2]), q.dtype)
-            dk, dv, db = carry
+                return jnp.zeros((q.shape[0], size, q.shape[2]), q.dtype), None
             parts = [block.q.rows(x, 1) for x in (q, d_out, lse, d_lse)]
             k_part, v_part = (block.k.rows(x, 0) for x in (k_head, v_head))
             b_part = None if b is None else block.k.rows(block.q.rows(b, 1), 2)
             dq, dk_part, dv_part, ds = backward(
                 numbers, parts[0], k_part, v_part, _keep_of(block, tests), b_part, *parts[1:], wide
             )
-            dk, dv = (block.k.add(x, part, int(wide)) for x, part in ((dk, dk_part), (dv, dv_part)))
-            if b is not None:
-                db_rows = block.k.add(block.q.rows(jnp.zeros_like(db), 1), sum_to(ds, b_part.shape), 2)
-                db = block.q.add(db, db_rows, 1)
-            return (dk, dv, db), dq.astype(q.dtype)
+            return dq.astype(q.dtype), (dk_part, dv_part, None if b is None else sum_to(ds, b_part.shape))
 
-        (dk, dv, db), dq = _over_blocks(found, body, zeros)
+        def put(carry, block, parts):
+            if block is None:
+                return carry
+            dk, dv = (block.k.add(x, part, int(wide)) for x, part in zip(carry[:2], parts[:2]))
+            db = carry[2]
+            if b is not None:
+                rows = block.k.add(jnp.zeros_like(block.q.rows(db, 1)), parts[2], 2)
+                db = block.q.add(db, rows, 1)
+            return dk, dv, db
+
+        (dk, dv, db), dq = _over_blocks(found, compute, put, zeros)
         dk, dv = (x.T if wide else x for x in (dk, dv))
         if bias is not None:
             db = db[:, : bias.shape[2], : bias.shape[3]]

@@ -22,6 +22,9 @@ linear."""
 LEAST_ROWS, MOST_ROWS = 64, 256
 """Bounds on the queries of a block: fewer make thin products, more compute too much beside a triangle."""
 
+STEP_SCORES = 2**18
+"""Small blocks are computed several at a time, up to so many scores: a step of a loop costs about 0.1 ms on a CPU."""
+
 GROUPS = 8
 """Bodies to compile at most for a triangle. In 8 steps it computes 1/8 more than the triangle itself."""
 
@@ -138,8 +141,9 @@ class Block(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A scan. `kinds` int [n] picks the body of each block, `at` (arrays [n, ...]) is what the body reads;
-    bodies[kind](at) is the `Block`, or None where no key is seen."""
+    """A scan, each step of which computes `together` blocks of `size` queries and at most widths[kind] keys. `kinds`
+    int [steps] picks the body of each step, `at` (arrays [steps, together, ...]) is what it reads; bodies[kind](at) is
+    the `Block` of one entry of `at`, or None where no key is seen."""
 
     size: int
     widths: tuple[int, ...]
@@ -147,15 +151,26 @@ class Stage(NamedTuple):
     kinds: jax.Array | np.ndarray
     at: Any
 
+    @property
+    def together(self) -> int:
+        return jax.tree.leaves(self.at)[0].shape[1]
+
 
 class Plan(NamedTuple):
-    """Stages whose results stand one behind the other, and the order that puts them back (None: they are in
-    order). Arrays are padded to `q_len` queries and `kv_len` keys first."""
+    """Stages whose results stand one behind the other, and the order that puts them back: of queries, or of blocks of
+    `unit` queries (None: they are in order). Arrays are padded to `q_len` queries and `kv_len` keys first."""
 
     stages: tuple[Stage, ...]
     q_len: int
     kv_len: int
-    restore: np.ndarray | None = None
+    restore: jax.Array | np.ndarray | None = None
+    unit: int = 1
+
+
+def _together(blocks: int, scores: int) -> int:
+    """How many blocks of so many scores make a step: a divisor of their number."""
+    most = max(STEP_SCORES // scores, 1)
+    return next(n for n in range(min(most, blocks), 0, -1) if blocks % n == 0)
 
 
 # ---- consecutive keys: triangles, bands ------------------------------------------------------------------------
@@ -210,20 +225,22 @@ def _consecutive(tests, q_len: int, kv_len: int, group: int) -> Plan:
     stages = []
     for size in dict.fromkeys(group.size for group in groups):
         alike = [group for group in groups if group.size == size]
-        kinds = np.repeat(np.arange(len(alike), dtype=np.int32), [len(group.starts) for group in alike])
-        at = tuple(np.concatenate([group[i] for group in alike]).astype(np.int32) for i in (0, 1))
+        # Several blocks a step only where all are of one kind: a band. The blocks of a triangle are large.
+        together = _together(len(alike[0].starts), size * alike[0].width * group) if len(alike) == 1 else 1
+        kinds = np.repeat(np.arange(len(alike), dtype=np.int32), [len(part.starts) // together for part in alike])
+        at = tuple(np.concatenate([part[i] for part in alike]).astype(np.int32) for i in (0, 1))
+        at = tuple(x.reshape(-1, together) for x in at)
         bodies = tuple(
-            lambda at, group=group: Block(Rows(Span(at[0], group.size)), Rows(Span(at[1], group.width)))
-            for group in alike
+            lambda at, part=part: Block(Rows(Span(at[0], part.size)), Rows(Span(at[1], part.width))) for part in alike
         )
-        stages.append(Stage(size, tuple(group.width for group in alike), bodies, kinds, at))
+        stages.append(Stage(size, tuple(part.width for part in alike), bodies, kinds, at))
     return Plan(tuple(stages), q_len, kv_len)
 
 
 # ---- a plane ----------------------------------------------------------------------------------------------------
 
 
-def _plane(mask: Neighbourhood) -> Plan:
+def _plane(mask: Neighbourhood, group: int) -> Plan:
     """Squares of queries, each with the rectangle that holds the windows of all of them."""
     cuts = []  # for each axis: [(size, width, starts, key starts)]
     for axis, n in enumerate(mask.shape):
@@ -253,7 +270,10 @@ def _plane(mask: Neighbourhood) -> Plan:
 
             for y, x in zip(at[0], at[1]):
                 order.append(places[y : y + size[0], x : x + size[1]].ravel())
-            stages.append(Stage(size[0] * size[1], (width[0] * width[1],), (body,), np.zeros(len(at[0]), np.int32), at))
+            area = size[0] * size[1], width[0] * width[1]
+            together = _together(len(at[0]), area[0] * area[1] * group)
+            at = tuple(x.reshape(-1, together) for x in at)
+            stages.append(Stage(area[0], (area[1],), (body,), np.zeros(len(at[0]), np.int32), at))
     return Plan(tuple(stages), places.size, places.size, np.argsort(np.concatenate(order)).astype(np.int32))
 
 
@@ -285,23 +305,35 @@ def _by_lists(mask: BlockSparse | KeyColumns, q_len: int, kv_len: int, group: in
     counts, index = (_entry(table, entry) for table in (counts, index))
     xp = np if isinstance(index, np.ndarray) and isinstance(counts, np.ndarray) else jnp
     counts, index = (xp.repeat(table, repeat, 0)[: -(-q_len // block_q)] for table in (counts, index))
-    kinds = xp.searchsorted(lengths, counts).astype(np.int32)
-    exact = static and len(lengths) == len(np.unique(mask.counts()))
+    blocks, scores = len(counts), block_q * group * index.shape[1] * size
+    exact = static and len(lengths) == 1
+    numbers, restore = np.arange(blocks, dtype=np.int32), None
+    together = _together(blocks, scores) if exact else max(min(STEP_SCORES // scores, blocks), 1)
+    if together > 1 and not exact:
+        # Blocks with lists of like length make a step; what is missing to whole steps has empty lists.
+        order = xp.argsort(-counts, stable=True).astype(np.int32)
+        more = -blocks % together
+        numbers, counts, index = (
+            xp.pad(table[order], [(0, more)] + [(0, 0)] * (table.ndim - 1))
+            for table in (xp.asarray(numbers), counts, index)
+        )
+        restore = xp.argsort(order)
+    index = xp.clip(index, 0, -(-kv_len // size) - 1).astype(np.int32)
+    at = tuple(table.reshape(-1, together, *table.shape[1:]) for table in (numbers, index, counts))
+    kinds = xp.searchsorted(lengths, at[2].max(1)).astype(np.int32)
 
     def body(at, length):
         number, names, count = at
         if length == 0:
             return None
         names = names[:length]
-        hidden = None if exact else jnp.repeat(np.arange(length) < count, size)
+        counting = None if exact else jnp.repeat(np.arange(length) < count, size)
         keys = Blocks(names, size) if isinstance(mask, BlockSparse) else Rows(At(names))
-        return Block(Rows(Span(number * block_q, block_q)), keys, hidden)
+        return Block(Rows(Span(number * block_q, block_q)), keys, counting)
 
     bodies = tuple(lambda at, n=int(n): body(at, n) for n in lengths)
-    at = (np.arange(len(kinds), dtype=np.int32), xp.clip(index, 0, -(-kv_len // size) - 1).astype(np.int32), counts)
-    widths = tuple(int(n) * size for n in lengths)
-    stage = Stage(block_q, widths, bodies, kinds, at)
-    return Plan((stage,), len(kinds) * block_q, -(-kv_len // size) * size)
+    stage = Stage(block_q, tuple(int(n) * size for n in lengths), bodies, kinds, at)
+    return Plan((stage,), blocks * block_q, -(-kv_len // size) * size, restore, block_q)
 
 
 def _entry(table, entry):
@@ -321,14 +353,16 @@ def plan(mask: Mask, tests: tuple[Interval, ...], q_len: int, kv_len: int, group
     if lists is not None:
         return _by_lists(lists, q_len, kv_len, group, entry)
     if isinstance(mask, Neighbourhood) and len(mask.shape) == 2 and mask.dilation == (1, 1):
-        return _plane(mask)
+        return _plane(mask, group)
     return _consecutive(tests, q_len, kv_len, group)
 
 
 def area(mask: Mask, q_len: int, kv_len: int) -> int:
     """Scores that a head computes under a static mask."""
     found = plan(mask, mask.intervals(q_len, kv_len), q_len, kv_len, 1, (0, 0))
-    return sum(stage.size * stage.widths[kind] for stage in found.stages for kind in np.asarray(stage.kinds))
+    return sum(
+        stage.together * stage.size * stage.widths[kind] for stage in found.stages for kind in np.asarray(stage.kinds)
+    )
 
 
 __all__ = ["Block", "Plan", "Stage", "area", "groups_of", "plan"]
