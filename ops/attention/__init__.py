@@ -92,10 +92,10 @@ def attention(
     bias: rank 4, each dimension whole or 1; differentiable. It is added before masking.
     scale: a Python number, by default head_dim ** -0.5. A learned temperature is multiplied into q by the
     caller.
-    logit_softcap: a positive Python number, or None (Gemma 2, arXiv 2408.00118, section 2, which has no bias: that the
+    logit_softcap: a positive Python number, or None (Gemma 2, arXiv 2408.00118, which has no bias: that the
     cap comes before it is a choice made here).
     sinks: float [heads], a learned logit that takes part in the denominator and has no value (gpt-oss, arXiv
-    2508.10925, section 2.2); differentiable. Partial results that are to be merged take it in one part only.
+    2508.10925); differentiable. Partial results that are to be merged take it in one part only.
     implementation: see `lissom.ops.dispatch`: None (the platform's default), a name of `OP.implementations`, or
     a sequence. Only "reference" can be differentiated twice.
 

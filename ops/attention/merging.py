@@ -23,7 +23,7 @@ def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, j
 
     ValueError for no parts, or parts of different dtypes.
 
-    Milakov and Gimelshein 2018 (arXiv 1805.02867) for sums; for attention: Hydragen (arXiv 2402.05099), section 3.2,
+    Milakov and Gimelshein 2018 (arXiv 1805.02867) for sums; for attention: Hydragen (arXiv 2402.05099)
     and RelayAttention (arXiv 2402.14808).
     """
     if not partials:

@@ -24,9 +24,11 @@ def run(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float 
     batch, q_len, heads, _ = q.shape
     kv_len, kv_heads = k.shape[1:3]
     exact = jnp.promote_types(q.dtype, jnp.float32)
-    q = q.reshape(batch, q_len, kv_heads, heads // kv_heads, -1)
+    # Heads first: XLA's CPU has no bfloat16 product for some other orders ("Unsupported element type for DotThunk").
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    q = q.reshape(batch, kv_heads, heads // kv_heads, q_len, -1)
 
-    scores = scale * jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=exact)
+    scores = scale * jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=exact)
     scores = scores.reshape(batch, heads, q_len, kv_len)
     if logit_softcap is not None:
         scores = logit_softcap * jnp.tanh(scores / logit_softcap)
@@ -54,8 +56,8 @@ def run(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float 
     lse = jnp.where(sees, jnp.log(total) + largest, -jnp.inf)[..., 0]
 
     weights = (weights / total).astype(v.dtype).reshape(batch, kv_heads, -1, q_len, kv_len)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=exact)
-    out = out.reshape(batch, q_len, heads, -1).astype(v.dtype)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v, preferred_element_type=exact)
+    out = jnp.swapaxes(out.reshape(batch, heads, q_len, -1), 1, 2).astype(v.dtype)
     if valid is not None:
         # Their output is 0 already; this keeps whatever cotangent padding rows receive out of the gradients.
         out = jnp.where(valid[:, :, None, None], out, 0)

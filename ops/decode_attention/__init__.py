@@ -1,0 +1,112 @@
+"""Softmax attention of one or a few new queries against a long cache."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lissom.ops import dispatch
+
+__all__ = ["OP", "decode_attention"]
+
+OP = dispatch.Op(
+    name="decode_attention",
+    implementations={
+        "reference": "lissom.ops.decode_attention.reference",
+        "xla": "lissom.ops.decode_attention.xla",
+    },
+    defaults={"default": ("xla",)},
+)
+
+Queries = Float[Array, "batch q_len heads head_dim"]
+Cache = Float[Array, "batch_or_pages kv_heads length head_dim"]
+
+
+def decode_attention(
+    q: Queries,
+    k: Cache,
+    v: Cache,
+    *,
+    lengths: Int[Array, "batch"],
+    block_table: Int[Array, "batch most_pages"] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
+    splits: int | None = None,
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+):
+    """`attention` of the last q_len tokens of each sequence over its cache, which holds them already.
+
+    Query i of sequence b stands at position p = lengths[b] - q_len + i and sees positions max(0, p - window + 1) .. p;
+    equations, `scale`, `logit_softcap` and `sinks` as in `lissom.ops.attention.attention`.
+
+    Dense: k [batch, kv_heads, length, head_dim], v [batch, kv_heads, length, v_dim], heads before positions, so that
+    what a head reads lies together (measured against positions before heads: results/ops). Paged (Kwon et al. 2023,
+    arXiv 2309.06180): k [pages, kv_heads, page_size, head_dim], v alike, and position p of sequence b is in page
+    block_table[b, p // page_size]; entries behind the sequence's last page may be anything.
+
+    q [batch, q_len, heads, head_dim] has the dtype of the cache. lengths: int [batch], at most the room in the cache;
+    what stands behind them is never used, NaN or not. A query at a position below 0 (q_len > lengths) gives out 0 and
+    lse -inf, as does an empty sequence.
+    window: a Python int, or None for all.
+    splits: into how many parts the keys of a sequence are cut; the parts are computed side by side and merged by their
+    log-sum-exp (Flash-Decoding: Dao et al. 2023). None: what the implementation finds best.
+    Returns out [batch, q_len, heads, v_dim] and with `return_lse` lse [batch, heads, q_len], float32 at least.
+
+    For inference: "reference" can be differentiated, other implementations need not be. ValueError names the argument
+    that does not fit.
+    """
+    _check(q, k, v, lengths, block_table, window, logit_softcap, sinks, splits)
+    rows, per_page = ("batch", None, "heads", None), "batch" if block_table is None else None
+    return dispatch.call(
+        OP,
+        operands=(q, k, v, lengths, block_table, sinks),
+        options={
+            "window": window,
+            "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+            "logit_softcap": None if logit_softcap is None else float(logit_softcap),
+            "splits": splits,
+            "return_lse": return_lse,
+        },
+        implementation=implementation,
+        operand_dims=(
+            rows,
+            *[(per_page, "heads", None, None)] * 2,
+            ("batch",),
+            None if block_table is None else ("batch", None),
+            None if sinks is None else ("heads",),
+        ),
+        result_dims=(rows, ("batch", "heads", None)) if return_lse else rows,
+    )
+
+
+def _check(q, k, v, lengths, block_table, window, logit_softcap, sinks, splits) -> None:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4 or 0 in array.shape:
+            raise ValueError(f"{name} has 4 dimensions and none of them 0, got {array.shape}.")
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {array.dtype}, q has {q.dtype}: they are floats of one dtype.")
+    batch, _, heads, head_dim = q.shape
+    first = batch if block_table is None else k.shape[0]
+    what = "batch" if block_table is None else "pages"
+    if k.shape[0] != first or k.shape[3] != head_dim:
+        raise ValueError(f"k is [{what}={first}, kv_heads, length, {head_dim}] to go with q {q.shape}, got {k.shape}.")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v agrees with k {k.shape} in all but the last dimension, got {v.shape}.")
+    if heads % k.shape[1]:
+        raise ValueError(f"q has {heads} heads, which is not a multiple of the {k.shape[1]} heads of k and v.")
+    integers = {"lengths": (lengths, (batch,))}
+    if block_table is not None:
+        integers["block_table"] = (block_table, (batch, *block_table.shape[1:2]))
+    for name, (array, shape) in integers.items():
+        if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} is an integer array {list(shape)}, got {array.dtype}{list(array.shape)}.")
+    for name, number in (("window", window), ("splits", splits)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} is an int of at least 1, or None, got {number!r}.")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap is a positive Python number or None, got {logit_softcap}.")
+    if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+        raise ValueError(f"sinks is a float array [heads={heads}], got {sinks.dtype}{list(sinks.shape)}.")

@@ -1,0 +1,146 @@
+"""Decoding against a cache: dense, paged, split; every form against the float64 reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.ops import testing
+from lissom.ops.attention import attention
+from lissom.ops.decode_attention import decode_attention, xla
+
+LENGTHS = np.array([17, 3, 0], np.int32)
+PAGE = 4
+
+
+def problem(dtype=np.float32, q_len=2, seed=0):
+    q, k, v, sinks = testing.normal(seed, (3, q_len, 4, 8), (3, 2, 20, 8), (3, 2, 20, 6), (4,), dtype=dtype)
+    for x in (k, v):
+        x[np.broadcast_to(np.arange(20) >= LENGTHS[:, None, None], x.shape[:3])] = np.nan
+    return {"q": q, "k": k, "v": v, "sinks": sinks}
+
+
+def paged(arrays, seed=0):
+    """The same caches in pages that lie in any order, among others that hold NaN."""
+    rng = np.random.default_rng(seed)
+    places = rng.permutation(18)[:15].reshape(3, 5)
+    pages = {}
+    for name in ("k", "v"):
+        x = np.moveaxis(arrays[name].reshape(3, 2, 5, PAGE, -1), 2, 1)
+        pages[name] = np.full((18, *x.shape[2:]), np.nan, x.dtype)
+        pages[name][places] = x
+    table = np.where(np.arange(5) * PAGE < LENGTHS[:, None], places, -7)
+    return {**arrays, **pages}, table.astype(np.int32)
+
+
+def call(implementation, q, k, v, sinks, table=None, **options):
+    return decode_attention(
+        *(q, k, v), lengths=LENGTHS, sinks=sinks, block_table=table, return_lse=True, implementation=implementation,
+        **options,
+    )  # fmt: skip
+
+
+def forward_case(run, arrays, implementation, dtype):
+    """`testing.check_case` without gradients."""
+    results = {}
+    with jax.enable_x64(True):
+        truth = run("reference", **{n: jnp.asarray(a, np.float64) for n, a in arrays.items()})
+    for name in ("reference", implementation):
+        results[name] = jax.jit(functools.partial(run, name))(**{n: jnp.asarray(a, dtype) for n, a in arrays.items()})
+    for what, *leaves in zip(("out", "lse"), truth, results["reference"], results[implementation]):
+        testing.compare(f"decode {implementation} {what}", *map(np.asarray, leaves))
+
+
+OPTIONS = [{}, {"splits": 3}, {"window": 5}, {"logit_softcap": 3.0, "scale": 2.0}, {"splits": 40, "window": 1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_dense(options, dtype):
+    forward_case(functools.partial(call, **options), problem(dtype), "xla", dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_paged(options, monkeypatch):
+    monkeypatch.setattr(xla, "GATHERED_KEYS", 2 * PAGE)  # several steps of the loop, the last not whole
+    arrays, table = paged(problem())
+    forward_case(functools.partial(call, table=table, **options), arrays, "xla", np.float32)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_paged_is_dense(implementation):
+    arrays = problem(seed=3)
+    pages, table = paged(arrays, seed=3)
+    dense, of_pages = call(implementation, **arrays), call(implementation, **pages, table=table)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), dense, of_pages)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    q_len=st.integers(1, 4),
+    lengths=st.tuples(*[st.integers(0, 20)] * 3),
+    window=st.none() | st.integers(1, 8),
+    splits=st.none() | st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_any_lengths(q_len, lengths, window, splits, seed):
+    """Against plain attention over the part of each cache that is filled."""
+    q, k, v = testing.normal(seed, (3, q_len, 2, 4), (3, 1, 20, 4), (3, 1, 20, 4))
+    ours, lse = decode_attention(
+        q, k, v, lengths=np.array(lengths), window=window, splits=splits, return_lse=True, implementation="xla"
+    )
+    for b, n in enumerate(lengths):
+        for i in range(q_len):
+            at = n - q_len + i
+            low = 0 if window is None else max(at - window + 1, 0)
+            if at < 0:
+                assert (ours[b, i] == 0).all() and (lse[b, :, i] == -np.inf).all()
+                continue
+            keys, values = (jnp.swapaxes(x[b : b + 1, :, low : at + 1], 1, 2) for x in (k, v))
+            alone = attention(q[b : b + 1, i : i + 1], keys, values, implementation="reference")
+            np.testing.assert_allclose(ours[b, i], alone[0, 0], rtol=2e-5, atol=2e-6)
+
+
+def test_a_dense_cache_is_not_copied():
+    cache = (8, 4, 1024, 64)
+    shapes = [(8, 1, 4, 64), cache, cache]
+    arrays = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    run = lambda q, k, v, n: decode_attention(q, k, v, lengths=n, implementation="xla")
+    plan = jax.jit(run).lower(*arrays, jax.ShapeDtypeStruct((8,), np.int32)).compile().memory_analysis()
+    assert plan.temp_size_in_bytes <= np.prod(cache) * 4 / 4
+
+
+def test_pages_are_gathered_a_few_at_a_time():
+    pages = (64, 4, 128, 64)
+    arrays = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((2, 1, 4, 64), pages, pages)]
+    numbers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2,), (2, 32))]
+    run = lambda q, k, v, n, t: decode_attention(q, k, v, lengths=n, block_table=t, implementation="xla")
+    plan = jax.jit(run).lower(*arrays, *numbers).compile().memory_analysis()
+    assert plan.temp_size_in_bytes <= np.prod(pages) * 4  # two caches of 32 pages each would be twice that
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"q": (3, 1, 4)}, "q has 4 dimensions"),
+        ({"k": (2, 2, 20, 8)}, "k is .batch=3"),
+        ({"v": (3, 2, 19, 8)}, "v agrees with k"),
+        ({"q": (3, 1, 3, 8)}, "q has 3 heads"),
+        ({"lengths": np.zeros(2, np.int32)}, "lengths is an integer array .3."),
+        ({"lengths": np.zeros(3)}, "lengths is an integer array .3., got float64"),
+        ({"block_table": np.zeros((2, 5), np.int32)}, "block_table is an integer array .3, 5."),
+        ({"window": 0}, "window is an int of at least 1"),
+        ({"splits": 1.5}, "splits is an int of at least 1"),
+        ({"logit_softcap": -1.0}, "logit_softcap is a positive"),
+        ({"sinks": (3,)}, "sinks is a float array .heads=4."),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, words):
+    given_ = {"q": (3, 1, 4, 8), "k": (3, 2, 20, 8), "v": (3, 2, 20, 8), "lengths": np.zeros(3, np.int32), **arguments}
+    given_ = {n: jnp.zeros(a) if isinstance(a, tuple) else a for n, a in given_.items()}
+    with pytest.raises(ValueError, match=words):
+        decode_attention(given_.pop("q"), given_.pop("k"), given_.pop("v"), **given_)
