@@ -46,21 +46,37 @@ class Maps(NamedTuple):
         return Maps(*(table.swapaxes(2, 3) for table in self))
 
 
-def order(mask: Mask, length: int) -> np.ndarray | None:
-    """The order in which to lay the tokens so that tiles of them are compact on the grid of a 2-D (or dilated)
-    `Neighbourhood`: residue class by residue class, each in squares of 16 by 8. None where the sequence is fine."""
+def order(mask: Mask, length: int, block: int = 128) -> np.ndarray | None:
+    """The order in which to lay the tokens so that tiles of `block` of them are compact on the grid of a 2-D (or
+    dilated) `Neighbourhood`: residue class by residue class, each in the rectangles of `block` tokens that meet the
+    fewest tiles. None where the sequence is fine."""
     parts = mask.parts if isinstance(mask, And) else (mask,)
     grids = [part for part in parts if isinstance(part, Neighbourhood)]
     if len(grids) != 1 or (len(grids[0].shape) == 1 and grids[0].dilation == (1,)):
         return None
     grid = grids[0]
-    squares = (16, 8) if len(grid.shape) == 2 else (length,)
+    if len(grid.shape) == 1:
+        return _laid(grid, (length,))
+    heights = [h for h in (1, 2, 4, 8, 16, 32) if block % h == 0]
+    candidates = [_laid(grid, (h, block // h)) for h in heights]
+    if grid.dilation == (1, 1):
+        candidates.insert(0, np.arange(length, dtype=np.int32))  # row by row
+    tests = grid.intervals(length, length)
+    visited = [
+        maps(grid, reordered(tests, length, places), length, length, block, block).some.sum() for places in candidates
+    ]
+    best = candidates[int(np.argmin(visited))]
+    return None if best[-1] == length - 1 and (np.diff(best) == 1).all() else best
+
+
+def _laid(grid: Neighbourhood, rectangle: tuple[int, ...]) -> np.ndarray:
+    """Tokens by residue class, in it by rectangle, in it row by row."""
     axes = [np.arange(n) for n in grid.shape]
-    keys = []  # from the fastest to the slowest, as lexsort takes them
     inner = [axis // d for axis, d in zip(axes, grid.dilation)]
+    keys = []  # from the fastest to the slowest, as lexsort takes them
     for parts in (
-        [i % s for i, s in zip(inner, squares)],
-        [i // s for i, s in zip(inner, squares)],
+        [i % s for i, s in zip(inner, rectangle)],
+        [i // s for i, s in zip(inner, rectangle)],
         [axis % d for axis, d in zip(axes, grid.dilation)],
     ):
         keys += [part.ravel() for part in np.meshgrid(*parts, indexing="ij")][::-1]
