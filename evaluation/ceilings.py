@@ -5,10 +5,9 @@ matrices 13 % faster than on normal data). Noise only ever makes a ceiling look 
 calls. Results are written over older results (`latency.Recycled`), so that no page fault is timed.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +49,7 @@ class Ceilings:
     exp: float
     fma: float
     dispatch: float
-    by: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    by: Mapping[str, str] = field(default_factory=dict)
 
     def limit(self, work: Work) -> Limit:
         """max(flops / matmul rate, bytes / bandwidth, exps / exp rate): nothing overlaps better than wholly."""
@@ -62,13 +61,17 @@ class Ceilings:
         term = max(terms, key=terms.get)
         return Limit(terms[term], term)
 
-    def raised(self, name: str, rates: Mapping[str, float]) -> "Ceilings":
-        """With what another program reached on this machine ({"bandwidth": 3e10, "float32": 2e11}), where that is
-        more: a ceiling is nobody's in particular."""
-        by = {key: name for key, rate in rates.items() if rate > {"bandwidth": self.bandwidth, **self.matmul}[key]}
-        matmul = {dtype: max(rate, rates.get(dtype, 0.0)) for dtype, rate in self.matmul.items()}
-        bandwidth = max(self.bandwidth, rates.get("bandwidth", 0.0))
-        return dataclasses.replace(self, bandwidth=bandwidth, matmul=matmul, by={**self.by, **by})
+    def rates(self) -> dict[str, float]:
+        """All but the dispatch, by name: "bandwidth", "exp", "fma" and the dtypes of the matrix products."""
+        return {"bandwidth": self.bandwidth, **self.matmul, "exp": self.exp, "fma": self.fma}
+
+    def raised(self, rates: Mapping[str, float], by: str | None = None) -> "Ceilings":
+        """With other rates (named as in `rates()`) where these are higher: measured later, or by another program
+        (`by`). A ceiling is what anything ever reached."""
+        best = {key: max(rate, rates.get(key, 0.0)) for key, rate in self.rates().items()}
+        who = {key: by for key, rate in self.rates().items() if by and best[key] > rate}
+        matmul = {dtype: best[dtype] for dtype in self.matmul}
+        return Ceilings(best["bandwidth"], matmul, best["exp"], best["fma"], self.dispatch, {**self.by, **who})
 
     def measurements(self) -> list[Measurement]:
         """All of them, as a row keeps them."""
@@ -90,26 +93,26 @@ class Ceilings:
         )
 
 
-def measure_ceilings(*, tiny: bool = False) -> Ceilings:
+def measure_ceilings(*, repeats: int = REPEATS, tiny: bool = False) -> Ceilings:
     """Measures all ceilings of the default device: some seconds, or with `tiny` (sizes that measure nothing but the
     code) less than one."""
     accelerated = jax.default_backend() != "cpu"
     width = 128 if tiny else 8192 if accelerated else 2048
     streamed = 1 << (14 if tiny else 28 if accelerated else 26)
     wide = 1 << (12 if tiny else 27 if accelerated else 22)
-    matmul = {dtype: _matmul(width, dtype) for dtype in DTYPES}
-    fma = _elementwise(wide, _multiply_adds, 2 * CHAINS * CHAIN)
+    matmul = {dtype: _matmul(width, dtype, repeats) for dtype in DTYPES}
+    fma = _elementwise(wide, _multiply_adds, 2 * CHAINS * CHAIN, repeats)
     return Ceilings(
-        bandwidth=_bandwidth(streamed),
+        bandwidth=_bandwidth(streamed, repeats),
         matmul=matmul,
-        exp=_elementwise(wide, _exponentials, EXPONENTIALS),
+        exp=_elementwise(wide, _exponentials, EXPONENTIALS, repeats),
         # Where there is no matrix unit, a product of matrices is made of multiply-adds, and made best.
         fma=fma if accelerated else max(fma, matmul["float32"]),
         dispatch=_dispatch(),
     )
 
 
-def _best(call: Callable[[], object], repeats: int = REPEATS) -> float:
+def _best(call: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest call, after two untimed ones."""
     times = []
     for _ in range(repeats + 2):
@@ -126,20 +129,20 @@ def _normal(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> ja
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
-def _matmul(width: int, dtype: str) -> float:
+def _matmul(width: int, dtype: str, repeats: int) -> float:
     # The result's dtype is the one that the platform is fastest with: int32 for int8, else that of the operands.
     result = jnp.int32 if dtype == "int8" else dtype
     a, b = (_normal((width, width), dtype, seed) for seed in (0, 1))
     product = Recycled(lambda a, b: jnp.dot(a, b, preferred_element_type=result), a, b)
-    return 2 * width**3 / _best(lambda: product(a, b))
+    return 2 * width**3 / _best(lambda: product(a, b), repeats)
 
 
-def _bandwidth(size: int) -> float:
+def _bandwidth(size: int, repeats: int) -> float:
     """The best of a scaling in place, which reads and writes, and a sum, which reads. A copy from one place to
     another moves more than it seems to: a CPU reads what it is about to overwrite."""
     x = _normal((size,))
     read = jax.jit(jnp.sum)
-    reading = 4 * size / _best(lambda: read(x))
+    reading = 4 * size / _best(lambda: read(x), repeats)
     in_place = jax.jit(lambda x: x * 0.999, donate_argnums=0)
     state = [x]
 
@@ -147,7 +150,7 @@ def _bandwidth(size: int) -> float:
         state[0] = in_place(state[0])
         return state[0]
 
-    return max(reading, 8 * size / _best(scale))
+    return max(reading, 8 * size / _best(scale, repeats))
 
 
 EXPONENTIALS = 8
@@ -168,10 +171,10 @@ def _multiply_adds(x):
     return sum(chains)
 
 
-def _elementwise(size: int, function: Callable, operations: int) -> float:
+def _elementwise(size: int, function: Callable, operations: int, repeats: int) -> float:
     x = _normal((size,))
     fused = Recycled(function, x)
-    return operations * size / _best(lambda: fused(x), 2 * REPEATS)
+    return operations * size / _best(lambda: fused(x), 2 * repeats)
 
 
 def _dispatch() -> float:

@@ -5,9 +5,9 @@
 
 The machine's ceilings come first, then for each problem the gate (the results of the program that is timed against the
 reference in float64; a red one gives no number and exit status 1), then calls of all candidates in turns. References in
-torch run in the interpreter that LISSOM_REFERENCE_PYTHON names. The rows go to results/ops/<op>_<machine>.jsonl, where
-they replace those of the same problem and implementation. --tiny checks the harness itself: tiny shapes, 2 repeats, no
-goals, and no file but a given --out.
+torch run in the interpreter that LISSOM_REFERENCE_PYTHON names. The rows go to results/ops/<op>_<machine>.jsonl: a run
+of everything replaces the file, a run of some the rows of the same problem, implementation and machine. --tiny checks
+the harness itself: tiny shapes, 2 repeats, no goals, and no file but a given --out.
 """
 
 import contextlib
@@ -84,8 +84,9 @@ def benchmark(
         raise UserError(f"--repeats={repeats} must be at least 2")
     import jax
 
+    from lissom.eval import check_writable
     from lissom.evaluation import ceilings, rows
-    from lissom.evaluation.benchmarks import harness, report
+    from lissom.evaluation.benchmarks import harness, report, results
 
     entry = importlib.import_module(ENTRIES[op])
     problems = {problem.name: problem for problem in entry.problems(jax.default_backend(), tiny)}
@@ -94,32 +95,35 @@ def benchmark(
     provenance = rows.provenance()
     if out is None and not tiny:
         out = default_out(op, provenance.hardware)
-    known = _read(out)
-    found: list = []
+    if out is not None:
+        if out.is_dir():
+            raise UserError(f"--out={out} must be a file, and is a directory")
+        check_writable(out.parent, "--out")
+    known, tasks = _read(out), [f"{op} {name}" for name in problems]
+    done: list = []
     with reference_worker() as worker:
-        limits = ceilings.measure_ceilings(tiny=tiny)
+        measured = [ceilings.measure_ceilings(tiny=tiny)]
+        limits = measured[0]
         if worker is not None:
-            limits = harness.raised_by_torch(limits, worker, tiny=tiny)
+            limits = limits.raised(harness.rates_of_torch(worker, tiny=tiny), "torch")
             used = {f"reference {name}": version for name, version in worker.versions.items()}
             provenance = dataclasses.replace(provenance, versions={**provenance.versions, **used})
         print(limits, file=sys.stderr)
-        for row in harness.run(
-            [problems[name] for name in names],
-            ceilings=limits,
-            worker=worker,
-            provenance=provenance,
-            repeats=repeats,
-            implementations=asked,
-        ):
-            found.append(row)
-            if out is not None:  # after each row: what a run that is stopped has measured is kept
-                tasks = [f"{op} {name}" for name in problems]
-                rows.write_rows(out, harness.merged(known, found, tasks))
+        run = harness.run([problems[name] for name in names], worker=worker, repeats=repeats, implementations=asked)
+        for family in run:
+            # Again, since machines change their speed: every row's limit is that of the best moment of the run.
+            if not tiny:
+                measured.append(ceilings.measure_ceilings(repeats=3))
+                limits = limits.raised(measured[-1].rates())
+            done += family
+            found = results.rows_of(done, limits, provenance, unrest(measured))
+            if out is not None:  # after each family: what a run that is stopped has measured is kept
+                rows.write_rows(out, results.merged(known, found, tasks))
     if not found:
-        raise UserError(f"--implementations={','.join(implementations)}: none of them takes any of {', '.join(names)}")
+        raise UserError(f"{', '.join(asked or entry.OP.implementations)}: none of them takes any of {', '.join(names)}")
+    if out is not None and not (cases or asked):  # everything was measured: rows of what there was once go
+        rows.write_rows(out, found)
     print(report.table(found, () if tiny else report.goals()))
-    if not tiny:
-        _say_drift(limits, ceilings.measure_ceilings())
     if out is not None:
         print(f"written to {out}")
     return found
@@ -136,15 +140,14 @@ def _read(out: pathlib.Path | None) -> list:
         raise UserError(f"--out: {error}") from error
 
 
-def _say_drift(before, after) -> None:
-    """The same ceilings at the end: where they are others, something else used the machine."""
-    pairs = {"bandwidth": (before.bandwidth, after.bandwidth), "exp": (before.exp, after.exp)}
-    pairs |= {dtype: (rate, after.matmul[dtype]) for dtype, rate in before.matmul.items() if dtype not in before.by}
-    moved = [
-        f"{name} {last / first - 1:+.0%}" for name, (first, last) in pairs.items() if abs(last / first - 1) > DRIFT
-    ]
-    if moved:
-        print(f"the machine was not quiet: ceilings measured again at the end differ: {', '.join(moved)}")
+def unrest(measured: Sequence) -> list[str]:
+    """A note where ceilings that were measured several times in one run differ: something else used the machine."""
+    found = []
+    for name, unit in (("float32", "GFLOP/s in float32 products"), ("bandwidth", "GB/s")):
+        low, high = (pick(c.rates()[name] for c in measured) / 1e9 for pick in (min, max))
+        if high / low > 1 + DRIFT:
+            found.append(f"{low:,.0f} to {high:,.0f} {unit}")
+    return [f"the machine was not quiet, its ceilings moved in the run: {', '.join(found)}"] if found else []
 
 
 def main(argv: list[str]) -> None:
@@ -170,7 +173,7 @@ def main(argv: list[str]) -> None:
             tiny=given.tiny,
             out=pathlib.Path(given.out) if given.out else None,
         )
-    from lissom.evaluation.benchmarks.harness import is_red
+    from lissom.evaluation.benchmarks.results import is_red
 
     if any(is_red(row) for row in rows):
         raise SystemExit(1)

@@ -12,8 +12,9 @@ from lissom.evaluation.ceilings import Work
 
 @dataclass(frozen=True)
 class InProcess:
-    """A reference in jax. `run` takes what `prepare` (untimed: layouts) makes of the inputs, which lie on the
-    device. `same`: False for what solves another problem on the same inputs (a mask left out), which no gate checks."""
+    """A reference in jax. `run` takes what `prepare` (untimed: layouts) makes of the inputs, which lie on the device.
+
+    `same`: False for what solves another problem on the same inputs (a mask left out), which no gate checks."""
 
     run: Callable[..., Any]
     prepare: Callable[..., tuple] = lambda *inputs: inputs
@@ -28,6 +29,7 @@ class InWorker:
 
     case: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    same: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lissom.evaluation.benchmarks.results import is_red
 from lissom.evaluation.metrics import metric
 from lissom.evaluation.rows import Row, machine_name
 
@@ -79,8 +80,7 @@ def table(rows: Sequence[Row], judged: Iterable[Goal] = ()) -> str:
         problem = row.identity.task.partition(" ")[2]
         speedups = [_number(value_of(row, "speedup", reference=name)) for name in against]
         name = row.identity.variant + ("*" if row.identity.overrides.get("default") else "")
-        red = any(note.startswith("RED: ") for note in row.notes)
-        goal_cell = "RED" if red else _goal_cell(results)
+        goal_cell = "RED" if is_red(row) else _goal_cell(results)
         lines.append([problem, name, *_cells(row), *speedups, _number(value_of(row, "peak_memory"), 1e-6), goal_cell])
         if _is_last(row, rows):
             for other in references(row):
@@ -173,11 +173,12 @@ def page(rows: Sequence[Row], judged: Iterable[Goal]) -> str:
     )
     dates = sorted({(row.provenance.date or "unknown date")[:10] for row in rows})
     repeats = dict.fromkeys(e.conditions["repeats"] for r in rows for e in r.measurements if "repeats" in e.conditions)
-    versions = rows[-1].provenance.versions
+    latest = max(rows, key=lambda row: row.provenance.date or "")
+    versions = latest.provenance.versions
     used = ", ".join(f"{name} {versions[name]}" for name in ("jax", "reference torch") if versions.get(name))
     where = "; ".join(dict.fromkeys(machine_name(row.provenance.hardware) for row in rows))
     facts = f"{where}; commit {', '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {used}; "
-    facts += f"{', '.join(map(str, repeats))} repeats. Ceilings: {ceilings_text(rows[-1])}."
+    facts += f"{', '.join(map(str, repeats))} repeats. Ceilings of the latest run: {ceilings_text(latest)}."
     return "\n".join(
         [f"## {rows[0].identity.recipe.removeprefix('ops/')}: {where}", "", facts, "", table(rows, judged)]
     )

@@ -64,13 +64,17 @@ class ReferenceWorker:
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """The answer to a request; WorkerError says why there is none."""
-        line = json.dumps({"do": do, **request}) + "\n"
         try:
-            self._process.stdin.write(line.encode())
+            self._process.stdin.write((json.dumps({"do": do, **request}) + "\n").encode())
         except (BrokenPipeError, ValueError):
             raise WorkerError(self._death()) from None
-        answer = json.loads(self._line(do))
-        if not answer.pop("ok"):
+        line = self._line(do)
+        try:
+            answer = json.loads(line)
+            fine = answer.pop("ok")
+        except (ValueError, KeyError, AttributeError):
+            raise WorkerError(f"the reference worker answered {do!r} with {line[:80]!r}: is it a Python?") from None
+        if not fine:
             raise WorkerError(f"the reference worker can't {do}: {answer['error']}")
         return answer
 
