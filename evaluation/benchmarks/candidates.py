@@ -92,8 +92,8 @@ def right_ones(
             else:
                 continue
             candidate.reference = True
-        except (WorkerError, RuntimeError, ValueError) as error:
-            say(f"{problem.op} {problem.name}: no {name}: {error}")
+        except Exception as error:  # whatever a library of others raises
+            say(f"{problem.op} {problem.name}: no {name}: {' '.join(str(error).split())[:300]}")
             continue
         try:
             if reference.same:

@@ -83,11 +83,11 @@ class ReferenceWorker:
         options is sent along."""
         label = f"case{next(self._numbers)}"
         files = (self.folder / f"{label}_in{number}.npy" for number in itertools.count())
-        describe = lambda value: _described(value, next(files)) if isinstance(value, np.ndarray) else value
-        described = {name: describe(value) for name, value in options.items()}
+        describe = lambda value: described(value, next(files)) if isinstance(value, np.ndarray) else value
+        sent = {name: describe(value) for name, value in options.items()}
         sets = [[describe(array) for array in arrays] for arrays in inputs]
         try:
-            self.ask("prepare", label=label, case=case, options=described, inputs=sets)
+            self.ask("prepare", label=label, case=case, options=sent, inputs=sets)
         finally:
             for file in self.folder.glob(f"{label}_in*.npy"):
                 file.unlink()
@@ -100,7 +100,7 @@ class ReferenceWorker:
     def outputs(self, label: str, number: int = 0) -> list[np.ndarray]:
         """What it computed."""
         answer = self.ask("outputs", label=label, number=number, folder=str(self.folder))
-        results = [_loaded(entry) for entry in answer["outputs"]]
+        results = [loaded(entry) for entry in answer["outputs"]]
         for entry in answer["outputs"]:
             os.unlink(entry["file"])
         return results
@@ -150,12 +150,14 @@ class ReferenceWorker:
         return f"the reference worker ended with status {status}" + (f": {said[-1]}" if said else "")
 
 
-def _described(array: np.ndarray, file: pathlib.Path) -> dict[str, str]:
+def described(array: np.ndarray, file: pathlib.Path) -> dict[str, str]:
+    """Writes an array, and describes it as the protocol does."""
     # numpy's files know no bfloat16.
     np.save(file, array.view(np.uint16) if array.dtype == jnp.bfloat16 else array)
     return {"file": str(file), "dtype": str(array.dtype)}
 
 
-def _loaded(entry: dict[str, str]) -> np.ndarray:
+def loaded(entry: dict[str, str]) -> np.ndarray:
+    """The array of a description."""
     array = np.load(entry["file"])
     return array.view(jnp.bfloat16) if entry["dtype"] == "bfloat16" else array
