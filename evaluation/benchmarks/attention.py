@@ -286,8 +286,9 @@ def work(spec: Spec) -> Work:
 
 # ---- the oracle ----------------------------------------------------------------------------------------------
 
-CHECKED_SCORES = 1 << 25
-"""Up to so many scores all is checked, else the first and the last key head of the last batch entry."""
+CHECKED_SCORES, CHECKED_KEYS = 1 << 25, 1 << 26
+"""Up to so many scores, and numbers in k and v, all is checked; else the first and the last key head of the last batch
+entry."""
 
 ORACLE_ROWS = 512
 
@@ -308,8 +309,9 @@ def oracle(spec: Spec) -> Oracle:
     """The op's reference in float64, for all heads or for some: heads don't depend on each other."""
     case = spec.case
     scores = case.batch * case.heads * case.q_len * case.kv_len
+    keys = case.batch * case.kv_heads * case.kv_len * (case.head_dim + case.v_dim)
     group = case.heads // case.kv_heads
-    if scores <= CHECKED_SCORES:
+    if scores <= CHECKED_SCORES and keys <= CHECKED_KEYS:
         entries, kv_heads, note = np.arange(case.batch), np.arange(case.kv_heads), None
     else:
         entries, kv_heads = np.array([case.batch - 1]), np.unique([0, case.kv_heads - 1])

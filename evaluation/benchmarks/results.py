@@ -60,6 +60,7 @@ def _row(ours: Result, results: Sequence[Result], ceilings: Ceilings, provenance
 def _times(result: Result, limit: Limit, **conditions) -> list[Measurement]:
     latency, flops = result.latency, result.problem.work.flops
     known = latency is not None
+    peak = measure("peak_memory", result.peak, "compiled", **conditions)
     conditions = {"repeats": len(latency.samples), **conditions} if known else conditions
     return [
         measure("latency_p50", latency.p50 if known else None, **conditions),
@@ -67,7 +68,7 @@ def _times(result: Result, limit: Limit, **conditions) -> list[Measurement]:
         measure("latency_spread", latency.spread if known else None, **conditions),
         measure("flop_rate", flops / latency.p50 if known else None, **conditions),
         measure("efficiency", limit.seconds / latency.p50 if known else None, **conditions),
-        measure("peak_memory", result.peak, "compiled", **conditions),
+        peak,
     ]
 
 

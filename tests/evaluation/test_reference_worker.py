@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lissom.evaluation.benchmarks import harness
-from lissom.evaluation.benchmarks.worker import ReferenceWorker, WorkerError, described, loaded
+from lissom.evaluation.benchmarks import attention, harness
+from lissom.evaluation.benchmarks.worker import VARIABLE, ReferenceWorker, WorkerError, described, loaded
 from lissom.ops.testing import normal
 from scripts import reference_worker
 
@@ -96,3 +96,13 @@ def test_a_worker_that_babbles(tmp_path):
 def test_no_such_interpreter():
     with pytest.raises(WorkerError, match="LISSOM_REFERENCE_PYTHON=/no/python can't be run"):
         ReferenceWorker("/no/python", SCRIPT, threads=1)
+
+
+@pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no interpreter with torch")
+def test_torch_solves_the_same_problems():
+    """Every layout, mask and gradient of the entry's tiny problems passes the gate that ours must pass."""
+    problems = [p for p in attention.problems("cpu", tiny=True) if "torch_sdpa" in p.references]
+    with ReferenceWorker(os.environ[VARIABLE], SCRIPT, threads=1) as worker:
+        done = [r for family in harness.run(problems, worker=worker, repeats=2) for r in family]
+        assert {r.problem.name for r in done if r.name == "torch_sdpa"} == {p.name for p in problems}
+        assert harness.rates_of_torch(worker, tiny=True).keys() == {"float32", "bfloat16", "int8", "bandwidth"}

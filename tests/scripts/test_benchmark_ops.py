@@ -87,6 +87,10 @@ def test_exit_codes():
     done = subprocess.run([*command, "--op=nosuch"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --op=nosuch") and done.stderr.count("\n") == 1
 
+    red = "import types; from scripts import benchmark_ops as s; row = types.SimpleNamespace(notes=('RED: off',)); "
+    red += "s.benchmark = lambda *a, **k: [row]; s.main(['benchmark_ops.py', '--op=attention'])"
+    assert subprocess.run([sys.executable, "-c", red], cwd=ROOT).returncode == 1
+
 
 def test_a_file_an_op_and_machine():
     hardware = {"cpu": "AMD EPYC 9654", "cores": 2, "accelerator": None}
