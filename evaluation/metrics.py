@@ -42,6 +42,21 @@ METRICS = {
     "energy": Metric("J", "lower", "energy of one example", machine="measuring"),
     "flops": Metric("FLOP", "lower", "products and convolutions of one example's forward pass"),
     "cache_bytes_per_token": Metric("B", "lower", "cache that one more token of one sequence needs"),
+    # What an op reaches on a machine (scripts/benchmark_ops.py).
+    "latency_spread": Metric("fraction", "lower", "interquartile range / median of the samples", machine="measuring"),
+    "flop_rate": Metric("FLOP/s", "higher", "operations that the problem needs / median time", machine="measuring"),
+    "limit": Metric("s", None, "least time that the ceilings of the run allow", machine="measuring"),
+    "efficiency": Metric("fraction", "higher", "limit / median time", machine="measuring"),
+    "speedup": Metric("1", "higher", "median time of the reference / ours, taken in turns", machine="measuring"),
+    "growth_exponent": Metric(
+        "1", "lower", "log(time / time at the next smaller size) / log(size / size)", machine="measuring"
+    ),
+    # What a machine can do at most, as a run measured it first.
+    "bandwidth": Metric("B/s", "higher", "bytes read and written a second, in streams", machine="measuring"),
+    "matmul_rate": Metric("FLOP/s", "higher", "square matrix product of normal data", machine="measuring"),
+    "exp_rate": Metric("1/s", "higher", "exponentials a second, float32", machine="measuring"),
+    "fma_rate": Metric("FLOP/s", "higher", "multiply-adds of float32 outside of matrix units", machine="measuring"),
+    "dispatch_seconds": Metric("s", "lower", "shortest call of a compiled function", machine="measuring"),
     # How large it is.
     "parameters": Metric("1", "lower", "scalars in the parameters"),
     "parameter_bytes": Metric("B", "lower", "bits of the parameters' dtypes / 8"),

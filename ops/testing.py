@@ -68,8 +68,8 @@ def check_case(
         compare(f"{op.name} {implementation} {path}", *leaves)
 
 
-def compare(name: str, truth: np.ndarray, naive: np.ndarray, ours: np.ndarray) -> None:
-    """AssertionError unless `ours` is as near to `truth` as the module says."""
+def compare(name: str, truth: np.ndarray, naive: np.ndarray, ours: np.ndarray, ratio: float = RATIO) -> None:
+    """AssertionError unless `ours` is as near to `truth` as the module says, with `ratio` times the naive error."""
     truth, naive, ours = (np.asarray(x, np.float64) for x in (truth, naive, ours))
     assert ours.shape == truth.shape, f"{name}: shape {ours.shape}, not {truth.shape}"
     assert not np.isnan(truth).any(), f"{name}: the reference itself gives NaN"
@@ -78,6 +78,6 @@ def compare(name: str, truth: np.ndarray, naive: np.ndarray, ours: np.ndarray) -
     assert (ours[infinite] == truth[infinite]).all(), f"{name}: infinities differ from the reference"
     if infinite.all():
         return
-    allowed = RATIO * np.abs(naive[~infinite] - truth[~infinite]).max() + FLOOR
+    allowed = ratio * np.abs(naive[~infinite] - truth[~infinite]).max() + FLOOR
     error = np.abs(ours[~infinite] - truth[~infinite]).max()
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

@@ -1,4 +1,5 @@
-"""Writes the generated pages: docs/techniques.md from docs/techniques.toml, and the table in README.md from results/.
+"""Writes the generated pages: docs/techniques.md from docs/techniques.toml; docs/benchmarks.md and the table in
+README.md from results/.
 
 uv run scripts/render_docs.py            writes them
 uv run scripts/render_docs.py --check    exits 1 where a page is stale or an entry names what does not exist
@@ -112,6 +113,19 @@ def measured_table(folder: pathlib.Path, name: str) -> str:
     return text
 
 
+def benchmarks_page(root: pathlib.Path) -> str:
+    """docs/benchmarks.md: a section an op and machine, from results/ops/*.jsonl."""
+    from lissom.evaluation.benchmarks import report
+    from lissom.evaluation.rows import read_rows
+
+    lines = ["# Benchmarks of ops", "", "Written by `scripts/render_docs.py` from the rows in `results/ops/`.", ""]
+    lines += ["How it is measured: [ops.md](ops.md#benchmarks).", ""]
+    files = sorted((root / "results" / "ops").glob("*.jsonl"))
+    judged = report.goals()
+    lines += [report.page(read_rows(file), judged) for file in files] or ["Not measured yet.", ""]
+    return "\n".join(lines)
+
+
 def _commit(provenance: Any) -> str:
     if not provenance.commit:
         return "unknown"
@@ -132,6 +146,7 @@ def pages(root: pathlib.Path) -> dict[pathlib.Path, str]:
     readme = root / "README.md"
     return {
         root / "docs" / "techniques.md": techniques_page(read_techniques(root)),
+        root / "docs" / "benchmarks.md": benchmarks_page(root),
         readme: replaced(readme.read_text(), measured_table(root / RESULT, RESULT)),
     }
 

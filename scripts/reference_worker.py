@@ -1,0 +1,269 @@
+"""Runs reference implementations (torch) for scripts/benchmark_ops.py, in an interpreter of their own.
+
+    LISSOM_REFERENCE_PYTHON=/path/to/python uv run scripts/benchmark_ops.py --op=attention
+
+Stands alone: standard library and numpy, and torch where a case needs it; nothing of lissom. benchmark_ops.py starts it
+and asks for one call at a time, so that calls here and there alternate. Every request is a line of JSON on stdin, every
+answer one on stdout:
+
+    {"do": "hello"}                                      -> {"ok": true, "versions": {...}}
+    {"do": "prepare", "label": L, "case": C, "options": {...}, "inputs": [[array, ...], ...]}   -> {"ok": true}
+    {"do": "run", "label": L, "number": 3, "calls": 1}   -> {"ok": true, "seconds": 0.0123}     (a call, on average)
+    {"do": "outputs", "label": L, "number": 0, "folder": F}                   -> {"ok": true, "outputs": [array, ...]}
+    {"do": "drop", "label": L}                           -> {"ok": true}
+
+An array is {"file": a path of a .npy, "dtype": "float32"}; bfloat16 lies in its file as uint16. `inputs` are several
+sets of the arguments; call `number` takes set number % len. What cannot be done: {"ok": false, "error": "a sentence"}.
+It ends when stdin does.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+# ---- arrays --------------------------------------------------------------------------------------------------
+
+
+def load(array):
+    """The numpy array of a description; bfloat16 stays uint16."""
+    return np.load(array["file"])
+
+
+def save(value, dtype, file):
+    """Writes a numpy array, and describes it."""
+    np.save(file, value)
+    return {"file": str(file), "dtype": dtype}
+
+
+def tensor(array, device):
+    """A torch tensor of a description."""
+    import torch
+
+    value = torch.from_numpy(load(array))
+    if array["dtype"] == "bfloat16":
+        value = value.view(torch.bfloat16)
+    return value.to(device)
+
+
+def described(value, file):
+    """Writes a torch tensor or a numpy array, and describes it."""
+    if isinstance(value, np.ndarray):
+        return save(value, str(value.dtype), file)
+    import torch
+
+    value = value.detach().cpu().contiguous()
+    if value.dtype == torch.bfloat16:
+        return save(value.view(torch.uint16).numpy(), "bfloat16", file)
+    return save(value.numpy(), str(value.dtype).removeprefix("torch."), file)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+# A case takes (sets of array descriptions, options) and returns (arguments by set, function, device): the function is
+# what is timed, on one set's arguments. What it needs to do once (layouts, compilation) it does here.
+
+
+def numpy_matmul(inputs, options):
+    """a @ b."""
+    return [tuple(load(a) for a in arrays) for arrays in inputs], lambda a, b: (a @ b,), "cpu"
+
+
+def torch_matmul(inputs, options):
+    """a @ b into a place that is used again: the ceiling of matrix products. int8 gives int32."""
+    import torch
+
+    sets = [tuple(tensor(a, options["device"]) for a in arrays) for arrays in inputs]
+    a, b = sets[0]
+    if a.dtype == torch.int8:
+        return sets, lambda a, b: (torch._int_mm(a, b),), options["device"]
+    out = a @ b
+    return sets, lambda a, b: (torch.matmul(a, b, out=out),), options["device"]
+
+
+def torch_scale(inputs, options):
+    """x *= 0.999: the ceiling of the memory's bandwidth."""
+    sets = [tuple(tensor(a, options["device"]) for a in arrays) for arrays in inputs]
+    return sets, lambda x: (x.mul_(0.999),), options["device"]
+
+
+def torch_softmax(inputs, options):
+    """softmax over the last axis."""
+    import torch
+
+    sets = [tuple(tensor(a, options["device"]) for a in arrays) for arrays in inputs]
+    return sets, lambda x: (torch.softmax(x, -1),), options["device"]
+
+
+def torch_sdpa(inputs, options):
+    """torch.nn.functional.scaled_dot_product_attention.
+
+    options: causal; mask (an array, True where seen; absent: none); backward: whether the last input is the cotangent
+    of the result, and gradients are wanted too; heads_major: whether k and v lie as [B, H, S, D] already. Inputs and
+    results are [B, T, H, D], as in jax; torch gets [B, H, T, D], its own best layout.
+    """
+    import torch.nn.functional as F
+
+    mask = tensor(options["mask"], options["device"]) if options.get("mask") else None
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=options["causal"], enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    return attention(inputs, options, attend)
+
+
+def torch_flex_attention(inputs, options):
+    """torch's flex_attention, compiled, with a block mask. options: as torch_sdpa; window (left, right) for a band."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    left, right = options["window"]
+    if left is None and right is None:
+        block_mask = None
+    else:
+
+        def seen(b, h, q, k):
+            low = (k >= q - left) if left is not None else (k >= 0)
+            return low & (k <= q + right) if right is not None else low
+
+        q_len, kv_len = (np.load(a["file"], mmap_mode="r").shape[1] for a in inputs[0][:2])
+        block_mask = create_block_mask(seen, None, None, q_len, kv_len, device=options["device"])
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q, k, v):
+        return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attention(inputs, options, attend)
+
+
+def attention(inputs, options, attend):
+    """The parts that all attention cases share: layouts, gradients."""
+    import torch
+
+    device, backward = options["device"], options["backward"]
+    heads_first = lambda x: x.transpose(1, 2).contiguous()
+    sets = []
+    for arrays in inputs:
+        q, k, v, *cotangent = (tensor(a, device) for a in arrays)
+        if not options.get("heads_major"):
+            k, v = heads_first(k), heads_first(v)
+        qkv = tuple(x.requires_grad_(backward) for x in (heads_first(q), k, v))
+        sets.append((*qkv, *(heads_first(x) for x in cotangent)))
+
+    def forward(q, k, v):
+        with torch.no_grad():
+            return (attend(q, k, v).transpose(1, 2),)
+
+    def both(q, k, v, cotangent):
+        out = attend(q, k, v)
+        gradients = torch.autograd.grad(out, (q, k, v), cotangent)
+        return tuple(x.transpose(1, 2) for x in (out, *gradients))
+
+    return sets, both if backward else forward, device
+
+
+CASES = {
+    "numpy_matmul": numpy_matmul,
+    "torch_matmul": torch_matmul,
+    "torch_scale": torch_scale,
+    "torch_softmax": torch_softmax,
+    "torch_sdpa": torch_sdpa,
+    "torch_flex_attention": torch_flex_attention,
+}
+
+
+# ---- requests ------------------------------------------------------------------------------------------------
+
+
+def hello(prepared, request):
+    """Versions; torch takes as many threads as the program that asks."""
+    versions = {"python": sys.version.split()[0], "numpy": np.__version__}
+    try:
+        import torch
+    except ImportError:
+        return {"versions": versions, "devices": ["cpu"]}
+    torch.set_num_threads(request["threads"])
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {"versions": {**versions, "torch": torch.__version__}, "devices": devices}
+
+
+def prepare(prepared, request):
+    """Loads the inputs, and calls each set once: what is compiled lazily is compiled now."""
+    if request["case"] not in CASES:
+        raise ValueError(f"no case {request['case']!r}; the cases are {', '.join(CASES)}")
+    sets, function, device = CASES[request["case"]](request["inputs"], request["options"])
+    prepared[request["label"]] = (sets, function, device)
+    for number in range(len(sets)):
+        timed(sets, function, device, number, 1)
+    return {}
+
+
+def run(prepared, request):
+    """Seconds of a call."""
+    return {"seconds": timed(*prepared[request["label"]], request["number"], request["calls"])}
+
+
+def timed(sets, function, device, number, calls):
+    """Seconds of a call: the mean of `calls` in a row."""
+    arguments = sets[number % len(sets)]
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = function(*arguments)
+        seconds = time.perf_counter() - start
+        del result  # freed here, not in the next sample
+        return seconds / calls
+    import torch
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        function(*arguments)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def outputs(prepared, request):
+    """Writes the results of one set."""
+    sets, function, _ = prepared[request["label"]]
+    folder = pathlib.Path(request["folder"])
+    results = function(*sets[request["number"] % len(sets)])
+    return {"outputs": [described(r, folder / f"{request['label']}_{i}.npy") for i, r in enumerate(results)]}
+
+
+def drop(prepared, request):
+    """Frees the inputs of a label."""
+    prepared.pop(request["label"], None)
+    return {}
+
+
+REQUESTS = {"hello": hello, "prepare": prepare, "run": run, "outputs": outputs, "drop": drop}
+
+
+def answer(prepared, line):
+    """The answer to a line."""
+    try:
+        request = json.loads(line)
+        return {"ok": True, **REQUESTS[request["do"]](prepared, request)}
+    except Exception as error:  # whatever a library raises: the other side decides what it means
+        return {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def main():
+    """Answers until stdin ends."""
+    # Answers have a channel of their own: what a library prints must not stand among them.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    prepared = {}
+    for line in sys.stdin:
+        print(json.dumps(answer(prepared, line)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
