@@ -18,8 +18,21 @@ import numpy as np
 from lissom.evaluation.benchmarks.problem import InProcess, InWorker, Oracle, Problem
 from lissom.evaluation.ceilings import Work
 from lissom.ops import attention as op
-from lissom.ops.attention import Causal, Full, Mask, Span, Window, attention, reference
+from lissom.ops.attention import (
+    BlockSparse,
+    Causal,
+    Full,
+    Mask,
+    Neighbourhood,
+    Span,
+    Window,
+    attention,
+    listed,
+    reference,
+    replaced,
+)
 from lissom.ops.attention.cases import REAL, TINY, Case
+from lissom.ops.attention.masks import key_range, square
 
 OP = op.OP
 
@@ -27,7 +40,8 @@ OP = op.OP
 @dataclass(frozen=True)
 class Spec:
     """A problem in short. `backward`: gradients of q, k and v are wanted too. `heads_major`: k and v lie as
-    [B, H, S, D], as a cache does, and are given to the op as transposed views. `references`: names of `REFERENCES`."""
+    [B, H, S, D], as a cache does, and are given to the op as transposed views. `references`: names of `REFERENCES`.
+    `on_device`: the lists of the mask are an input, as if they had just been computed."""
 
     name: str
     case: Case
@@ -36,6 +50,20 @@ class Spec:
     heads_major: bool = False
     dtype: str = "float32"
     family: str | None = None
+    on_device: bool = False
+
+
+def _blocks(length: int, share: float, heads: int, block: int = 128) -> BlockSparse:
+    """For each head and block of queries the same number of blocks of keys, drawn at random."""
+    blocks = length // block
+    every = np.broadcast_to(np.arange(blocks, dtype=np.int32), (1, heads, blocks, blocks))
+    drawn = np.random.default_rng(0).permuted(every, axis=3)[..., : max(round(share * blocks), 1)]
+    return BlockSparse(np.sort(drawn, axis=3), None, block, block)
+
+
+def _sparse(spec: str, length: int, share: float, case: Case, **options) -> "Spec":
+    mask = _blocks(length, share, case.heads if options.get("on_device") else 1)
+    return Spec(spec, _long(case, length, mask=mask), ("lissom_full",), **options)
 
 
 def _long(case: Case, length: int, **changes) -> Case:
@@ -63,6 +91,13 @@ CPU = (
         for backward in (False, True)
         for length in (2048, 4096, 8192, 16384)
     ),
+    *(
+        _sparse(f"blocks_{name}{end}", 4096, share, _CAUSAL, **options)
+        for name, share in (("half", 0.5), ("quarter", 0.25), ("eighth", 0.125))
+        for end, options in (("", {}), ("_on_device", {"on_device": True}), ("_backward", {"backward": True}))
+    ),
+    Spec("plane_64_7", _long(_CAUSAL, 4096, mask=Neighbourhood((64, 64), 7)), ("jax_nn", "lissom_full")),
+    Spec("plane_64_7_backward", _long(_CAUSAL, 4096, mask=Neighbourhood((64, 64), 7)), ("lissom_full",), True),
     Spec("decode_4k", REAL["decode_4k"], ("torch_sdpa", "einsum", "jax_nn"), heads_major=True),
 )
 
@@ -78,6 +113,11 @@ ACCELERATOR = tuple(
         Spec("full_8k", dataclasses.replace(_H200, mask=Full()), _ON_GPU),
         Spec("window_32k", _long(_H200, 32768, batch=1, mask=Window(1023, 0)), _BANDED),
         Spec("window_32k_backward", _long(_H200, 32768, batch=1, mask=Window(1023, 0)), _BANDED, backward=True),
+        *(
+            _sparse(f"blocks_{name}{end}", 32768, share, dataclasses.replace(_H200, batch=1), **options)
+            for name, share in (("tenth", 0.1), ("half", 0.5))
+            for end, options in (("", {}), ("_on_device", {"on_device": True}), ("_backward", {"backward": True}))
+        ),
         Spec(
             "decode_8k",
             Case(64, 1, 8192, 32, 8, 128, 128, Causal(8191), "Llama 3 8B, one new token for 64 users"),
@@ -93,6 +133,9 @@ TINY_SPECS = (
     Spec("window_odd", TINY["window_odd"], _DENSE, family="window"),
     Spec("window_odd_longer", _long(TINY["window_odd"], 34), (), family="window"),
     Spec("window_odd_backward", TINY["window_odd"], backward=True),
+    Spec("blocks", _long(TINY["full"], 16, mask=_blocks(16, 0.5, 1, 4)), ("lissom_full",)),
+    Spec("blocks_on_device", _long(TINY["full"], 16, mask=_blocks(16, 0.5, 2, 4)), (), backward=True, on_device=True),
+    Spec("plane", _long(TINY["full"], 20, mask=Neighbourhood((4, 5), 3)), ("jax_nn",)),
     Spec("decode", TINY["decode"], ("torch_sdpa", "einsum", "jax_nn"), heads_major=True),
 )
 
@@ -115,7 +158,9 @@ def problem(spec: Spec) -> Problem:
         name=spec.name,
         setting={**names, "dtype": spec.dtype, "passes": passes, "layout": layout},
         make_inputs=functools.partial(_make_inputs, spec),
-        ours=lambda name: _passes(spec, lambda q, k, v: attention(q, k, v, mask=case.mask, implementation=name)),
+        ours=lambda name: _passes(
+            spec, lambda q, k, v, *lists: attention(q, k, v, mask=_mask(spec, lists), implementation=name)
+        ),
         implementations=tuple(name for name in OP.implementations if name != "reference"),
         references={name: made for name in spec.references if (made := REFERENCES[name](spec)) is not None},
         work=work(spec),
@@ -125,14 +170,28 @@ def problem(spec: Spec) -> Problem:
     )
 
 
+def _mask(spec: Spec, lists: tuple[jax.Array, ...]) -> Mask:
+    """The mask, with its lists as they come in, where they do."""
+    mask = spec.case.mask
+    if not spec.on_device:
+        return mask
+    blocks = listed(mask)
+    return replaced(mask, blocks, dataclasses.replace(blocks, index=lists[0]))
+
+
 def _mask_name(mask: Mask) -> str:
     if isinstance(mask, Window):
         return f"window {mask.left},{mask.right}"
+    if isinstance(mask, Neighbourhood):
+        return f"neighbourhood {'x'.join(map(str, mask.window))} of {'x'.join(map(str, mask.shape))}"
+    if isinstance(mask, BlockSparse):
+        each = "one for each head" if mask.index.shape[1] > 1 else "one for all heads"
+        return f"{mask.index.shape[3]} of {mask.index.shape[2]} blocks of {mask.block_k}, {each}"
     return type(mask).__name__.lower()
 
 
 def _make_inputs(spec: Spec, key: jax.Array) -> tuple[jax.Array, ...]:
-    """q, k, v, and for the backward pass the cotangent of the result."""
+    """q, k, v, for the backward pass the cotangent of the result, and lists where they are inputs."""
     case = spec.case
     shapes = [
         (case.batch, case.q_len, case.heads, case.head_dim),
@@ -144,22 +203,23 @@ def _make_inputs(spec: Spec, key: jax.Array) -> tuple[jax.Array, ...]:
     if spec.backward:
         shapes.append((case.batch, case.q_len, case.heads, case.v_dim))
     keys = jax.random.split(key, len(shapes))
-    return tuple(jax.random.normal(k, shape, jnp.float32).astype(spec.dtype) for k, shape in zip(keys, shapes))
+    arrays = [jax.random.normal(k, shape, jnp.float32).astype(spec.dtype) for k, shape in zip(keys, shapes)]
+    return (*arrays, jnp.asarray(listed(case.mask).index)) if spec.on_device else tuple(arrays)
 
 
 def _passes(spec: Spec, attend: Callable) -> Callable:
     """The function of the inputs that is timed: a tuple (out,), or (out, dq, dk, dv)."""
 
-    def forward(q, k, v):
+    def forward(q, k, v, *lists):
         if spec.heads_major:
             k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        return attend(q, k, v)
+        return attend(q, k, v, *lists)
 
-    def both(q, k, v, cotangent):
-        out, pull = jax.vjp(forward, q, k, v)
+    def both(q, k, v, cotangent, *lists):
+        out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, *lists), q, k, v)
         return out, *pull(cotangent)
 
-    return both if spec.backward else lambda q, k, v: (forward(q, k, v),)
+    return both if spec.backward else lambda q, k, v, *lists: (forward(q, k, v, *lists),)
 
 
 # ---- references ----------------------------------------------------------------------------------------------
@@ -234,7 +294,7 @@ def _tokamax(spec: Spec) -> InProcess | None:
 
 def _ours_with(mask: Mask) -> Callable[[Spec], InProcess]:
     """Our own default under another mask: what a sparse mask is to save."""
-    return lambda spec: InProcess(_passes(spec, lambda q, k, v: attention(q, k, v, mask=mask)), same=False)
+    return lambda spec: InProcess(_passes(spec, lambda q, k, v, *_: attention(q, k, v, mask=mask)), same=False)
 
 
 REFERENCES: dict[str, Callable[[Spec], InProcess | InWorker | None]] = {
@@ -257,16 +317,20 @@ COUNTED_ROWS = 512
 
 def seen_pairs(mask: Mask, q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> int:
     """How many (query, key) pairs of the batch and its heads the mask shows: exact for every mask, block by block."""
-    total = 0
+    if isinstance(mask, BlockSparse):
+        named = np.asarray(mask.block_map(kv_len))
+        rows, keys = (
+            np.minimum(np.arange(n) * size + size, length) - np.arange(n) * size
+            for n, size, length in zip(named.shape[2:], (mask.block_q, mask.block_k), (q_len, kv_len))
+        )
+        return int(rows @ named.sum((0, 1)) @ keys) * (batch // named.shape[0]) * (heads // named.shape[1])
+    total, tests = 0, mask.intervals(q_len, kv_len)
     for start in range(0, q_len, COUNTED_ROWS):
         size = min(COUNTED_ROWS, q_len - start)
-        low, high = mask.key_range(start, start + size, kv_len)
-        square = mask.block(Span(start, size), Span(low, high - low))
-        if square is None:
-            total += batch * heads * size * (high - low)
-        else:
-            square = np.asarray(square)
-            total += int(square.sum()) * (batch // square.shape[0]) * (heads // square.shape[1])
+        low, high = key_range(tests, start, start + size, kv_len)
+        seen = square(tests, Span(start, size), Span(low, high - low))
+        shown = size * (high - low) if seen is None else int(np.asarray(seen).sum())
+        total += shown * heads * (batch if seen is None else batch // seen.shape[0])
     return total
 
 
@@ -294,15 +358,13 @@ ORACLE_ROWS = 512
 
 
 @dataclass(frozen=True)
-class _Chunk(Mask):
-    """Queries start.. and keys low.. of another mask; the starts may be traced."""
+class _Seen(Mask):
+    """A mask that is given as the square that it shows."""
 
-    whole: Mask
-    start: jax.Array
-    low: jax.Array
+    seen: jax.Array
 
-    def block(self, q: Span, k: Span):
-        return self.whole.block(Span(self.start + q.start, q.size), Span(self.low + k.start, k.size))
+    def dense(self, q_len: int, kv_len: int):
+        return self.seen
 
 
 def oracle(spec: Spec) -> Oracle:
@@ -323,13 +385,17 @@ def oracle(spec: Spec) -> Oracle:
 
     def compute(inputs, dtype) -> list[np.ndarray]:
         keys_axis = 1 if spec.heads_major else 2
-        q, k, v, *cotangent = inputs
+        q, k, v, *cotangent = inputs[: 3 + spec.backward]
         part = (pick(q, heads), *(pick(x, kv_heads, keys_axis) for x in (k, v)), *(pick(x, heads) for x in cotangent))
         part = [jnp.asarray(x.astype(dtype)) for x in part]
         mask = case.mask
-        if note is not None:
-            mask = mask.at(int(entries[0]))
-        return [np.asarray(x) for x in jax.jit(_passes(spec, functools.partial(_in_chunks, mask)))(*part)]
+        if isinstance(mask, BlockSparse):
+            own = [
+                np.asarray(table)[:, heads] if table.shape[1] > 1 else table for table in (mask.index, mask.counts())
+            ]
+            mask = BlockSparse(*own, mask.block_q, mask.block_k)
+        plain = dataclasses.replace(spec, on_device=False)
+        return [np.asarray(x) for x in jax.jit(_passes(plain, functools.partial(_in_chunks, mask)))(*part)]
 
     def part(results) -> list[np.ndarray]:
         return [pick(x, which) for x, which in zip(results, (heads, heads, kv_heads, kv_heads))]
@@ -337,23 +403,27 @@ def oracle(spec: Spec) -> Oracle:
     return Oracle(compute, part, note)
 
 
-def _in_chunks(mask: Mask, q, k, v):
+def _in_chunks(mask, q, k, v):
     """`reference`, over the queries in chunks: a softmax is over the keys of one query. Each chunk meets the keys that
-    the mask can show it, so that long sequences with narrow windows can be checked."""
+    the mask can show it, so that long sequences with narrow windows can be checked. Masks are without a batch."""
     q_len, kv_len = q.shape[1], k.shape[1]
     rows = next(n for n in range(min(ORACLE_ROWS, q_len), 0, -1) if q_len % n == 0)
-    starts = range(0, q_len, rows)
-    ranges = [mask.key_range(start, start + rows, kv_len) for start in starts]
+    starts, tests = range(0, q_len, rows), mask.intervals(q_len, kv_len)
+    ranges = [key_range(tests, start, start + rows, kv_len) for start in starts]
     width = max(1, *(high - low for low, high in ranges))
     lows = np.array([min(low, kv_len - width) for low, _ in ranges])
+    take = lambda x, at, size: jax.lax.dynamic_slice_in_dim(x, at, size, 1)
 
     @jax.checkpoint
     def chunk(start, low):
-        take = lambda x, at, size: jax.lax.dynamic_slice_in_dim(x, at, size, 1)
-        seen = _Chunk(mask, start, low)
-        scale = q.shape[-1] ** -0.5
-        rows_of, keys, values = take(q, start, rows), take(k, low, width), take(v, low, width)
-        return reference.run(rows_of, keys, values, seen, None, scale=scale, return_lse=False)
+        if isinstance(mask, BlockSparse):
+            named = jnp.asarray(mask.block_map(kv_len))[:, :, (start + np.arange(rows)) // mask.block_q]
+            seen = jnp.repeat(named, mask.block_k, 3)[..., :kv_len]
+        else:
+            seen = square(tests, Span(start, rows), Span(low, width))
+            seen = None if seen is None else seen[:, None]
+        part = (take(q, start, rows), take(k, low, width), take(v, low, width), Full() if seen is None else _Seen(seen))
+        return reference.run(*part, None, None, scale=q.shape[-1] ** -0.5, logit_softcap=None, return_lse=False)
 
     out = jax.lax.map(lambda at: chunk(*at), (np.array(list(starts)), lows))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], q_len, *out.shape[3:])
