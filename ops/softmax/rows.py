@@ -1,0 +1,86 @@
+"""What the forms of softmax share: blocks of rows, the output pass, the backward pass."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lissom.ops.exponential import exp
+
+BLOCK = 2**20
+"""Elements of a block of rows that is worked on while it lies in cache: 4 MB in float32. Blocks of 1 MB fit a core's
+own cache, and lose more by starting four times as many loops."""
+
+
+def along_rows(forward: Callable, x: jax.Array, axis: int) -> jax.Array:
+    """`forward`, a softmax over the last axis, over `axis` of x, with the backward pass below."""
+    return jnp.moveaxis(_softmax(forward, jnp.moveaxis(x, axis, -1)), -1, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softmax(forward: Callable, x: jax.Array) -> jax.Array:
+    return forward(x).astype(x.dtype)
+
+
+def _forward(forward: Callable, x: jax.Array):
+    y = _softmax(forward, x)
+    return y, y
+
+
+def _backward(forward: Callable, y: jax.Array, dy: jax.Array):
+    """dx = y (dy - sum(dy y)): y is all that is kept. A row of zeros gets zeros."""
+    dtype = y.dtype
+    y, dy = wide(y), wide(dy)
+    return ((y * (dy - (dy * y).sum(-1, keepdims=True))).astype(dtype),)
+
+
+_softmax.defvjp(_forward, _backward)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rows_of_a_block(x: jax.Array) -> int:
+    return max(1, min(x.shape[0], BLOCK // x.shape[1]))
+
+
+def over_blocks(f: Callable, x: jax.Array):
+    """f over blocks of rows of x [rows, n]; the results of f, arrays with as many rows, joined."""
+    rows = rows_of_a_block(x)
+    if rows == x.shape[0]:
+        return f(x)
+
+    def body(i, results):
+        # The last block starts earlier where the blocks do not come out even: rows that were done are done again.
+        start = jnp.minimum(i * rows, x.shape[0] - rows)
+        # The barrier has the block copied into cache once, and not read from x by every step of f.
+        block = jax.lax.optimization_barrier(jax.lax.dynamic_slice_in_dim(x, start, rows))
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+        return jax.tree.map(put, results, f(block))
+
+    shapes = jax.eval_shape(f, jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype))
+    results = jax.tree.map(lambda s: jax.lax.empty((x.shape[0], *s.shape[1:]), s.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-x.shape[0] // rows), body, results)
+
+
+def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row's (maximum, sum of exp(x - maximum)), both [..., 1]; x is `wide`. A row of -inf has (-inf, 0)."""
+    largest = x.max(-1, keepdims=True)
+    # jnp.exp and not ours: the CPU compiler sums jnp.exp as it goes, and would first store ours.
+    return largest, jnp.exp(x - shifted(largest)).sum(-1, keepdims=True)
+
+
+def shifted(largest: jax.Array) -> jax.Array:
+    """What is subtracted from a row: its maximum, or 0 where there is none (-inf - -inf is NaN)."""
+    return jnp.where(jnp.isneginf(largest), 0, largest)
+
+
+def output(x: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
+    """exp(x - largest) / total, and 0 where the total is: the last pass over a row."""
+    # Without the barrier XLA would take exp(x - largest) here and in the sum for one array and keep it in memory, which
+    # costs a write and a read more than computing it twice.
+    largest, total = jax.lax.optimization_barrier((largest, total))
+    return exp(wide(x) - shifted(largest)) * (1 / jnp.where(total == 0, 1, total))
