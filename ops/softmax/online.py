@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lissom.ops.softmax import rows as softmax_rows
-from lissom.ops.softmax.rows import along_rows, output, over_blocks, shifted, statistics, wide
+from lissom.ops.softmax.rows import along_rows, output, over_blocks, statistics, subtrahend, wide
 
 LOCAL = True
 
@@ -46,5 +46,5 @@ def _statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _merged(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     largest = jnp.maximum(a[0], b[0])
-    scaled = [total * jnp.exp(m - shifted(largest)) for m, total in (a, b)]
+    scaled = [total * jnp.exp(m - subtrahend(largest)) for m, total in (a, b)]
     return largest, scaled[0] + scaled[1]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from lissom.ops.exponential import exp
 
 BLOCK = 2**20
-"""Elements of a block of rows that is worked on while it lies in cache: 4 MB in float32. Blocks of 1 MB fit a core's
-own cache, and lose more by starting four times as many loops."""
+"""Elements of a block of rows that is worked on while it lies in cache: 4 MB in float32, so that a block is worth the
+start of its operations on every thread."""
 
 
 def along_rows(forward: Callable, x: jax.Array, axis: int) -> jax.Array:
@@ -25,14 +25,15 @@ def _softmax(forward: Callable, x: jax.Array) -> jax.Array:
 
 def _forward(forward: Callable, x: jax.Array):
     y = _softmax(forward, x)
-    return y, y
+    return y, y if x.dtype == wide(x).dtype else x
 
 
-def _backward(forward: Callable, y: jax.Array, dy: jax.Array):
-    """dx = y (dy - sum(dy y)): y is all that is kept. A row of zeros gets zeros."""
-    dtype = y.dtype
-    y, dy = wide(y), wide(dy)
-    return ((y * (dy - (dy * y).sum(-1, keepdims=True))).astype(dtype),)
+def _backward(forward: Callable, kept: jax.Array, dy: jax.Array):
+    """dx = y (dy - sum(dy y)); a row of zeros gets zeros. y is kept where it has no rounding of its own; below float32
+    x is, and y taken again: the rounding of y in the sum would more than double the error."""
+    y = kept if kept.dtype == wide(kept).dtype else forward(kept)
+    dy = wide(dy)
+    return ((y * (dy - (dy * y).sum(-1, keepdims=True))).astype(kept.dtype),)
 
 
 _softmax.defvjp(_forward, _backward)
@@ -43,13 +44,9 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def rows_of_a_block(x: jax.Array) -> int:
-    return max(1, min(x.shape[0], BLOCK // x.shape[1]))
-
-
 def over_blocks(f: Callable, x: jax.Array):
     """f over blocks of rows of x [rows, n]; the results of f, arrays with as many rows, joined."""
-    rows = rows_of_a_block(x)
+    rows = max(1, min(x.shape[0], BLOCK // x.shape[1]))
     if rows == x.shape[0]:
         return f(x)
 
@@ -70,12 +67,13 @@ def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each row's (maximum, sum of exp(x - maximum)), both [..., 1]; x is `wide`. A row of -inf has (-inf, 0)."""
     largest = x.max(-1, keepdims=True)
     # jnp.exp and not ours: the CPU compiler sums jnp.exp as it goes, and would first store ours.
-    return largest, jnp.exp(x - shifted(largest)).sum(-1, keepdims=True)
+    return largest, jnp.exp(x - subtrahend(largest)).sum(-1, keepdims=True)
 
 
-def shifted(largest: jax.Array) -> jax.Array:
-    """What is subtracted from a row: its maximum, or 0 where there is none (-inf - -inf is NaN)."""
-    return jnp.where(jnp.isneginf(largest), 0, largest)
+def subtrahend(largest: jax.Array) -> jax.Array:
+    """What is subtracted from a row: its maximum, or the lowest finite number where that is -inf (-inf - -inf is
+    NaN)."""
+    return jnp.maximum(largest, jnp.finfo(largest.dtype).min)
 
 
 def output(x: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
@@ -83,4 +81,4 @@ def output(x: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
     # Without the barrier XLA would take exp(x - largest) here and in the sum for one array and keep it in memory, which
     # costs a write and a read more than computing it twice.
     largest, total = jax.lax.optimization_barrier((largest, total))
-    return exp(wide(x) - shifted(largest)) * (1 / jnp.where(total == 0, 1, total))
+    return exp(wide(x) - subtrahend(largest)) * (1 / jnp.where(total == 0, 1, total))

@@ -8,9 +8,11 @@ Dukhan and Ablavatski 2020 (arXiv 2001.04438). No power of two overflows, since 
 most 0. The pairs are summed in LANES columns beside each other, which are added up at the end.
 
 What the paper leaves open and was chosen here: -inf has mantissa 0, a row of -inf gives zeros; inf and NaN give NaN.
-The reduction by ln 2 is exact to rounding for |x| up to 2 * 10^4; from there on the error grows as |x| 2^-24, and
-|x| above 2^20 counts as 2^20. The other forms subtract the maximum first and have no such bound.
+What is above 2^20 counts as 2^20, and what is below -2^20 as that: without a maximum to subtract, float32 has no bits
+left for the fraction of x / ln 2. The other forms have no such bound.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,13 @@ LANES = 512
 """Columns that are summed beside each other."""
 
 LARGEST = np.float32(2**20)
+
+STEP = 2**11 * math.log(2)
+_HIGH = round(STEP * 2) / 2  # 12 bits
+_MIDDLE = round((STEP - _HIGH) * 2**14) / 2**14  # 12 bits at most
+STEP_PARTS = tuple(np.float32(part) for part in (_HIGH, _MIDDLE, STEP - _HIGH - _MIDDLE))
+"""STEP in parts whose products with any k up to 2^11 have no rounding, but for the last."""
+
 NO_EXPONENT = -(2**22)
 """Below every n of a finite x."""
 
@@ -50,7 +59,12 @@ def _forward(x: jax.Array) -> jax.Array:
 
 def _pair(x: jax.Array) -> Pair:
     x = wide(x)
-    p, n = mantissa_and_exponent(jnp.clip(x, -LARGEST, LARGEST))
+    within = jnp.clip(x, -LARGEST, LARGEST)
+    # Cody and Waite's reduction twice: first by multiples k of 2^11 ln 2, exact in its two higher parts. The lowest
+    # part is added where there is room for its bits.
+    k = jnp.round(within * np.float32(1 / STEP))
+    p, n = mantissa_and_exponent(within - k * STEP_PARTS[0] - k * STEP_PARTS[1], -k * STEP_PARTS[2])
+    n += k.astype(jnp.int32) * 2**11
     p = jnp.where(jnp.isinf(x), jnp.where(x < 0, 0, jnp.nan), p).astype(jnp.float32)
     # NaN has no exponent; with this one it reaches the sum.
     return p, jnp.where(jnp.isneginf(x), NO_EXPONENT, jnp.where(jnp.isnan(p), 0, n))
@@ -63,7 +77,7 @@ def _power(n: jax.Array) -> jax.Array:
 
 def _sum_of_exponentials(x: jax.Array) -> Pair:
     """(P, N), both [rows, 1], of x [rows, n]."""
-    rows, n = x.shape
+    n = x.shape[1]
     lanes = min(LANES, n)
 
     def step(i, carry: Pair) -> Pair:
