@@ -51,8 +51,9 @@ def over_blocks(f: Callable, x: jax.Array):
         return f(x)
 
     def body(i, results):
-        # The last block starts earlier where the blocks do not come out even: rows that were done are done again.
-        start = jnp.minimum(i * rows, x.shape[0] - rows)
+        # Where the blocks do not come out even the last one starts earlier, since slices are moved to within the
+        # array: rows that were done are done again.
+        start = i * rows
         # The barrier has the block copied into cache once, and not read from x by every step of f.
         block = jax.lax.optimization_barrier(jax.lax.dynamic_slice_in_dim(x, start, rows))
         put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)

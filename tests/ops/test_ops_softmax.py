@@ -129,16 +129,21 @@ def test_vmap_equals_a_loop(implementation, blocked):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 2])
 @pytest.mark.parametrize("implementation", OP.implementations)
-def test_under_shard_map(implementation, blocked):
+def test_on_two_devices(implementation, axis, blocked):
+    """Split over the first axis, or whole where that is the one that is summed over."""
     (x,) = testing.normal(5, (4, 3, 5))
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     with dispatch.partition(mesh, batch="data"):
-        y = jax.jit(lambda x: call(implementation, x))(x)
-    np.testing.assert_allclose(y, call("reference", x), rtol=1e-5)
+        program = jax.jit(lambda x: call(implementation, x, axis))
+        assert ("shard_map" in str(program.trace(x).jaxpr)) == (implementation in ("two_pass", "online"))
+        y = program(x)
+    np.testing.assert_allclose(y, call("reference", x, axis), rtol=1e-5)
 
 
-@pytest.mark.parametrize("middle", [700.0, 2e4, -3e5, 1e6])
+# The last is where the multiple of 2^11 ln 2 that is taken out changes from 700 to 701.
+@pytest.mark.parametrize("middle", [700.0, 2e4, -3e5, 1e6, np.round(700.5 * 2**11 * np.log(2))])
 def test_two_pass_reduces_large_arguments_exactly(middle):
     x = np.float32(middle) + np.linspace(-5, 5, 50, dtype=np.float32)
     exact = np.exp(x.astype(np.float64) - middle)
