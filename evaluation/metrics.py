@@ -48,6 +48,7 @@ METRICS = {
     "limit": Metric("s", None, "least time that the ceilings of the run allow", machine="measuring"),
     "efficiency": Metric("fraction", "higher", "limit / median time", machine="measuring"),
     "speedup": Metric("1", "higher", "median time of the reference / ours, taken in turns", machine="measuring"),
+    "memory_walks": Metric("1", "lower", "reads and writes of all of the data in main memory"),
     "growth_exponent": Metric(
         "1", "lower", "log(time / time at the next smaller size) / log(size / size)", machine="measuring"
     ),

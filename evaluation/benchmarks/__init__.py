@@ -2,5 +2,7 @@
 
 ENTRIES = {
     "attention": "lissom.evaluation.benchmarks.attention",
+    "decode_attention": "lissom.evaluation.benchmarks.decode_attention",
+    "softmax": "lissom.evaluation.benchmarks.softmax",
 }
 """Op -> the module of its problems."""

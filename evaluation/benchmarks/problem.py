@@ -54,6 +54,8 @@ class Problem:
     these that is timed, where the implementation has that name (None: what the platform takes by default).
     `implementations`: those to time. `references`: name -> how to run it; it gets the same inputs.
 
+    `walks`: implementation -> how often it reads or writes all of the data in main memory, by its algorithm.
+
     Problems of one `family` are timed in turns with each other, and their times are compared over `size`.
     """
 
@@ -68,3 +70,4 @@ class Problem:
     oracle: Oracle
     family: str | None = None
     size: int | None = None
+    walks: Mapping[str, int] = field(default_factory=dict)

@@ -73,7 +73,8 @@ def table(rows: Sequence[Row], judged: Iterable[Goal] = ()) -> str:
     judged = list(judged)
     against = list(dict.fromkeys(name for row in rows for name in references(row)))
     heads = ["problem", "implementation", "ms", "p90", "spread", "GFLOP/s", "eff"]
-    heads += [f"vs {name}" for name in against] + ["peak MB", "goals"]
+    walks = any(value_of(row, "memory_walks") is not None for row in rows)
+    heads += ["walks"] * walks + [f"vs {name}" for name in against] + ["peak MB", "goals"]
     lines = []
     for row in rows:
         results = [goal.judge(row)[0] for goal in judged if goal.concerns(row)]
@@ -81,11 +82,13 @@ def table(rows: Sequence[Row], judged: Iterable[Goal] = ()) -> str:
         speedups = [_number(value_of(row, "speedup", reference=name)) for name in against]
         name = row.identity.variant + ("*" if row.identity.overrides.get("default") else "")
         goal_cell = "RED" if is_red(row) else _goal_cell(results)
-        lines.append([problem, name, *_cells(row), *speedups, _number(value_of(row, "peak_memory"), 1e-6), goal_cell])
+        middle = [*[_number(value_of(row, "memory_walks"))] * walks, *speedups]
+        peak = _number(value_of(row, "peak_memory"), 1e-6)
+        lines.append([problem, name, *_cells(row), *middle, peak, goal_cell])
         if _is_last(row, rows):
             for other in references(row):
                 peak = _number(value_of(row, "peak_memory", reference=other), 1e-6)
-                lines.append(["", f"({other})", *_cells(row, reference=other), *[""] * len(against), peak, ""])
+                lines.append(["", f"({other})", *_cells(row, reference=other), *[""] * len(middle), peak, ""])
     text = [_padded(heads, lines), "", *_explained(rows), *_notes(rows), *_judgements(rows, judged)]
     return "\n".join(text) + "\n"
 
@@ -135,6 +138,8 @@ def _padded(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _explained(rows: Sequence[Row]) -> list[str]:
     text = "ms: median of calls taken in turns; spread: interquartile range / median; eff: least time that the "
     text += "ceilings of the run allow / median; vs: time of the reference / ours; (name): a reference; "
+    if any(value_of(row, "memory_walks") is not None for row in rows):
+        text += "walks: reads and writes of all of the data in main memory, by the algorithm; "
     return [f"{text}*: what a call without a name runs; {UNKNOWN}: unknown."]
 
 

@@ -40,6 +40,8 @@ def _row(ours: Result, results: Sequence[Result], ceilings: Ceilings, provenance
     found = _times(ours, limit)
     found += [measure("limit", limit.seconds, "modelled", term=limit.term)]
     found += [measure("flops", problem.work.flops, "modelled")]
+    if ours.name in problem.walks:
+        found += [measure("memory_walks", problem.walks[ours.name], "modelled")]
     if ours.latency is not None:
         for other in results:
             if other.reference and other.problem is problem and other.latency is not None:
