@@ -6,16 +6,58 @@ float32 and bfloat16.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lissom.ops import dispatch
+from lissom.ops.interpreting import is_interpreting
 
 FLOOR = 1e-5
 RATIO = 2.0
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+FACTS = ("equals", "interpreted", "lowers", "compiles")
+
+
+class Fact(NamedTuple):
+    """Something that a test has shown. `fact`: "equals" (results and gradients are the reference's, run on the
+    platform), "interpreted" (the same, of a kernel for the platform that was interpreted on a CPU), "lowers" and
+    "compiles" (for the platform, described, without it)."""
+
+    op: str
+    implementation: str
+    platform: str
+    fact: str
+
+
+shown: list[Fact] = []
+"""By the test that runs; the test run gathers them into docs/support.json (tests/conftest.py)."""
+
+
+def show(op: str, implementation: str, platform: str, fact: str) -> None:
+    """Notes a fact, to be called behind the assertion that shows it."""
+    if platform not in PLATFORMS or fact not in FACTS:
+        raise ValueError(f"a fact is one of {FACTS} on one of {PLATFORMS}, not {fact!r} on {platform!r}")
+    shown.append(Fact(op, implementation, platform, fact))
+
+
+def show_equal(op: str, implementation: str) -> None:
+    """Notes that results were the reference's, where the test runs."""
+    if is_interpreting():
+        show(op, implementation, "tpu" if implementation == "pallas_tpu" else "cuda", "interpreted")
+    else:
+        show(op, implementation, {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()), "equals")
+
+
+def show_lowered(text: str, platform: str, fact: str = "lowers") -> set[tuple[str, str]]:
+    """Notes the implementations in the text of a lowered (or compiled) program; returns them as (op, name)."""
+    found = dispatch.chosen_in(text)
+    for op, name in found:
+        show(op, name, platform, fact)
+    return found
 
 
 def normal(seed: int, *shapes: tuple[int, ...], dtype=np.float32) -> list[np.ndarray]:
@@ -66,6 +108,26 @@ def check_case(
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(truth)]
     for path, *leaves in zip(paths, *map(jax.tree.leaves, (truth, naive, ours))):
         compare(f"{op.name} {implementation} {path}", *leaves)
+    show_equal(op.name, implementation)
+
+
+def check_forward(
+    op: dispatch.Op, call: Callable[..., Any], arrays: dict[str, np.ndarray], implementation: str, dtype: Any
+) -> None:
+    """`check_case` without gradients, for ops of inference."""
+    run = lambda name, kind: jax.tree.map(
+        np.asarray, jax.jit(lambda a: call(name, **a))({n: jnp.asarray(x, kind) for n, x in arrays.items()})
+    )
+    with jax.enable_x64(True):
+        truth = run("reference", np.float64)
+    naive = run("reference", dtype)
+    with dispatch.record() as choices:
+        ours = run(implementation, dtype)
+    ran = {choice.implementation for choice in choices if choice.op == op.name}
+    assert ran == {implementation}, f"asked {op.name} for {implementation}, ran {ran}"
+    for number, leaves in enumerate(zip(*map(jax.tree.leaves, (truth, naive, ours)))):
+        compare(f"{op.name} {implementation} result {number}", *leaves)
+    show_equal(op.name, implementation)
 
 
 def compare(name: str, truth: np.ndarray, naive: np.ndarray, ours: np.ndarray, ratio: float = RATIO) -> None:

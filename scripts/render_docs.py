@@ -1,5 +1,5 @@
 """Writes the generated pages: docs/techniques.md from docs/techniques.toml; docs/benchmarks.md and the table in
-README.md from results/.
+README.md from results/; the table in docs/support.md from docs/support.json, which `pytest --support` writes.
 
 uv run scripts/render_docs.py            writes them
 uv run scripts/render_docs.py --check    exits 1 where a page is stale or an entry names what does not exist
@@ -7,6 +7,8 @@ uv run scripts/render_docs.py --check    exits 1 where a page is stale or an ent
 
 import argparse
 import ast
+import importlib
+import json
 import pathlib
 import sys
 import tomllib
@@ -126,6 +128,42 @@ def benchmarks_page(root: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+PLATFORMS = {"cpu": "CPU", "cuda": "CUDA", "tpu": "TPU"}
+FACTS = {
+    "equals": "run here, equals the reference",
+    "interpreted": "interpreted on a CPU, equals the reference",
+    "lowers": "lowers",
+    "compiles": "compiles",
+}
+
+
+def support_table(root: pathlib.Path) -> str:
+    """Op x implementation x platform: what a test has shown, and when last."""
+    from lissom.evaluation.benchmarks import ENTRIES
+
+    known = json.loads((root / "docs" / "support.json").read_text())
+    lines = ["| op | implementation | " + " | ".join(PLATFORMS.values()) + " |", "|---|---|---|---|---|"]
+    for op in ENTRIES:
+        for name, library in importlib.import_module(f"lissom.ops.{op}").OP.implementations.items():
+            home = _home(library)
+            cells = [_support(known.get(op, {}).get(name, {}).get(p, {}), p, home) for p in PLATFORMS]
+            lines.append(f"| {op} | `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _home(library: str) -> str | None:
+    """The only platform that an implementation is for; None where it is for all."""
+    name = library.rpartition(".")[2]
+    return {"pallas_gpu": "cuda", "cudnn": "cuda", "pallas_tpu": "tpu"}.get(name)
+
+
+def _support(facts: Mapping[str, str], platform: str, home: str | None) -> str:
+    if home not in (None, platform):
+        return "–"
+    shown = [f"{words} ({facts[fact]})" for fact, words in FACTS.items() if fact in facts]
+    return "; ".join([*shown, *([] if "equals" in facts else ["never run"])])
+
+
 def _commit(provenance: Any) -> str:
     if not provenance.commit:
         return "unknown"
@@ -143,10 +181,11 @@ def replaced(page: str, table: str) -> str:
 
 def pages(root: pathlib.Path) -> dict[pathlib.Path, str]:
     """{path: what it should hold} of every generated page."""
-    readme = root / "README.md"
+    readme, support = root / "README.md", root / "docs" / "support.md"
     return {
         root / "docs" / "techniques.md": techniques_page(read_techniques(root)),
         root / "docs" / "benchmarks.md": benchmarks_page(root),
+        support: replaced(support.read_text(), support_table(root)),
         readme: replaced(readme.read_text(), measured_table(root / RESULT, RESULT)),
     }
 

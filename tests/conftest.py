@@ -1,9 +1,19 @@
 """Eight virtual CPU devices, and one compilation cache outside the clone for all workers and runs of the suite."""
 
+import datetime
+import json
 import os
 import pathlib
 
 import pytest
+
+SUPPORT = pathlib.Path(__file__).parent.parent / "docs" / "support.json"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--support", action="store_true", help="note in docs/support.json what passing tests have shown of each op"
+    )
 
 
 def pytest_configure(config):
@@ -16,6 +26,38 @@ def pytest_configure(config):
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lissom" / "compiled-tests"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+# ---- what runs where: passing tests say what they have shown (lissom.ops.testing.show) -----------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    # On a worker of xdist; the report carries it to the process that writes.
+    if item.config.getoption("--support"):
+        from lissom.ops import testing
+
+        if call.when == "call" and call.excinfo is None:
+            item.user_properties.append(("shown", sorted(set(map(tuple, testing.shown)))))
+        testing.shown.clear()
+
+
+_shown: set[tuple[str, ...]] = set()
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        _shown.update(tuple(fact) for name, facts in report.user_properties if name == "shown" for fact in facts)
+
+
+def pytest_sessionfinish(session):
+    if not session.config.getoption("--support") or hasattr(session.config, "workerinput"):
+        return
+    known = json.loads(SUPPORT.read_text()) if SUPPORT.is_file() else {}
+    today = datetime.date.today().isoformat()
+    for op, implementation, platform, fact in _shown:
+        known.setdefault(op, {}).setdefault(implementation, {}).setdefault(platform, {})[fact] = today
+    SUPPORT.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture

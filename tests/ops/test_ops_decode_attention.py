@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lissom.ops import testing
 from lissom.ops.attention import attention
-from lissom.ops.decode_attention import decode_attention, xla
+from lissom.ops.decode_attention import OP, decode_attention, xla
 
 LENGTHS = np.array([17, 3, 0], np.int32)
 PAGE = 4
@@ -44,31 +44,20 @@ def call(implementation, q, k, v, sinks, table=None, **options):
     )  # fmt: skip
 
 
-def forward_case(run, arrays, implementation, dtype):
-    """`testing.check_case` without gradients."""
-    results = {}
-    with jax.enable_x64(True):
-        truth = run("reference", **{n: jnp.asarray(a, np.float64) for n, a in arrays.items()})
-    for name in ("reference", implementation):
-        results[name] = jax.jit(functools.partial(run, name))(**{n: jnp.asarray(a, dtype) for n, a in arrays.items()})
-    for what, *leaves in zip(("out", "lse"), truth, results["reference"], results[implementation]):
-        testing.compare(f"decode {implementation} {what}", *map(np.asarray, leaves))
-
-
 OPTIONS = [{}, {"splits": 3}, {"window": 5}, {"logit_softcap": 3.0, "scale": 2.0}, {"splits": 40, "window": 1}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_dense(options, dtype):
-    forward_case(functools.partial(call, **options), problem(dtype), "xla", dtype)
+    testing.check_forward(OP, functools.partial(call, **options), problem(dtype), "xla", dtype)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_paged(options, monkeypatch):
     monkeypatch.setattr(xla, "GATHERED_KEYS", 2 * PAGE)  # several steps of the loop, the last not whole
     arrays, table = paged(problem())
-    forward_case(functools.partial(call, table=table, **options), arrays, "xla", np.float32)
+    testing.check_forward(OP, functools.partial(call, table=table, **options), arrays, "xla", np.float32)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
