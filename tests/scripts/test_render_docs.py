@@ -56,7 +56,9 @@ def test_only_what_lies_between_the_markers_changes():
 def test_check_exits_1_where_a_page_is_stale(tmp_path: pathlib.Path, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "techniques.toml").write_text("technique = []\n")
-    (tmp_path / "README.md").write_text(f"{BEGIN}{END}\n")
+    (tmp_path / "docs" / "support.json").write_text('{"softmax": {"online": {"cpu": {"equals": "2026-01-02"}}}}')
+    for page in ("README.md", "docs/support.md"):
+        (tmp_path / page).write_text(f"{BEGIN}{END}\n")
     assert main(["--check"], tmp_path) == 1
     said = capsys.readouterr().err
     assert "docs/techniques.md is stale" in said and "README.md is stale" in said
@@ -65,4 +67,8 @@ def test_check_exits_1_where_a_page_is_stale(tmp_path: pathlib.Path, capsys):
     assert "Not measured yet." in (tmp_path / "README.md").read_text()
     assert "Not measured yet." in (tmp_path / "docs" / "benchmarks.md").read_text()
     docs = tmp_path / "docs"
-    assert set(pages(tmp_path)) == {tmp_path / "README.md", docs / "techniques.md", docs / "benchmarks.md"}
+    support = (docs / "support.md").read_text()
+    assert "| softmax | `online` | run here, equals the reference (2026-01-02) | never run | never run |" in support
+    assert "| attention | `cudnn` | – | never run | – |" in support
+    generated = {docs / f"{name}.md" for name in ("techniques", "benchmarks", "support")}
+    assert set(pages(tmp_path)) == {tmp_path / "README.md", *generated}
