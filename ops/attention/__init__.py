@@ -47,6 +47,7 @@ OP = dispatch.Op(
         "reference": "lissom.ops.attention.reference",
         "xla": "lissom.ops.attention.xla",
         "cudnn": "lissom.ops.attention.cudnn",
+        "pallas_gpu": "lissom.ops.attention.pallas_gpu",  # never run on a GPU: in no default order
     },
     defaults={"cuda": ("cudnn", "xla"), "default": ("xla",)},
 )
