@@ -119,8 +119,6 @@ def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: floa
         raise NotImplementedError(f"mask {type(blocks).__name__} lists single keys, which are not tiles.")
     if blocks.block_q % ROWS or blocks.block_k % ROWS:
         raise NotImplementedError(f"mask: blocks of {blocks.block_q} by {blocks.block_k} are not multiples of {ROWS}.")
-    if tiles.order(mask, q.shape[1]) is not None:
-        raise NotImplementedError("mask: a neighbourhood on a plane moves the tokens, which BlockSparse cannot follow.")
 
 
 def _blocks(q_len: int, kv_len: int, head_dim: int, v_dim: int, listed_blocks: tuple[int, int] | None) -> Blocks:

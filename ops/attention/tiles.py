@@ -10,6 +10,7 @@ that few tiles of keys meet them: fused neighbourhood attention, Hassani, Hwu an
 tokens moved beforehand instead of in the kernel's copies.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -49,24 +50,28 @@ class Maps(NamedTuple):
 def order(mask: Mask, length: int, block: int = 128) -> np.ndarray | None:
     """The order in which to lay the tokens so that tiles of `block` of them are compact on the grid of a 2-D (or
     dilated) `Neighbourhood`: residue class by residue class, each in the rectangles of `block` tokens that meet the
-    fewest tiles. None where the sequence is fine."""
+    fewest tiles. None where the sequence is fine, or lists of blocks speak of its own order."""
     parts = mask.parts if isinstance(mask, And) else (mask,)
     grids = [part for part in parts if isinstance(part, Neighbourhood)]
-    if len(grids) != 1 or (len(grids[0].shape) == 1 and grids[0].dilation == (1,)):
+    if len(grids) != 1 or listed(mask) is not None:
         return None
-    grid = grids[0]
+    return _best_order(grids[0], length, block)
+
+
+@functools.lru_cache(maxsize=32)
+def _best_order(grid: Neighbourhood, length: int, block: int) -> np.ndarray | None:
+    plain = grid.dilation == (1,) * len(grid.shape)
     if len(grid.shape) == 1:
-        return _laid(grid, (length,))
-    heights = [h for h in (1, 2, 4, 8, 16, 32) if block % h == 0]
-    candidates = [_laid(grid, (h, block // h)) for h in heights]
-    if grid.dilation == (1, 1):
+        return None if plain else _laid(grid, (length,))
+    candidates = [_laid(grid, (h, block // h)) for h in (1, 2, 4, 8, 16, 32) if block % h == 0]
+    if plain:
         candidates.insert(0, np.arange(length, dtype=np.int32))  # row by row
     tests = grid.intervals(length, length)
     visited = [
         maps(grid, reordered(tests, length, places), length, length, block, block).some.sum() for places in candidates
     ]
-    best = candidates[int(np.argmin(visited))]
-    return None if best[-1] == length - 1 and (np.diff(best) == 1).all() else best
+    best = int(np.argmin(visited))
+    return None if plain and best == 0 else candidates[best]
 
 
 def _laid(grid: Neighbourhood, rectangle: tuple[int, ...]) -> np.ndarray:

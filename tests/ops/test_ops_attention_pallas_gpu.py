@@ -164,7 +164,6 @@ def test_the_work_follows_the_mask():
         ({"batch": 65536}, "batch 65536"),
         ({"mask": KeyColumns(np.zeros((1, 1, 1, 1), np.int32))}, "KeyColumns"),
         ({"mask": BlockSparse(np.zeros((1, 1, 1, 1), np.int32), None, 64, 32)}, "blocks of 64 by 32"),
-        ({"mask": BlockSparse(np.zeros((1, 1, 1, 1), np.int32)) & Neighbourhood((2, 4), 2)}, "plane"),
     ],
 )
 def test_refusals(changes, reason):
