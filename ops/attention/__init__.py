@@ -47,7 +47,9 @@ OP = dispatch.Op(
         "reference": "lissom.ops.attention.reference",
         "xla": "lissom.ops.attention.xla",
         "cudnn": "lissom.ops.attention.cudnn",
-        "pallas_gpu": "lissom.ops.attention.pallas_gpu",  # never run on a GPU: in no default order
+        # Never run on their hardware: in no default order.
+        "pallas_gpu": "lissom.ops.attention.pallas_gpu",
+        "pallas_tpu": "lissom.ops.attention.pallas_tpu",
     },
     defaults={"cuda": ("cudnn", "xla"), "default": ("xla",)},
 )
