@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from lissom.ops.attention.masks import And, Mask
 
 TABLE = pathlib.Path(__file__).parent / "block_sizes.toml"
 OCTAVES = 1.0
+KEY = ("kernel", "chip", "dtype", "head_dim", "v_dim", "mask", "q_len", "kv_len")
 
 _forced: contextvars.ContextVar[tuple[str, Mapping[str, Any] | None] | None] = contextvars.ContextVar(
     "forced", default=None
@@ -35,18 +37,12 @@ def chip() -> str | None:
     return described.device_kind if described is not None else jax.devices()[0].device_kind
 
 
-def key_of(kernel: str, q: Any, k: Any, v: Any, mask: Mask) -> dict[str, Any]:
-    """What an entry of the table is for. q [.., heads, head_dim] and so on, in the layout of `attention`."""
-    return {
-        "kernel": kernel,
-        "chip": chip(),
-        "dtype": str(q.dtype),
-        "head_dim": q.shape[3],
-        "v_dim": v.shape[3],
-        "mask": mask_kind(mask),
-        "q_len": q.shape[1],
-        "kv_len": k.shape[1],
-    }
+def key_of(
+    kernel: str, mask: Mask, *, dtype: Any, q_len: int, kv_len: int, head_dim: int, v_dim: int
+) -> dict[str, Any]:
+    """What an entry of the table is for."""
+    shape = {"head_dim": head_dim, "v_dim": v_dim, "mask": mask_kind(mask), "q_len": q_len, "kv_len": kv_len}
+    return {"kernel": kernel, "chip": chip(), "dtype": str(jnp.dtype(dtype)), **shape}
 
 
 def mask_kind(mask: Mask) -> str:
@@ -84,4 +80,9 @@ def force(kernel: str, sizes: Mapping[str, Any] | None) -> Iterator[None]:
 @functools.cache
 def entries() -> tuple[dict[str, Any], ...]:
     """The table."""
-    return tuple(tomllib.loads(TABLE.read_text()).get("entry", ()))
+    return read(TABLE)
+
+
+def read(table: pathlib.Path) -> tuple[dict[str, Any], ...]:
+    """The entries of a file; each has the fields `KEY`, "sizes", and how much was gained when."""
+    return tuple(tomllib.loads(table.read_text()).get("entry", ()))

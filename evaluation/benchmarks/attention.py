@@ -146,6 +146,16 @@ def problems(platform: str, tiny: bool = False) -> list[Problem]:
     return [problem(spec) for spec in specs]
 
 
+def case_of(name: str, platform: str, tiny: bool = False) -> tuple:
+    """(q, k, v, mask) of a problem as shapes, as implementations' `candidates` and `key_of` want them."""
+    specs = TINY_SPECS if tiny else CPU if platform == "cpu" else ACCELERATOR
+    spec = next(spec for spec in specs if spec.name == name)
+    case = spec.case
+    shape = lambda length, heads, d: jax.ShapeDtypeStruct((case.batch, length, heads, d), jnp.dtype(spec.dtype))
+    q = shape(case.q_len, case.heads, case.head_dim)
+    return q, shape(case.kv_len, case.kv_heads, case.head_dim), shape(case.kv_len, case.kv_heads, case.v_dim), case.mask
+
+
 def problem(spec: Spec) -> Problem:
     """The problem of a spec. Implementations that refuse it are left out when they are called."""
     case = spec.case

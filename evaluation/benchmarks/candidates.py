@@ -105,6 +105,15 @@ def right_ones(
         yield candidate
 
 
+def one_of_ours(problem: Problem, name: str) -> Candidate:
+    """One implementation, compiled and through the gate. AssertionError where it is wrong, NotImplementedError where it
+    refuses."""
+    found = next(right_ones(problem, None, [name]), None)
+    if isinstance(found, Candidate):
+        return found
+    raise AssertionError(found[1]) if found else NotImplementedError(f"{name} refuses {problem.name}")
+
+
 def input_sets(problem: Problem) -> list[tuple[jax.Array, ...]]:
     """Independent sets of inputs, as many as `ROTATED_BYTES` asks for."""
     size = parameter_bytes(jax.eval_shape(problem.make_inputs, jax.random.key(0)))

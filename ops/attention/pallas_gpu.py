@@ -43,6 +43,7 @@ masks in an attention kernel of its own because ptxas miscompiles them there; ta
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
+from lissom.ops import block_sizes
 from lissom.ops.attention import tiles
 from lissom.ops.attention.masks import Mask, without_padding
 from lissom.ops.attention.merging import with_sinks
@@ -60,6 +62,8 @@ from lissom.ops.attention.sparse import BlockSparse, listed
 from lissom.ops.interpreting import is_interpreting
 
 LOCAL = True
+
+KERNEL = "attention.pallas_gpu"
 
 LARGEST_HEAD = 256  # an accumulator of 64 rows by 256 takes half of a warpgroup's registers
 MOST_BATCH = 65535
@@ -177,19 +181,60 @@ def _padded(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, -x.shape[3] % 64)))
 
 
-def _prepared(request: Request, mask: Mask, head_dim: int, v_dim: int):
+def _prepared(request: Request, mask: Mask, q, v):
     """(tile sizes, a function that makes a kernel's tables)."""
     q_len, kv_len = request.q_len, request.kv_len
     tests = tiles.reordered(mask.intervals(q_len, kv_len), kv_len, tiles.order(mask, q_len))
+    return _measured_or_chosen(request, mask, q, v), functools.partial(plan, mask, tests, q_len, kv_len)
+
+
+def _measured_or_chosen(request: Request, mask: Mask, q, v) -> Blocks:
+    """The sizes that were measured on the chip (ops/block_sizes.py), where they fit this request; else `_blocks`."""
+    named, head_dim, v_dim = listed(mask), q.shape[3], v.shape[3]
+    listed_blocks = None if named is None else (named.block_q, named.block_k)
+    chosen = _blocks(request.q_len, request.kv_len, head_dim, v_dim, listed_blocks)
+    lengths = {"q_len": request.q_len, "kv_len": request.kv_len}
+    key = block_sizes.key_of(KERNEL, mask, dtype=q.dtype, head_dim=head_dim, v_dim=v_dim, **lengths)
+    sizes = block_sizes.tuned(key) or {}
+    measured = {name: Block(*sizes[name]) for name in sizes}
+    return chosen._replace(**{n: b for n, b in measured.items() if _fits(n, b, head_dim, v_dim, listed_blocks)})
+
+
+def _fits(kernel: str, block: Block, head_dim: int, v_dim: int, listed_blocks: tuple[int, int] | None) -> bool:
+    """Whether a tile fits into shared memory and divides the blocks of the mask."""
+    both = head_dim + v_dim
+    resident = head_dim if kernel == "forward" and head_dim == v_dim else both
+    bytes_of = 2 * block.rows * resident + 2 * block.columns * both * block.stages
+    sides = (block.columns, block.rows) if kernel == "dk_dv" else (block.rows, block.columns)
+    divides = listed_blocks is None or all(size % side == 0 for size, side in zip(listed_blocks, sides))
+    return bytes_of <= TILE_BYTES and divides and block.stages >= 2
+
+
+def candidates(q, k, v, mask: Mask) -> list[dict[str, tuple[int, int, int]]]:
+    """Sizes to try, for scripts/tune_ops.py: one kernel's at a time, (consumers, columns, stages) of all that fit."""
     named = listed(mask)
-    blocks = _blocks(q_len, kv_len, head_dim, v_dim, None if named is None else (named.block_q, named.block_k))
-    return blocks, functools.partial(plan, mask, tests, q_len, kv_len)
+    listed_blocks = None if named is None else (named.block_q, named.block_k)
+    head_dim, v_dim = (x.shape[3] + -x.shape[3] % 64 for x in (q, v))
+    blocks = [Block(*sizes) for sizes in itertools.product((1, 2, 3), (64, 128), (2, 3, 4))]
+    return [
+        {kernel: tuple(block)}
+        for kernel in Blocks._fields
+        for block in blocks
+        if _fits(kernel, block, head_dim, v_dim, listed_blocks)
+    ]
+
+
+def key_of(q, k, v, mask: Mask) -> dict:
+    """Of a request in the table of block sizes: of head sizes as they are padded."""
+    head_dim, v_dim = (x.shape[3] + -x.shape[3] % 64 for x in (q, v))
+    lengths = {"q_len": q.shape[1], "kv_len": k.shape[1]}
+    return block_sizes.key_of(KERNEL, mask, dtype=q.dtype, head_dim=head_dim, v_dim=v_dim, **lengths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(request: Request, q, k, v, mask: Mask):
     """(out, lse) of padded arrays."""
-    blocks, tables = _prepared(request, mask, q.shape[3], v.shape[3])
+    blocks, tables = _prepared(request, mask, q, v)
     consumers, columns, stages = blocks.forward
     planned = tables(blocks.forward.rows, columns)
     return tuple(forward(q, k, v, planned, columns, consumers, stages, **request.options))
@@ -203,7 +248,7 @@ def _attend_forward(request: Request, q, k, v, mask: Mask):
 def _attend_backward(request: Request, saved, cotangents):
     q, k, v, mask, out, lse = saved
     d_out, d_lse = cotangents
-    blocks, tables = _prepared(request, mask, q.shape[3], v.shape[3])
+    blocks, tables = _prepared(request, mask, q, v)
     # A row that saw nothing gets p = exp2(s - inf) = 0 everywhere, and no cotangent of its lse -inf.
     empty = jnp.isneginf(lse)
     delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32) - d_lse

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lissom.ops import block_sizes
 from lissom.ops.attention import kernel_layout as layout
 from lissom.ops.attention import merging, tiles
 from lissom.ops.attention import pallas_tpu_kernels as kernels
@@ -40,6 +41,8 @@ from lissom.ops.attention.sparse import BlockSparse, listed
 from lissom.ops.interpreting import is_interpreting
 
 LOCAL = True
+
+KERNEL = "attention.pallas_tpu"
 
 LANES = kernels.LANES
 # A step costs about 0.35 us whatever it does (jax's Pallas documentation), which is about what the scores of 256 by 256
@@ -60,8 +63,6 @@ def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: floa
     if blocks is not None:
         if not isinstance(blocks, BlockSparse):
             raise NotImplementedError("mask: single key columns are not tiles.")
-        if tiles.order(mask, q.shape[1]) is not None:
-            raise NotImplementedError("mask: a neighbourhood moves tokens, which a list of blocks names in place.")
         for name in ("block_q", "block_k"):
             if getattr(blocks, name) % LANES:
                 raise NotImplementedError(f"mask: {name} {getattr(blocks, name)} is not a multiple of {LANES}.")
@@ -142,7 +143,31 @@ def _blocks(q, k, v, mask: Mask, tests: tuple[Interval, ...]) -> tuple[int, int]
     VMEM is reckoned as two tiles of scores in float32 (the compiler works through them in pieces), two buffers of all
     that is copied, sums and columns. The compiler agrees: it takes tiles of 1024 by 1024 with head sizes of 128 in
     float32 (reckoned 17.9 MB) and refuses 256 (25 MB).
+
+    What was measured on the chip (ops/block_sizes.py) comes before the model.
     """
+    times = _modelled_times(q, k, v, mask, tests)
+    if not times:
+        raise NotImplementedError(f"head sizes {q.shape[3]} and {v.shape[3]} leave no room for tiles in VMEM.")
+    sizes = block_sizes.tuned(key_of(q, k, v, mask))
+    measured = None if sizes is None else (sizes["block_q"], sizes["block_k"])
+    return measured if measured in times else min(times, key=times.get)
+
+
+def key_of(q, k, v, mask: Mask) -> dict:
+    """Of a request in the table of block sizes."""
+    lengths = {"q_len": q.shape[1], "kv_len": k.shape[1]}
+    return block_sizes.key_of(KERNEL, mask, dtype=q.dtype, head_dim=q.shape[3], v_dim=v.shape[3], **lengths)
+
+
+def candidates(q, k, v, mask: Mask) -> list[dict[str, int]]:
+    """All sizes that fit, for scripts/tune_ops.py."""
+    found = _modelled_times(q, k, v, mask, _tests(mask, q, k))
+    return [{"block_q": block_q, "block_k": block_k} for block_q, block_k in found]
+
+
+def _modelled_times(q, k, v, mask: Mask, tests: tuple[Interval, ...]) -> dict[tuple[int, int], tuple]:
+    """(queries, keys) that fit -> what to take the least of."""
     blocks = listed(mask)
     sides = []
     for length, block in ((q.shape[1], blocks and blocks.block_q), (k.shape[1], blocks and blocks.block_k)):
@@ -160,9 +185,7 @@ def _blocks(q, k, v, mask: Mask, tests: tuple[Interval, ...]) -> tuple[int, int]
             if copied + sums + 2 * 4 * block_q * block_k <= VMEM_BYTES:
                 steps = int(_most_visits(q, k, mask, tests, block_q, block_k).sum())
                 times[block_q, block_k] = (steps * (STEP_SCORES + block_q * block_k), -block_q)
-    if not times:
-        raise NotImplementedError(f"head sizes {q.shape[3]} and {v.shape[3]} leave no room for tiles in VMEM.")
-    return min(times, key=times.get)
+    return times
 
 
 def _most_visits(q, k, mask: Mask, tests: tuple[Interval, ...], block_q: int, block_k: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from lissom.ops.attention.masks import Interval, Mask, Neighbourhood, Span, squa
 from lissom.ops.attention.merging import with_sinks
 from lissom.ops.attention.sparse import KeyColumns, listed
 from lissom.ops.attention.xla_block import Numbers, backward, forward, sum_to, zero_padding
-from lissom.ops.attention.xla_plan import Block, Plan, Stage, plan
+from lissom.ops.attention.xla_plan import Block, Plan, Stage, candidates, key_of, plan, sizes_of
 
 # The head loop indexes the batch and head axes, which the compiler would gather onto every device.
 LOCAL = True
@@ -40,6 +40,9 @@ overhead."""
 WIDE = 512
 """From so many keys on, dk and dv are computed transposed. On a CPU a product with the scores transposed runs at a
 quarter of the speed of one with the few rows of q transposed; with fewer keys, turning dk and dv back costs more."""
+
+
+__all__ = ["candidates", "check", "key_of", "run"]
 
 
 def check(q, k, v, mask: Mask, bias, sinks, *, scale: float, logit_softcap: float | None, return_lse: bool) -> None:
@@ -158,7 +161,7 @@ class _Heads:
     A step has all query heads of one key head, [group, q_len, d]; where each query head has a list of its own, one.
     """
 
-    def __init__(self, q, k, mask: Mask):
+    def __init__(self, q, k, v, mask: Mask):
         self.mask, (self.batch, self.heads, self.q_len, _) = mask, q.shape
         self.kv_heads, self.kv_len = k.shape[1:3]
         lists = listed(mask)
@@ -167,6 +170,8 @@ class _Heads:
         self.tests = mask.intervals(self.q_len, self.kv_len)
         self.valid = mask.valid_keys(self.kv_len)
         self.columns = isinstance(lists, KeyColumns)
+        tokens_first = lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype)
+        self.sizes = sizes_of(key_of(*(tokens_first(x) for x in (q, k, v)), mask))
 
     def steps(self, *arrays):
         """For `scan`: the number of each step and its part of arrays that have a row a query."""
@@ -184,7 +189,7 @@ class _Heads:
     def plan(self, index) -> tuple[Plan, tuple[Interval, ...]]:
         entry = (index // self.ways, index % self.ways)
         tests = tuple(test.at(entry[0]) for test in self.tests)
-        found = plan(self.mask, tests, self.q_len, self.kv_len, self.heads // self.ways, entry)
+        found = plan(self.mask, tests, self.q_len, self.kv_len, self.heads // self.ways, entry, self.sizes)
         if found.kv_len > self.kv_len:
             # The last block overhangs: nobody sees keys that do not exist.
             tests = (*tests, Interval(None, np.full((1, self.q_len), self.kv_len, np.int32)))
@@ -262,7 +267,7 @@ def _keep_of(block: Block, tests):
 
 
 def _by_heads(numbers, q, k, v, mask, bias):
-    heads = _Heads(q, k, mask)
+    heads = _Heads(q, k, v, mask)
     exact = jnp.promote_types(q.dtype, jnp.float32)
 
     def one(_, item):
@@ -288,7 +293,7 @@ def _by_heads(numbers, q, k, v, mask, bias):
 
 
 def _by_heads_backward(numbers, q, k, v, mask, bias, d_out, lse, d_lse):
-    heads = _Heads(q, k, mask)
+    heads = _Heads(q, k, v, mask)
 
     def one(d_bias, item):
         index, *rows = item

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lissom.ops import block_sizes
 from lissom.ops.attention.masks import At, Interval, Mask, Neighbourhood, Span, key_range
 from lissom.ops.attention.sparse import BlockSparse, KeyColumns, listed
 
 BLOCK_SCORES = 2**20
 """Scores of one block of one head; with it the block's queries shrink as the keys grow, and memory stays
 linear."""
+
+KERNEL = "attention.xla"
 
 LEAST_ROWS, MOST_ROWS = 64, 256
 """Bounds on the queries of a block: fewer make thin products, more compute too much beside a triangle."""
@@ -167,9 +170,33 @@ class Plan(NamedTuple):
     unit: int = 1
 
 
-def _together(blocks: int, scores: int) -> int:
+class Sizes(NamedTuple):
+    """What is tuned: the most queries of a block, and the scores of a step."""
+
+    rows: int
+    step_scores: int
+
+
+def key_of(q, k, v, mask: Mask) -> dict:
+    """Of a request in the table of block sizes; arrays [batch, length, heads, d]."""
+    lengths = {"q_len": q.shape[1], "kv_len": k.shape[1]}
+    return block_sizes.key_of(KERNEL, mask, dtype=q.dtype, head_dim=q.shape[3], v_dim=v.shape[3], **lengths)
+
+
+def sizes_of(key: dict) -> Sizes:
+    """Those that were measured on this chip (ops/block_sizes.py), else what is good on the CPUs that were tried."""
+    measured = block_sizes.tuned(key)
+    return Sizes(MOST_ROWS, STEP_SCORES) if measured is None else Sizes(**measured)
+
+
+def candidates(q, k, v, mask: Mask) -> list[dict[str, int]]:
+    """Sizes to try, for scripts/tune_ops.py."""
+    return [{"rows": rows, "step_scores": 2**n} for rows in (64, 128, 256, 512) for n in (16, 18, 20)]
+
+
+def _together(blocks: int, scores: int, step_scores: int) -> int:
     """How many blocks of so many scores make a step: a divisor of their number."""
-    most = max(STEP_SCORES // scores, 1)
+    most = max(step_scores // scores, 1)
     return next(n for n in range(min(most, blocks), 0, -1) if blocks % n == 0)
 
 
@@ -207,12 +234,12 @@ def groups_of(tests: tuple[Interval, ...], q_len: int, kv_len: int, rows: int) -
     return tuple(groups)
 
 
-def rows_of_a_block(tests: tuple[Interval, ...], q_len: int, kv_len: int, group: int) -> int:
+def rows_of_a_block(tests: tuple[Interval, ...], q_len: int, kv_len: int, group: int, most_rows: int) -> int:
     """How many queries a block has, from how many keys a query sees."""
     ranges = [key_range(tests, i, i + 1, kv_len) for i in (0, q_len // 2, q_len - 1)]
     seen = max(1, *(high - low for low, high in ranges))
     # A block of n queries of a band or a triangle meets n keys more than one query does.
-    most = MOST_ROWS if ranges[0] == (0, kv_len) else min(_round(seen) // 4, MOST_ROWS)
+    most = most_rows if ranges[0] == (0, kv_len) else min(_round(seen) // 4, most_rows)
     return max(LEAST_ROWS, min(BLOCK_SCORES // (seen * group), most))
 
 
@@ -220,13 +247,15 @@ def _round(n: int) -> int:
     return 1 << max(n - 1, 1).bit_length()
 
 
-def _consecutive(tests, q_len: int, kv_len: int, group: int) -> Plan:
-    groups = groups_of(tests, q_len, kv_len, rows_of_a_block(tests, q_len, kv_len, group))
+def _consecutive(tests, q_len: int, kv_len: int, group: int, sizes: Sizes) -> Plan:
+    groups = groups_of(tests, q_len, kv_len, rows_of_a_block(tests, q_len, kv_len, group, sizes.rows))
     stages = []
     for size in dict.fromkeys(group.size for group in groups):
         alike = [group for group in groups if group.size == size]
         # Several blocks a step only where all are of one kind: a band. The blocks of a triangle are large.
-        together = _together(len(alike[0].starts), size * alike[0].width * group) if len(alike) == 1 else 1
+        together = (
+            _together(len(alike[0].starts), size * alike[0].width * group, sizes.step_scores) if len(alike) == 1 else 1
+        )
         kinds = np.repeat(np.arange(len(alike), dtype=np.int32), [len(part.starts) // together for part in alike])
         at = tuple(np.concatenate([part[i] for part in alike]).astype(np.int32) for i in (0, 1))
         at = tuple(x.reshape(-1, together) for x in at)
@@ -240,7 +269,7 @@ def _consecutive(tests, q_len: int, kv_len: int, group: int) -> Plan:
 # ---- a plane ----------------------------------------------------------------------------------------------------
 
 
-def _plane(mask: Neighbourhood, group: int) -> Plan:
+def _plane(mask: Neighbourhood, group: int, sizes: Sizes) -> Plan:
     """Squares of queries, each with the rectangle that holds the windows of all of them."""
     cuts = []  # for each axis: [(size, width, starts, key starts)]
     for axis, n in enumerate(mask.shape):
@@ -271,7 +300,7 @@ def _plane(mask: Neighbourhood, group: int) -> Plan:
             for y, x in zip(at[0], at[1]):
                 order.append(places[y : y + size[0], x : x + size[1]].ravel())
             area = size[0] * size[1], width[0] * width[1]
-            together = _together(len(at[0]), area[0] * area[1] * group)
+            together = _together(len(at[0]), area[0] * area[1] * group, sizes.step_scores)
             at = tuple(x.reshape(-1, together) for x in at)
             stages.append(Stage(area[0], (area[1],), (body,), np.zeros(len(at[0]), np.int32), at))
     return Plan(tuple(stages), places.size, places.size, np.argsort(np.concatenate(order)).astype(np.int32))
@@ -292,7 +321,7 @@ def _counts_to_compile(counts, most: int) -> np.ndarray:
     return np.array(sorted({*(step for step in steps if step < most), most}), np.int32)
 
 
-def _by_lists(mask: BlockSparse | KeyColumns, q_len: int, kv_len: int, group: int, entry: tuple) -> Plan:
+def _by_lists(mask: BlockSparse | KeyColumns, q_len: int, kv_len: int, group: int, entry: tuple, sizes: Sizes) -> Plan:
     """`entry`: (batch, head) of the list to take, traced."""
     index, counts = mask.index, mask.counts()
     size = getattr(mask, "block_k", 1)
@@ -308,7 +337,8 @@ def _by_lists(mask: BlockSparse | KeyColumns, q_len: int, kv_len: int, group: in
     blocks, scores = len(counts), block_q * group * index.shape[1] * size
     exact = static and len(lengths) == 1
     numbers, restore = np.arange(blocks, dtype=np.int32), None
-    together = _together(blocks, scores) if exact else max(min(STEP_SCORES // scores, blocks), 1)
+    together = _together(blocks, scores, sizes.step_scores) if exact else 0
+    together = together or max(min(sizes.step_scores // scores, blocks), 1)
     if together > 1 and not exact:
         # Blocks with lists of like length make a step; what is missing to whole steps has empty lists.
         order = xp.argsort(-counts, stable=True).astype(np.int32)
@@ -347,19 +377,21 @@ def _entry(table, entry):
 # ---- choice -----------------------------------------------------------------------------------------------------
 
 
-def plan(mask: Mask, tests: tuple[Interval, ...], q_len: int, kv_len: int, group: int, entry: tuple) -> Plan:
+def plan(
+    mask: Mask, tests: tuple[Interval, ...], q_len: int, kv_len: int, group: int, entry: tuple, sizes: Sizes
+) -> Plan:
     """The plan of one head whose `group` query heads share keys; `entry` is its (batch, head), traced."""
     lists = listed(mask)
     if lists is not None:
-        return _by_lists(lists, q_len, kv_len, group, entry)
+        return _by_lists(lists, q_len, kv_len, group, entry, sizes)
     if isinstance(mask, Neighbourhood) and len(mask.shape) == 2 and mask.dilation == (1, 1):
-        return _plane(mask, group)
-    return _consecutive(tests, q_len, kv_len, group)
+        return _plane(mask, group, sizes)
+    return _consecutive(tests, q_len, kv_len, group, sizes)
 
 
 def area(mask: Mask, q_len: int, kv_len: int) -> int:
     """Scores that a head computes under a static mask."""
-    found = plan(mask, mask.intervals(q_len, kv_len), q_len, kv_len, 1, (0, 0))
+    found = plan(mask, mask.intervals(q_len, kv_len), q_len, kv_len, 1, (0, 0), Sizes(MOST_ROWS, STEP_SCORES))
     return sum(
         stage.together * stage.size * stage.widths[kind] for stage in found.stages for kind in np.asarray(stage.kinds)
     )

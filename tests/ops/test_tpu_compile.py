@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lissom.ops import dispatch
+from lissom.ops import dispatch, testing
 from lissom.ops.attention import BlockSparse, Causal, Full, Neighbourhood, Segments, Window, attention
 
 pytestmark = pytest.mark.tpu_compile
@@ -75,7 +75,7 @@ def test_forward_and_backward_compile_and_keep_memory_linear(name, machine):
     args = shapes_of(sizes, dtype, numbers, one, one)
     compiled = jax.jit(with_gradients(mask_of, options)).lower(*args).compile()
     program = compiled.as_text()
-    assert dispatch.chosen_in(program) == {("attention", "pallas_tpu")}
+    assert testing.show_lowered(program, "tpu", "compiles") == {("attention", "pallas_tpu")}
     assert all(name in program for name in ("attention_forward", "attention_dq", "attention_dkv"))
     used, allowed = compiled.memory_analysis().temp_size_in_bytes, copies(sizes, dtype) + 2**21
     assert used <= allowed, f"{used / 2**20:.1f} MB of temporaries, allowed {allowed / 2**20:.1f}"
@@ -91,7 +91,7 @@ def test_compiles_over_four_chips(machine):
     with dispatch.partition(mesh, batch="data", heads="tensor"):
         compiled = jax.jit(with_gradients(mask_of, options)).lower(*args).compile()
     program = compiled.as_text()
-    assert dispatch.chosen_in(program) == {("attention", "pallas_tpu")}
+    assert testing.show_lowered(program, "tpu", "compiles") == {("attention", "pallas_tpu")}
     assert "all-gather" not in program and "all-to-all" not in program  # nobody gathers keys, values or queries
     _, q_len, kv_len, heads, kv_heads, head_dim, v_dim = sizes
     local = (1, q_len, kv_len, heads // 2, kv_heads // 2, head_dim, v_dim)
@@ -112,4 +112,4 @@ def test_remat_and_scan_over_layers_compile(dtype):
 
     args = [jax.ShapeDtypeStruct(s, dtype, sharding=one) for s in ((1, 1024, 2, 64), (3, 2, 64, 64))]
     program = jax.jit(jax.grad(layers, argnums=1)).lower(*args).compile().as_text()
-    assert dispatch.chosen_in(program) == {("attention", "pallas_tpu")}
+    assert testing.show_lowered(program, "tpu", "compiles") == {("attention", "pallas_tpu")}
