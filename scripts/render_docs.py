@@ -47,8 +47,9 @@ def problems(entry: Mapping[str, Any], root: pathlib.Path) -> list[str]:
     for field, path in paths.items():
         if not (path and (root / path).is_file()):
             found.append(f"{name}: {field} {path!r} does not exist")
-    if any(not flag.startswith("--config.") for flag in flags):
-        found.append(f"{name}: behind the recipe stand --config.field=value only")
+    own = "--" if recipe.startswith("scripts/") else "--config."
+    if any(not flag.startswith(own) for flag in flags):
+        found.append(f"{name}: behind the recipe stand {own}field=value only")
     test = root / paths["test"]
     if test.is_file() and entry["test"].partition("::")[2] not in _functions(test):
         found.append(f"{name}: there is no test {entry['test']}")

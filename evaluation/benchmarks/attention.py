@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lissom.evaluation.benchmarks import prefixes
 from lissom.evaluation.benchmarks.problem import InProcess, InWorker, Oracle, Problem
 from lissom.evaluation.ceilings import Work
 from lissom.ops import attention as op
@@ -143,13 +144,16 @@ TINY_SPECS = (
 def problems(platform: str, tiny: bool = False) -> list[Problem]:
     """What is measured on a platform ("cpu", "gpu", "tpu")."""
     specs = TINY_SPECS if tiny else CPU if platform == "cpu" else ACCELERATOR
-    return [problem(spec) for spec in specs]
+    prefix = prefixes.TINY if tiny else prefixes.CPU if platform == "cpu" else prefixes.ACCELERATOR
+    return [*(problem(spec) for spec in specs), *(prefixes.problem(spec) for spec in prefix)]
 
 
 def case_of(name: str, platform: str, tiny: bool = False) -> tuple:
     """(q, k, v, mask) of a problem as shapes, as implementations' `candidates` and `key_of` want them."""
     specs = TINY_SPECS if tiny else CPU if platform == "cpu" else ACCELERATOR
-    spec = next(spec for spec in specs if spec.name == name)
+    spec = next((spec for spec in specs if spec.name == name), None)
+    if spec is None:
+        raise KeyError(name)
     case = spec.case
     shape = lambda length, heads, d: jax.ShapeDtypeStruct((case.batch, length, heads, d), jnp.dtype(spec.dtype))
     q = shape(case.q_len, case.heads, case.head_dim)
