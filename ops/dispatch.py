@@ -33,6 +33,9 @@ from jax.sharding import PartitionSpec
 
 log = logging.getLogger(__name__)
 
+HOMES = {"cudnn": "cuda", "pallas_gpu": "cuda", "pallas_tpu": "tpu"}
+"""Implementations, of any op, that are for one platform alone."""
+
 Names = str | Sequence[str]
 """One implementation, or several in order of preference."""
 
@@ -55,6 +58,11 @@ class Op:
     name: str
     implementations: Mapping[str, str]
     defaults: Mapping[str, tuple[str, ...]]
+
+    def runs_on(self, platform: str) -> tuple[str, ...]:
+        """The names of the implementations that are for a platform ("cpu", "cuda", "tpu"): all but other machines'
+        kernels (of which `check` knows nothing: a program may be traced on one machine for another)."""
+        return tuple(name for name in self.implementations if HOMES.get(name, platform) == platform)
 
 
 class Choice(NamedTuple):

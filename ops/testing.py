@@ -47,7 +47,7 @@ def show(op: str, implementation: str, platform: str, fact: str) -> None:
 def show_equal(op: str, implementation: str) -> None:
     """Notes that results were the reference's, where the test runs."""
     if is_interpreting():
-        show(op, implementation, "tpu" if implementation == "pallas_tpu" else "cuda", "interpreted")
+        show(op, implementation, dispatch.HOMES[implementation], "interpreted")
     else:
         show(op, implementation, {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()), "equals")
 

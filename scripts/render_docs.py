@@ -145,21 +145,15 @@ def support_table(root: pathlib.Path) -> str:
     known = json.loads((root / "docs" / "support.json").read_text())
     lines = ["| op | implementation | " + " | ".join(PLATFORMS.values()) + " |", "|---|---|---|---|---|"]
     for op in ENTRIES:
-        for name, library in importlib.import_module(f"lissom.ops.{op}").OP.implementations.items():
-            home = _home(library)
-            cells = [_support(known.get(op, {}).get(name, {}).get(p, {}), p, home) for p in PLATFORMS]
+        made = importlib.import_module(f"lissom.ops.{op}").OP
+        for name in made.implementations:
+            cells = [_support(known.get(op, {}).get(name, {}).get(p, {}), name in made.runs_on(p)) for p in PLATFORMS]
             lines.append(f"| {op} | `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _home(library: str) -> str | None:
-    """The only platform that an implementation is for; None where it is for all."""
-    name = library.rpartition(".")[2]
-    return {"pallas_gpu": "cuda", "cudnn": "cuda", "pallas_tpu": "tpu"}.get(name)
-
-
-def _support(facts: Mapping[str, str], platform: str, home: str | None) -> str:
-    if home not in (None, platform):
+def _support(facts: Mapping[str, str], is_for_it: bool) -> str:
+    if not is_for_it:
         return "–"
     shown = [f"{words} ({facts[fact]})" for fact, words in FACTS.items() if fact in facts]
     return "; ".join([*shown, *([] if "equals" in facts else ["never run"])])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lissom.evaluation.benchmarks import prefixes
-from lissom.evaluation.benchmarks.problem import InProcess, InWorker, Oracle, Problem
+from lissom.evaluation.benchmarks.problem import InProcess, InWorker, Oracle, Problem, this_platform
 from lissom.evaluation.ceilings import Work
 from lissom.ops import attention as op
 from lissom.ops.attention import (
@@ -175,7 +175,7 @@ def problem(spec: Spec) -> Problem:
         ours=lambda name: _passes(
             spec, lambda q, k, v, *lists: attention(q, k, v, mask=_mask(spec, lists), implementation=name)
         ),
-        implementations=tuple(name for name in OP.implementations if name != "reference"),
+        implementations=tuple(name for name in OP.runs_on(this_platform()) if name != "reference"),
         references={name: made for name in spec.references if (made := REFERENCES[name](spec)) is not None},
         work=work(spec),
         oracle=oracle(spec),

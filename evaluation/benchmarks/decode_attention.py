@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lissom.evaluation.benchmarks.problem import InProcess, InWorker, Oracle, Problem
+from lissom.evaluation.benchmarks.problem import InProcess, InWorker, Oracle, Problem, this_platform
 from lissom.evaluation.ceilings import Work
 from lissom.ops import decode_attention as op
 from lissom.ops.attention import Lengths, attention
@@ -65,7 +65,7 @@ def problem(spec: Spec) -> Problem:
         setting={**setting, "dtype": spec.dtype, "cache": f"pages of {spec.page}" if spec.page else "dense"},
         make_inputs=functools.partial(_make_inputs, spec),
         ours=lambda name: _ours(spec, name),
-        implementations=tuple(name for name in OP.implementations if name != "reference"),
+        implementations=tuple(name for name in OP.runs_on(this_platform()) if name != "reference"),
         references=_references(spec),
         work=Work(4 * spec.head_dim * pairs, size * moved, pairs, spec.dtype),
         oracle=_oracle(spec),

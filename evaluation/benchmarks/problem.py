@@ -10,6 +10,11 @@ import numpy as np
 from lissom.evaluation.ceilings import Work
 
 
+def this_platform() -> str:
+    """Of this process, as ops name it: "cpu", "cuda", "tpu"."""
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
 @dataclass(frozen=True)
 class InProcess:
     """A reference in jax. `run` takes what `prepare` (untimed: layouts) makes of the inputs, which lie on the device.

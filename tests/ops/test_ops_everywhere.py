@@ -52,7 +52,7 @@ PROGRAMS = {
 
 def plain(op):
     """The implementations of an op that are made of XLA's operations alone."""
-    return [name for name in OPS[op].implementations if not name.startswith("pallas") and name != "cudnn"]
+    return OPS[op].runs_on("cpu")
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
