@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from lissom.ops import testing
 from lissom.ops.attention import BlockSparse, Causal, KeyColumns, Neighbourhood, attention
@@ -62,6 +64,16 @@ def test_lowers_elsewhere(program, name, platform):
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     lowered = jax.jit(lambda x: f(name, x)).trace(x).lower(lowering_platforms=(platform,))
     assert testing.show_lowered(lowered.as_text(debug_info=True), platform) == {(op, name)}
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(("program", "name"), [(p, n) for p, (op, *_) in PROGRAMS.items() for n in plain(op)])
+def test_compiles_for_a_tpu(program, name):
+    op, shape, f = PROGRAMS[program]
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
+    compiled = jax.jit(lambda x: f(name, x)).lower(x).compile()
+    assert testing.show_lowered(compiled.as_text(), "tpu", "compiles") == {(op, name)}
 
 
 def test_the_reference_of_attention_is_the_equation():
