@@ -225,12 +225,16 @@ def _log_once(op: Op, name: str, operands: tuple, platform: str, refusal: NotImp
 
 def _run(op: Op, name: str, options: dict, operand_dims: tuple, result_dims: Any, *operands) -> Any:
     module = _load(op, name)
-    run = functools.partial(module.run, **options)
+
+    def run(*operands):
+        # Within shard_map, whose body loses the names that stand around it.
+        with jax.named_scope(f"lissom.{op.name}.{name}"):
+            return module.run(*operands, **options)
+
     plan = _partition.get()
     if plan is not None and module.LOCAL:
         run = _sharded(op, run, plan, operands, operand_dims, result_dims)
-    with jax.named_scope(f"lissom.{op.name}.{name}"):
-        return run(*operands)
+    return run(*operands)
 
 
 def _sharded(op: Op, run: Callable, plan: Partition, operands: tuple, operand_dims: tuple, result_dims: Any):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lissom.ops import dispatch
-from lissom.ops.interpreting import is_interpreting
 
 FLOOR = 1e-5
 RATIO = 2.0
@@ -46,10 +45,9 @@ def show(op: str, implementation: str, platform: str, fact: str) -> None:
 
 def show_equal(op: str, implementation: str) -> None:
     """Notes that results were the reference's, where the test runs."""
-    if is_interpreting():
-        show(op, implementation, dispatch.HOMES[implementation], "interpreted")
-    else:
-        show(op, implementation, {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()), "equals")
+    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    home = dispatch.HOMES.get(implementation, here)
+    show(op, implementation, home, "equals" if home == here else "interpreted")
 
 
 def show_lowered(text: str, platform: str, fact: str = "lowers") -> set[tuple[str, str]]:

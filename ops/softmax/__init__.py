@@ -18,6 +18,8 @@ OP = dispatch.Op(
         "two_pass": "lissom.ops.softmax.two_pass",
         "online": "lissom.ops.softmax.online",
         "one_pass": "lissom.ops.softmax.one_pass",
+        # Never run on its hardware: in no default order.
+        "pallas_tpu": "lissom.ops.softmax.pallas_tpu",
     },
     defaults={"cpu": ("one_pass", "online"), "default": ("reference",)},
 )
@@ -32,10 +34,11 @@ def softmax(
 
     x: a float array (float16, bfloat16, float32, float64) of rank 1 at least and not empty. y has its shape and dtype;
     the arithmetic is done in float32, or float64 for float64.
-    axis: an integer; one axis. "two_pass" and "online" copy x where it is not the last.
+    axis: an integer; one axis. "two_pass" and "online" copy x where it is not the last, "pallas_tpu" where it is not
+    one of the last two.
     implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "three_pass", "two_pass",
-    "online", "one_pass", or a sequence. They differ in how often they walk over memory (docs/ops.md), and only
-    "reference" can be differentiated twice.
+    "online", "one_pass", "pallas_tpu", or a sequence. They differ in how often they walk over memory (docs/ops.md), and
+    only "reference" can be differentiated twice.
 
     An entry of -inf has weight 0. A row of nothing but -inf gives zeros with zero gradients, as a query without keys in
     `attention` does, where `jax.nn.softmax` gives NaN. A row that holds NaN or inf is NaN.

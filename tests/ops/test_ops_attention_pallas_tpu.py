@@ -193,10 +193,6 @@ REFUSED = {
         {"mask": BlockSparse(jnp.zeros((1, 64, 64, 64), jnp.int32)), "length": 8192, "heads": 64},
         "the lists of tiles of 1 batch entries and 64 heads take 1.00 MB",
     ),
-    "blocks_on_a_grid": (
-        {"mask": Neighbourhood((2, 4), 2) & BlockSparse(np.zeros((1, 1, 1, 1), np.int32))},
-        "a neighbourhood moves tokens",
-    ),
     "head_sizes": ({"head_dim": 8192}, "leave no room"),
 }
 
