@@ -14,7 +14,8 @@ OP = dispatch.Op(
     implementations={
         "reference": "lissom.ops.decode_attention.reference",
         "xla": "lissom.ops.decode_attention.xla",
-        # Never run on its hardware: in no default order.
+        # Never run on their hardware: in no default order.
+        "pallas_gpu": "lissom.ops.decode_attention.pallas_gpu",
         "pallas_tpu": "lissom.ops.decode_attention.pallas_tpu",
     },
     defaults={"default": ("xla",)},

@@ -18,7 +18,8 @@ OP = dispatch.Op(
         "two_pass": "lissom.ops.softmax.two_pass",
         "online": "lissom.ops.softmax.online",
         "one_pass": "lissom.ops.softmax.one_pass",
-        # Never run on its hardware: in no default order.
+        # Never run on their hardware: in no default order.
+        "pallas_gpu": "lissom.ops.softmax.pallas_gpu",
         "pallas_tpu": "lissom.ops.softmax.pallas_tpu",
     },
     defaults={"cpu": ("one_pass", "online"), "default": ("reference",)},
@@ -37,8 +38,8 @@ def softmax(
     axis: an integer; one axis. "two_pass" and "online" copy x where it is not the last, "pallas_tpu" where it is not
     one of the last two.
     implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "three_pass", "two_pass",
-    "online", "one_pass", "pallas_tpu", or a sequence. They differ in how often they walk over memory (docs/ops.md), and
-    only "reference" can be differentiated twice.
+    "online", "one_pass", "pallas_gpu", "pallas_tpu", or a sequence. They differ in how often they walk over memory
+    (docs/ops.md), and only "reference" can be differentiated twice.
 
     An entry of -inf has weight 0. A row of nothing but -inf gives zeros with zero gradients, as a query without keys in
     `attention` does, where `jax.nn.softmax` gives NaN. A row that holds NaN or inf is NaN.
