@@ -35,14 +35,14 @@ CHECKED_ROWS = 64
 def problems(platform: str, tiny: bool = False) -> list[Problem]:
     """What is measured on a platform ("cpu", "gpu", "tpu")."""
     if tiny:
-        every = [(name, case, backward) for name, case in TINY.items() for backward in (False, True)]
-        return [_problem(name, case, "float32", backward, platform) for name, case, backward in every]
+        return [_problem(name, case, "float32", backward) for name, case in TINY.items() for backward in (False, True)]
     dtype = "float32" if platform == "cpu" else "bfloat16"
-    found = [_problem(name, REAL[name], dtype, False, platform) for name in (CPU if platform == "cpu" else ACCELERATOR)]
-    return [*found, _problem(CPU[0] if platform == "cpu" else ACCELERATOR[0], REAL[CPU[0]], dtype, True, platform)]
+    names = CPU if platform == "cpu" else ACCELERATOR
+    found = [_problem(name, REAL[name], dtype, False) for name in names]
+    return [*found, _problem(names[0], REAL[names[0]], dtype, True)]
 
 
-def _problem(name: str, case: Case, dtype: str, backward: bool, platform: str) -> Problem:
+def _problem(name: str, case: Case, dtype: str, backward: bool) -> Problem:
     size, count = jnp.dtype(dtype).itemsize, int(np.prod(case.shape))
     # Forward x and y; backward y, dy and dx.
     work = Work(0, size * count * (5 if backward else 2), count, dtype)

@@ -15,6 +15,7 @@ from lissom.ops.interpreting import interpreting
 from lissom.ops.softmax import OP, online, pallas_tpu, rows, softmax, two_pass
 from lissom.ops.softmax.cases import REAL, TINY
 
+PLAIN = [name for name in OP.implementations if not name.startswith("pallas")]
 FORMS = [name for name in OP.implementations if name not in ("reference", "pallas_gpu")]  # which has a file of its own
 IN_XLA = [name for name in FORMS if name != "pallas_tpu"]
 
