@@ -330,7 +330,7 @@ COUNTED_ROWS = 512
 
 
 def seen_pairs(mask: Mask, q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> int:
-    """How many (query, key) pairs of the batch and its heads the mask shows: exact for every mask, block by block."""
+    """How many (query, key) pairs of the batch and its heads the mask shows: exact, block by block."""
     if isinstance(mask, BlockSparse):
         named = np.asarray(mask.block_map(kv_len))
         rows, keys = (
@@ -338,6 +338,8 @@ def seen_pairs(mask: Mask, q_len: int, kv_len: int, batch: int = 1, heads: int =
             for n, size, length in zip(named.shape[2:], (mask.block_q, mask.block_k), (q_len, kv_len))
         )
         return int(rows @ named.sum((0, 1)) @ keys) * (batch // named.shape[0]) * (heads // named.shape[1])
+    if listed(mask) is not None:
+        raise NotImplementedError("pairs are counted of lists of blocks alone")
     total, tests = 0, mask.intervals(q_len, kv_len)
     for start in range(0, q_len, COUNTED_ROWS):
         size = min(COUNTED_ROWS, q_len - start)

@@ -58,8 +58,9 @@ def say(sentence: str) -> None:
 
 def right_ones(
     problem: Problem, worker: ReferenceWorker | None, implementations: Sequence[str] | None
-) -> Iterator[Candidate | tuple[str, str]]:
-    """The candidates that pass the gate, ours first; for those of ours that don't: (name, why)."""
+) -> Iterator[Candidate | tuple[str, str, bool]]:
+    """The candidates that pass the gate, ours first; for those of ours that don't: (name, why, whether a call without a
+    name runs it)."""
     inputs = input_sets(problem)
     host = tuple(np.asarray(array) for array in inputs[0])
     with jax.enable_x64(True):
@@ -82,7 +83,7 @@ def right_ones(
             if implementations is not None:
                 say(f"{problem.op} {problem.name}: {refusal}")
         except (AssertionError, RuntimeError) as error:
-            yield name, " ".join(str(error).split())
+            yield name, " ".join(str(error).split()), name == default
     for name, reference in problem.references.items():
         try:
             if isinstance(reference, InProcess):

@@ -128,7 +128,7 @@ def _references(spec: Spec) -> dict[str, InProcess | InWorker]:
 
 
 def _oracle(spec: Spec) -> Oracle:
-    entries = np.unique([0, spec.batch - 1])
+    entries = np.arange(spec.batch) if spec.batch <= 4 else np.array([0, spec.batch - 1])
     pick = lambda x: np.asarray(x)[entries]
 
     def compute(inputs, dtype):

@@ -52,9 +52,9 @@ def _run_family(family: Iterable[Problem], worker, repeats: int, implementations
                 if isinstance(found, Candidate):
                     candidates.append(found)
                 else:
-                    name, why = found
+                    name, why, default = found
                     say(f"RED {why}")
-                    red.append(Result(problem, name, red=why))
+                    red.append(Result(problem, name, red=why, default=default))
         timers = {number: candidate.sample for number, candidate in enumerate(candidates)}
         latencies = in_turns(timers, repeats, settle=SETTLE)
         return red + [_result(candidate, latencies.get(number)) for number, candidate in enumerate(candidates)]

@@ -85,7 +85,7 @@ def _whole(q, k, v):
 
 
 def _oracle(spec: Spec) -> Oracle:
-    entries = np.unique([0, spec.batch - 1])
+    entries = np.arange(spec.batch) if spec.batch <= 4 else np.array([0, spec.batch - 1])
 
     def compute(inputs, dtype):
         q, k, v = (np.asarray(x)[entries].astype(dtype) for x in _concatenated(spec, *map(jnp.asarray, inputs)))

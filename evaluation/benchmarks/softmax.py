@@ -44,8 +44,8 @@ def problems(platform: str, tiny: bool = False) -> list[Problem]:
 
 def _problem(name: str, case: Case, dtype: str, backward: bool) -> Problem:
     size, count = jnp.dtype(dtype).itemsize, int(np.prod(case.shape))
-    # Forward x and y; backward y, dy and dx.
-    work = Work(0, size * count * (5 if backward else 2), count, dtype)
+    # x and y; with gradients, which one program may compute on the way, dy and dx too.
+    work = Work(0, size * count * (4 if backward else 2), count, dtype)
     jax_nn = InProcess(_passes(lambda x: jax.nn.softmax(x, -1), backward))
     references = {"jax_nn": jax_nn} if backward else {"jax_nn": jax_nn, "torch": InWorker("torch_softmax")}
     return Problem(

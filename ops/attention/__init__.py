@@ -1,9 +1,10 @@
 """Softmax attention."""
 
+import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lissom.ops import dispatch
@@ -18,6 +19,7 @@ from lissom.ops.attention.masks import (
     Segments,
     Span,
     Window,
+    shown,
 )
 from lissom.ops.attention.merging import merge
 from lissom.ops.attention.sparse import BlockSparse, KeyColumns, Union, listed, replaced
@@ -100,7 +102,7 @@ def attention(
     sinks: float [heads], a learned logit that takes part in the denominator and has no value (gpt-oss, arXiv
     2508.10925); differentiable. Partial results that are to be merged take it in one part only.
     implementation: see `lissom.ops.dispatch`: None (the platform's default), a name of `OP.implementations`, or
-    a sequence. Only "reference" can be differentiated twice.
+    a sequence. Only "reference" promises second derivatives and forward mode; the others have gradients.
 
     ValueError names the argument that does not fit; NotImplementedError comes from an implementation that was
     asked for by name and cannot do the request.
@@ -110,6 +112,7 @@ def attention(
     results by (out, lse) exact.
     """
     _check(q, k, v, mask, bias, scale, logit_softcap, sinks)
+    q, k, v, bias, sinks = (x if x is None else jnp.asarray(x) for x in (q, k, v, bias, sinks))
     options = {
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
         "logit_softcap": None if logit_softcap is None else float(logit_softcap),
@@ -173,15 +176,29 @@ def _check(q, k, v, mask, bias, scale, logit_softcap, sinks) -> None:
         raise ValueError(f"mask is an object of lissom.ops.attention, got {type(mask).__name__}.")
     listed(mask)
     mask.check(batch, q_len, k.shape[1], heads, k.shape[2])
-    if isinstance(scale, jax.Array):
-        raise ValueError("scale is a Python number; multiply an array into q instead.")
-    if logit_softcap is not None and (isinstance(logit_softcap, jax.Array) or not logit_softcap > 0):
-        raise ValueError(f"logit_softcap is a positive Python number or None, got {logit_softcap}.")
-    if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
-        raise ValueError(f"sinks is a float array [heads={heads}], got {sinks.dtype}{list(sinks.shape)}.")
+    check_numbers(scale, logit_softcap)
+    check_sinks(sinks, heads)
     if bias is not None:
         whole = (batch, heads, q_len, k.shape[1])
+        if not hasattr(bias, "dtype"):
+            raise ValueError(f"bias is an array, got {type(bias).__name__}.")
         if bias.ndim != 4 or any(got not in (1, size) for got, size in zip(bias.shape, whole)):
             raise ValueError(f"bias is broadcastable to {whole} with rank 4, got {bias.shape}.")
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise ValueError(f"bias is a float array (hide keys with mask), got {bias.dtype}.")
+
+
+def check_numbers(scale, logit_softcap) -> None:
+    """ValueError unless they are Python numbers (or None) that make sense."""
+    number = lambda x: isinstance(x, int | float | np.number) and not isinstance(x, bool) and math.isfinite(x)
+    if scale is not None and not number(scale):
+        raise ValueError(f"scale is a finite Python number; multiply an array into q instead. Got {scale!r}.")
+    if logit_softcap is not None and not (number(logit_softcap) and logit_softcap > 0):
+        raise ValueError(f"logit_softcap is a positive finite Python number or None, got {logit_softcap!r}.")
+
+
+def check_sinks(sinks, heads: int) -> None:
+    """ValueError unless there is one logit a head, or None."""
+    fits = hasattr(sinks, "dtype") and sinks.shape == (heads,) and jnp.issubdtype(sinks.dtype, jnp.floating)
+    if sinks is not None and not fits:
+        raise ValueError(f"sinks is a float array [heads={heads}], got {shown(sinks)}.")

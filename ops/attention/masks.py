@@ -99,6 +99,9 @@ class Mask:
         parts = tuple(p for p in parts if not isinstance(p, Full))
         return And(parts) if len(parts) > 1 else parts[0] if parts else Full()
 
+    def __or__(self, other):
+        raise ValueError("mask: | joins one BlockSparse and one KeyColumns; other masks go outside: (a | b) & c.")
+
     def intervals(self, q_len: int, kv_len: int) -> tuple[Interval, ...]:
         """What the mask asks of single queries and keys. (Lists of blocks or keys are asked for in `sparse`.)"""
         return ()
@@ -151,7 +154,7 @@ def key_range(tests: tuple[Interval, ...], start: int, stop: int, kv_len: int) -
 
 
 def _is_static(value) -> bool:
-    return isinstance(value, int | np.integer)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_integer(array) -> bool:
@@ -249,7 +252,7 @@ class Prefix(Mask):
 class Segments(Mask):
     """Packed documents: a query sees the keys that carry its own number. Negative numbers are padding: they
     see nothing and nobody sees them. `q_ids` [batch, q_len], `kv_ids` [batch, kv_len] (None: the same as
-    `q_ids`), integers."""
+    `q_ids`), integers below 2^31 - 1."""
 
     q_ids: jax.Array
     kv_ids: jax.Array | None = None
@@ -384,6 +387,10 @@ class And(Mask):
     """Seen where all parts see; written `a & b`. At most one part lists blocks or keys."""
 
     parts: tuple[Mask, ...]
+
+    def __post_init__(self):
+        flat = tuple(p for part in self.parts for p in (part.parts if isinstance(part, And) else (part,)))
+        object.__setattr__(self, "parts", flat)
 
     def intervals(self, q_len: int, kv_len: int):
         return tuple(test for part in self.parts for test in part.intervals(q_len, kv_len))

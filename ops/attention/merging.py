@@ -29,6 +29,17 @@ def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, j
     if not partials:
         raise ValueError("partials is empty: there is nothing to merge.")
     outs, sums = zip(*partials)
+    for out, lse in partials:
+        if out.ndim != 4 or lse.ndim != 3 or not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ValueError(
+                f"partials holds pairs of out [batch, q_len, heads, v_dim] and lse [batch, heads, q_len], got "
+                f"{out.dtype}{list(out.shape)} and {lse.dtype}{list(lse.shape)}."
+            )
+    try:
+        jnp.broadcast_shapes(*(out.shape[:3] for out in outs), *((lse.shape[0], *lse.shape[:0:-1]) for lse in sums))
+    except ValueError:
+        shapes = [(list(out.shape), list(lse.shape)) for out, lse in partials]
+        raise ValueError(f"partials do not go together: out and lse have the shapes {shapes}.") from None
     if len({out.dtype for out in outs}) > 1:
         raise ValueError(
             f"partials have outputs of dtypes {sorted({str(out.dtype) for out in outs})}: cast them to one."
@@ -53,8 +64,14 @@ def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Ar
 
     out [batch, q_len, heads, v_dim], lse [batch, heads, q_len], sinks [heads]. It is `merge` with (0, sinks).
     """
-    share = jax.nn.sigmoid(lse - sinks[:, None])
-    return (as_rows(share) * out.astype(lse.dtype)).astype(out.dtype), jnp.logaddexp(lse, sinks[:, None])
+    sinks = sinks.astype(lse.dtype)[:, None]
+    largest = jax.lax.stop_gradient(jnp.maximum(lse, sinks))
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    weight, sink = jnp.exp(lse - largest), jnp.exp(sinks - largest)
+    sees = weight + sink > 0  # a sink of -inf is none
+    total = jnp.where(sees, weight + sink, 1)
+    out = (as_rows(weight / total) * out.astype(lse.dtype)).astype(out.dtype)
+    return out, jnp.where(sees, jnp.log(total) + largest, -jnp.inf)
 
 
 def as_rows(weights: jax.Array) -> jax.Array:

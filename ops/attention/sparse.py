@@ -31,6 +31,7 @@ class _Listed(Mask):
                 and array.shape[0] in (1, batch)
                 and array.shape[1] in (1, heads, kv_heads)
                 and array.shape[2] == blocks
+                and 0 not in array.shape
             )
             if not fits:
                 raise ValueError(
@@ -61,11 +62,19 @@ class _Listed(Mask):
         """Entries that count, int [1 or batch, 1 or heads, query blocks]."""
         return np.full(self.index.shape[:3], self.index.shape[3], np.int32) if self.count is None else self.count
 
+    def counting(self, size: int):
+        """Which entries count, bool like `index`: those before the count that name one of `size` blocks or keys."""
+        xp = np if isinstance(self.index, np.ndarray) and isinstance(self.counts(), np.ndarray) else jnp
+        index = self.index.astype(np.int32)
+        listed = xp.arange(index.shape[3]) < self.counts().astype(np.int32)[..., None]
+        return listed & (index >= 0) & (index < size)
+
     def _map(self, size: int):
         """Bool [1 or batch, 1 or heads, query blocks, size]: which entry is named for which block of queries."""
         xp = np if isinstance(self.index, np.ndarray) and isinstance(self.counts(), np.ndarray) else jnp
-        listed = xp.arange(self.index.shape[3]) < self.counts()[..., None]
-        index = xp.where(listed, self.index, size)  # out of range: falls into the last column, which is cut off
+        index = self.index.astype(np.int32)  # `size` may not fit into what they came as
+        # What does not count falls into the last column, which is cut off.
+        index = xp.where(self.counting(size), index, size)
         at = xp.indices(index.shape[:3])
         named = xp.zeros((*index.shape[:3], size + 1), bool)
         where = (at[0][..., None], at[1][..., None], at[2][..., None], index)
@@ -98,8 +107,9 @@ class BlockSparse(_Listed):
     index: int [1 or batch, 1 or heads or kv_heads, ceil(q_len / block_q), most], numbers of key blocks; block j is
     keys j block_k .. (j+1) block_k - 1, the last may be cut. count: int, `index` without its last dimension: so many
     entries of each list count (None: all); what stands behind them is ignored. An empty list gives rows of zeros with
-    lse -inf. The entries of a list differ (checked where static; on the device a block that is named twice counts
-    twice). Join it with `Causal()` or `Segments` by `&`, with `KeyColumns` by `|`.
+    lse -inf. Entries that name no block are passed over, and those of a list differ (both are errors where static; what
+    a block that is named twice on the device gives is undefined). Join it with `Causal()` or `Segments` by `&`, with
+    `KeyColumns` by `|`.
 
     Block-sparse FlashAttention: Dao et al. 2022 (arXiv 2205.14135), section 3.3. The paper takes a mask; the list
     makes the work depend on the density alone.
@@ -114,7 +124,7 @@ class BlockSparse(_Listed):
         _check_blocks(self, ("block_q", "block_k"))
 
     def __or__(self, other: "KeyColumns") -> "Union":
-        return Union(self, other) if isinstance(other, KeyColumns) else NotImplemented
+        return Union(self, other) if isinstance(other, KeyColumns) else super().__or__(other)
 
     def key_blocks(self, kv_len: int) -> int:
         return -(-kv_len // self.block_k)
@@ -149,7 +159,7 @@ class KeyColumns(_Listed):
         _check_blocks(self, ("block_q",))
 
     def __or__(self, other: BlockSparse) -> "Union":
-        return Union(other, self) if isinstance(other, BlockSparse) else NotImplemented
+        return Union(other, self) if isinstance(other, BlockSparse) else super().__or__(other)
 
     def dense(self, q_len: int, kv_len: int):
         return jnp.repeat(jnp.asarray(self._map(kv_len)), self.block_q, 2)[:, :, :q_len]
@@ -170,6 +180,9 @@ class Union(Mask):
     columns: KeyColumns
 
     def __post_init__(self):
+        for part, kind in ((self.blocks, BlockSparse), (self.columns, KeyColumns)):
+            if isinstance(part, Mask) and not isinstance(part, kind):
+                raise ValueError(f"mask: | joins a BlockSparse and a KeyColumns, got a {type(part).__name__}.")
         if isinstance(self.blocks, BlockSparse) and self.blocks.block_q % self.columns.block_q:
             raise ValueError(
                 f"mask: blocks | columns needs a block_q of the blocks ({self.blocks.block_q}) that is a multiple of "
@@ -185,6 +198,11 @@ class Union(Mask):
     def check(self, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int) -> None:
         self.blocks.check(batch, q_len, kv_len, heads, kv_heads)
         self.columns.check(batch, q_len, kv_len, heads, kv_heads)
+        of = {part.index.shape[1] for part in (self.blocks, self.columns)} - {1}
+        if len(of) > 1:
+            raise ValueError(
+                f"mask: blocks | columns have lists for {' and '.join(map(str, sorted(of)))} heads: repeat one's."
+            )
 
     def on_device(self):
         """The same with lists that are operands, static or not."""
@@ -194,14 +212,13 @@ class Union(Mask):
         """The columns without those that the blocks have: these are moved behind the count."""
         blocks, columns = self.blocks, self.columns
         named = jnp.repeat(jnp.asarray(blocks.block_map(kv_len)), blocks.block_q // columns.block_q, 2)
-        index = jnp.asarray(columns.index)
+        index = jnp.asarray(columns.index, jnp.int32)
         named = named[:, :, : index.shape[2]]
         shape = jnp.broadcast_shapes(named.shape[:3], index.shape[:3])
         index = jnp.broadcast_to(index, (*shape, index.shape[3]))
         named = jnp.broadcast_to(named, (*shape, named.shape[3]))
         block = jnp.clip(index // blocks.block_k, 0, named.shape[3] - 1)
-        listed = jnp.arange(index.shape[3]) < jnp.asarray(columns.counts())[..., None]
-        stays = listed & ~jnp.take_along_axis(named, block, 3)
+        stays = jnp.asarray(columns.counting(kv_len)) & ~jnp.take_along_axis(named, block, 3)
         order = jnp.argsort(~stays, axis=3, stable=True)
         return KeyColumns(jnp.take_along_axis(index, order, 3), stays.sum(3, dtype=jnp.int32), columns.block_q)
 

@@ -8,8 +8,7 @@ the CPU. A row's softmax is taken whole, over one block of queries by all its ke
 beside inputs and outputs.
 
 The backward pass keeps q, k, v and lse, and computes the scores again (FlashAttention-2, Dao 2023, arXiv
-2307.08691, section 3.1.2). It is a `custom_vjp` over loops: it cannot be differentiated twice; `reference`
-can.
+2307.08691, section 3.1.2). It is a `custom_vjp` over loops: forward mode and second derivatives are the reference's.
 
 Small problems and few queries (decode) take one direct product over all heads: nothing is unrolled.
 """
@@ -193,7 +192,7 @@ class _Heads:
         if found.kv_len > self.kv_len:
             # The last block overhangs: nobody sees keys that do not exist.
             tests = (*tests, Interval(None, np.full((1, self.q_len), self.kv_len, np.int32)))
-        pad = lambda table, size: None if table is None else _pad(table, 1, size)
+        pad = lambda table, size: _pad(table, 1, size)
         tests = tuple(
             Interval(pad(t.low, found.q_len), pad(t.high, found.q_len), pad(t.code, found.kv_len)) for t in tests
         )
@@ -208,9 +207,16 @@ class _Heads:
         return bias[at], at
 
 
+def _pad_bias(bias, q_len: int, kv_len: int):
+    """[group|1, q_len|1, kv_len|1] with zeros behind; a dimension of 1 stands for all."""
+    for axis, size in ((1, q_len), (2, kv_len)):
+        bias = bias if bias is None or bias.shape[axis] == 1 else _pad(bias, axis, size)
+    return bias
+
+
 def _pad(x, axis: int, size: int):
-    """x with zeros behind, up to `size` along the axis; as it is where it is 1 (for all) or fits."""
-    if x is None or x.shape[axis] in (1, size):
+    """x with zeros behind, up to `size` along the axis."""
+    if x is None or x.shape[axis] == size:
         return x
     return (np if isinstance(x, np.ndarray) else jnp).pad(x, [(0, size - n) if a == axis else (0, 0)
                                                                for a, n in enumerate(x.shape)])  # fmt: skip
@@ -275,7 +281,7 @@ def _by_heads(numbers, q, k, v, mask, bias):
         found, tests = heads.plan(index)
         k_head, v_head = (_pad(x, 0, found.kv_len) for x in heads.keys(index, k, v))
         q = _pad(q, 1, found.q_len)
-        b = _pad(_pad(heads.bias(bias, index)[0], 1, found.q_len), 2, found.kv_len)
+        b = _pad_bias(heads.bias(bias, index)[0], found.q_len, found.kv_len)
 
         def compute(block, size):
             if block is None:
@@ -302,7 +308,7 @@ def _by_heads_backward(numbers, q, k, v, mask, bias, d_out, lse, d_lse):
         q, d_out, lse, d_lse = (_pad(x, 1, found.q_len) for x in rows)
         k_head, v_head = (_pad(x, 0, found.kv_len) for x in heads.keys(index, k, v))
         b, at_bias = heads.bias(bias, index)
-        b = _pad(_pad(b, 1, found.q_len), 2, found.kv_len)
+        b = _pad_bias(b, found.q_len, found.kv_len)
         wide = not heads.columns and max(max(stage.widths) for stage in found.stages) >= WIDE
         zeros = tuple(jnp.zeros(x.shape[::-1] if wide else x.shape, lse.dtype) for x in (k_head, v_head))
         zeros = (*zeros, None if b is None else jnp.zeros(b.shape, lse.dtype))

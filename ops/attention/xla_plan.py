@@ -323,17 +323,20 @@ def _counts_to_compile(counts, most: int) -> np.ndarray:
 
 def _by_lists(mask: BlockSparse | KeyColumns, q_len: int, kv_len: int, group: int, entry: tuple, sizes: Sizes) -> Plan:
     """`entry`: (batch, head) of the list to take, traced."""
-    index, counts = mask.index, mask.counts()
+    index, counts = mask.index.astype(np.int32), mask.counts().astype(np.int32)
     size = getattr(mask, "block_k", 1)
     block_q = mask.block_q
     while block_q % 2 == 0 and block_q > LEAST_ROWS and block_q * group * index.shape[3] * size > BLOCK_SCORES:
         block_q //= 2
     repeat = mask.block_q // block_q
     static = isinstance(index, np.ndarray) and isinstance(counts, np.ndarray)
+    names_one = mask.counting(-(-kv_len // size))
     lengths = _counts_to_compile(counts if static else None, index.shape[3])
-    counts, index = (_entry(table, entry) for table in (counts, index))
+    counts, index, names_one = (_entry(table, entry) for table in (counts, index, names_one))
     xp = np if isinstance(index, np.ndarray) and isinstance(counts, np.ndarray) else jnp
-    counts, index = (xp.repeat(table, repeat, 0)[: -(-q_len // block_q)] for table in (counts, index))
+    counts, index, names_one = (
+        xp.repeat(table, repeat, 0)[: -(-q_len // block_q)] for table in (counts, index, names_one)
+    )
     blocks, scores = len(counts), block_q * group * index.shape[1] * size
     exact = static and len(lengths) == 1
     numbers, restore = np.arange(blocks, dtype=np.int32), None
@@ -343,21 +346,21 @@ def _by_lists(mask: BlockSparse | KeyColumns, q_len: int, kv_len: int, group: in
         # Blocks with lists of like length make a step; what is missing to whole steps has empty lists.
         order = xp.argsort(-counts, stable=True).astype(np.int32)
         more = -blocks % together
-        numbers, counts, index = (
+        numbers, counts, index, names_one = (
             xp.pad(table[order], [(0, more)] + [(0, 0)] * (table.ndim - 1))
-            for table in (xp.asarray(numbers), counts, index)
+            for table in (xp.asarray(numbers), counts, index, names_one)
         )
         restore = xp.argsort(order)
     index = xp.clip(index, 0, -(-kv_len // size) - 1).astype(np.int32)
-    at = tuple(table.reshape(-1, together, *table.shape[1:]) for table in (numbers, index, counts))
-    kinds = xp.searchsorted(lengths, at[2].max(1)).astype(np.int32)
+    at = tuple(table.reshape(-1, together, *table.shape[1:]) for table in (numbers, index, names_one))
+    kinds = xp.searchsorted(lengths, counts.reshape(-1, together).max(1)).astype(np.int32)
 
     def body(at, length):
-        number, names, count = at
+        number, names, names_one = at
         if length == 0:
             return None
         names = names[:length]
-        counting = None if exact else jnp.repeat(np.arange(length) < count, size)
+        counting = None if exact else jnp.repeat(names_one[:length], size)
         keys = Blocks(names, size) if isinstance(mask, BlockSparse) else Rows(At(names))
         return Block(Rows(Span(number * block_q, block_q)), keys, counting)
 

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lissom.ops import dispatch
+from lissom.ops.attention import check_numbers, check_sinks
+from lissom.ops.attention.masks import is_integer, shown
 
 __all__ = ["OP", "decode_attention"]
 
@@ -54,14 +56,17 @@ def decode_attention(
     what stands behind them is never used, NaN or not. A query at a position below 0 (q_len > lengths) gives out 0 and
     lse -inf, as does an empty sequence.
     window: a Python int, or None for all.
-    splits: into how many parts the keys of a sequence are cut; the parts are computed side by side and merged by their
-    log-sum-exp (Flash-Decoding: Dao et al. 2023). None: what the implementation finds best.
+    splits: into how many parts the keys of a sequence are cut, which are merged by their log-sum-exp (Flash-Decoding:
+    Dao et al. 2023). None: what the implementation finds best.
     Returns out [batch, q_len, heads, v_dim] and with `return_lse` lse [batch, heads, q_len], float32 at least.
 
     For inference: "reference" can be differentiated, other implementations need not be. ValueError names the argument
     that does not fit.
     """
-    _check(q, k, v, lengths, block_table, window, logit_softcap, sinks, splits)
+    _check(q, k, v, lengths, block_table, window, scale, logit_softcap, sinks, splits)
+    q, k, v, sinks = (x if x is None else jnp.asarray(x) for x in (q, k, v, sinks))
+    lengths = jnp.asarray(lengths, jnp.int32)  # smaller unsigned integers would wrap below 0
+    block_table = None if block_table is None else jnp.asarray(block_table, jnp.int32)
     rows, per_page = ("batch", None, "heads", None), "batch" if block_table is None else None
     return dispatch.call(
         OP,
@@ -85,7 +90,7 @@ def decode_attention(
     )
 
 
-def _check(q, k, v, lengths, block_table, window, logit_softcap, sinks, splits) -> None:
+def _check(q, k, v, lengths, block_table, window, scale, logit_softcap, sinks, splits) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4 or 0 in array.shape:
             raise ValueError(f"{name} has 4 dimensions and none of them 0, got {array.shape}.")
@@ -100,16 +105,14 @@ def _check(q, k, v, lengths, block_table, window, logit_softcap, sinks, splits) 
         raise ValueError(f"v agrees with k {k.shape} in all but the last dimension, got {v.shape}.")
     if heads % k.shape[1]:
         raise ValueError(f"q has {heads} heads, which is not a multiple of the {k.shape[1]} heads of k and v.")
-    integers = {"lengths": (lengths, (batch,))}
+    if not is_integer(lengths) or lengths.shape != (batch,):
+        raise ValueError(f"lengths is an integer array [batch={batch}], got {shown(lengths)}.")
     if block_table is not None:
-        integers["block_table"] = (block_table, (batch, *block_table.shape[1:2]))
-    for name, (array, shape) in integers.items():
-        if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} is an integer array {list(shape)}, got {array.dtype}{list(array.shape)}.")
+        fits = is_integer(block_table) and block_table.ndim == 2 and block_table.shape[0] == batch
+        if not fits or not block_table.shape[1]:
+            raise ValueError(f"block_table is an integer array [batch={batch}, most_pages], got {shown(block_table)}.")
     for name, number in (("window", window), ("splits", splits)):
-        if number is not None and (not isinstance(number, int) or number < 1):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise ValueError(f"{name} is an int of at least 1, or None, got {number!r}.")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap is a positive Python number or None, got {logit_softcap}.")
-    if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
-        raise ValueError(f"sinks is a float array [heads={heads}], got {sinks.dtype}{list(sinks.shape)}.")
+    check_numbers(scale, logit_softcap)
+    check_sinks(sinks, heads)

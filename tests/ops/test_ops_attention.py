@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lissom.ops import testing
 from lissom.ops.attention import (
     OP,
+    And,
     BlockSparse,
     Causal,
     Full,
@@ -309,7 +310,12 @@ def test_padding_of_values_is_never_read(poison):
         ({"mask": Lengths(np.zeros(3, np.int32))}, "Lengths kv_length"),
         ({"mask": Segments(np.zeros((2, 4), np.int32))}, "Segments q_ids"),
         ({"mask": Causal(np.zeros(2))}, "offset of Causal"),
-        ({"scale": jnp.ones(())}, "scale is a Python number"),
+        ({"scale": jnp.ones(())}, "scale is a finite Python number"),
+        ({"scale": math.nan}, "scale is a finite Python number"),
+        ({"logit_softcap": "3"}, "logit_softcap is a positive finite Python number"),
+        ({"logit_softcap": math.inf}, "logit_softcap is a positive finite Python number"),
+        ({"sinks": [1.0]}, "sinks is a float array [heads=4], got [1.0]"),
+        ({"bias": [1.0]}, "bias is an array, got list"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, words):
@@ -381,3 +387,71 @@ def test_float64(mask):
         for one, other in zip(ours, exact, strict=True):
             assert one.dtype == jnp.float64
             np.testing.assert_allclose(one, other, atol=1e-11)
+
+
+def same_everywhere(mask, q, k, v, **options):
+    """Values and gradients of xla are the reference's."""
+
+    def both(name):
+        def of(q, k, v):
+            return attention(q, k, v, mask=mask, return_lse=True, implementation=name, **options)
+
+        (out, lse), pull = jax.vjp(of, q, k, v)
+        return out, lse, *pull((jnp.ones_like(out), jnp.where(jnp.isneginf(lse), 0.0, 1.0)))
+
+    for ours, exact in zip(both("xla"), both("reference")):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=2e-6)
+
+
+ONE = np.zeros((1, 1, 1, 1), np.int32)
+SHORT = {
+    "one query, overhang": (BlockSparse(np.array([[[[0, 2]]]], np.int32), None, 4, 3), 1, 8),
+    "one query, and": (BlockSparse(ONE, None, 4, 4) & Causal(7), 1, 8),
+    "one query, columns": (KeyColumns(ONE + 3, None, 4) & Lengths(np.array([5])), 1, 8),
+    "one query, either": ((BlockSparse(ONE, None, 4, 4) | KeyColumns(ONE + 6, None, 2)) & Causal(6), 1, 8),
+    "one key": (
+        BlockSparse(np.zeros((1, 1, 5, 1), np.int32), None, 4, 8) & Segments(np.zeros((1, 19), int), ONE[0, 0]),
+        *(19, 1),
+    ),
+    "nested": (And((Causal(4), And((BlockSparse(np.zeros((1, 1, 2, 1), np.int32), None, 4, 4),)))), 8, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_lists_of_short_sequences(name):
+    mask, q_len, kv_len = SHORT[name]
+    same_everywhere(mask, *testing.normal(8, (1, q_len, 2, 4), (1, kv_len, 1, 4), (1, kv_len, 1, 4)))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint32])
+def test_lists_of_small_integers(kind):
+    """More blocks than the type can count."""
+    q, k, v = testing.normal(9, (1, 8, 1, 4), (1, 300, 1, 4), (1, 300, 1, 4))
+    index, count = np.array([[[[7, 9, 0, 0]], [[100, 3, 0, 0]]]]).reshape(1, 1, 2, 4), np.array([[[2, 1]]])
+    wide = attention(q, k, v, mask=BlockSparse(index, count, 4, 1), implementation="reference")
+    for make, name in itertools.product((np.asarray, jnp.asarray), ("reference", "xla")):
+        mask = BlockSparse(make(index.astype(kind)), make(count.astype(kind)), 4, 1)
+        ours = attention(q, k, v, mask=mask, implementation=name)
+        np.testing.assert_allclose(ours, wide, rtol=1e-5, atol=1e-6)
+
+
+def test_entries_on_the_device_that_name_nothing_are_passed_over():
+    q, k, v = testing.normal(10, (1, 8, 2, 4), (1, 8, 1, 4), (1, 8, 1, 4))
+    good = BlockSparse(np.zeros((1, 1, 2, 1), np.int32), None, 4, 4)
+    for bad in ([0, -2], [0, 5], [-1, 0]):
+        index = jnp.broadcast_to(jnp.array(bad), (1, 1, 2, 2))
+        for name, mask in itertools.product(("reference", "xla"), (BlockSparse(index, None, 4, 4),)):
+            ours = attention(q, k, v, mask=mask, implementation=name)
+            exact = attention(q, k, v, mask=good, implementation="reference")
+            np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+    columns = KeyColumns(jnp.broadcast_to(jnp.array([3, -1, 9]), (1, 1, 2, 3)), None, 4)
+    same_everywhere(columns, q, k, v)
+    out = attention(q, k, v, mask=columns, implementation="xla")
+    np.testing.assert_allclose(out[0, :, 0], np.broadcast_to(v[0, 3, 0], (8, 4)), rtol=1e-6)
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    q, k, v = testing.normal(11, (1, 4, 2, 4), (1, 4, 1, 4), (1, 4, 1, 4))
+    same_everywhere(Causal(-2), q, k, v, sinks=jnp.array([-jnp.inf, 0.5]))
+    f = lambda s: attention(q, k, v, mask=Causal(-2), sinks=s, implementation="xla").sum()
+    assert np.isfinite(jax.grad(f)(jnp.full(2, -jnp.inf))).all()

@@ -230,6 +230,18 @@ LIST = np.zeros((1, 1, 2, 1), np.int32)
         (lambda: KeyColumns(LIST + 6, block_q=4), "names keys between 0 and 5"),
         (lambda: BlockSparse(LIST, None, 4) & KeyColumns(LIST, None, 4), "at most one of BlockSparse"),
         (lambda: BlockSparse(LIST, None, 4) | KeyColumns(LIST, None, 3), "multiple of that of the columns"),
+        (lambda: BlockSparse(LIST, None, 4) | BlockSparse(LIST, None, 4), "joins one BlockSparse and one KeyColumns"),
+        (lambda: (BlockSparse(LIST, None, 4) & Causal()) | KeyColumns(LIST, None, 4), "other masks go outside"),
+        (lambda: Union(KeyColumns(LIST), BlockSparse(LIST)), "joins a BlockSparse and a KeyColumns"),
+        (lambda: BlockSparse(np.zeros((1, 1, 2, 0), np.int32), None, 4), "index is an integer array"),
+        (lambda: Causal(True), "the offset of Causal is an integer"),
+        (
+            lambda: (
+                BlockSparse(np.zeros((1, 2, 2, 1), np.int32), None, 4, 4)
+                | KeyColumns(np.zeros((1, 4, 2, 1), np.int32), None, 4)
+            ),
+            "lists for 2 and 4 heads",
+        ),
     ],
 )
 def test_a_wrong_mask_is_named(make, words):

@@ -94,6 +94,17 @@ def test_any_lengths(q_len, lengths, window, splits, seed):
             np.testing.assert_allclose(ours[b, i], alone[0, 0], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16])
+def test_lengths_of_small_integers(kind):
+    """Fewer tokens than queries: the first queries stand before the first key."""
+    q, k, v = testing.normal(4, (2, 3, 2, 4), (2, 1, 20, 4), (2, 1, 20, 4))
+    exact = decode_attention(q, k, v, lengths=np.array([1, 20]), implementation="reference")
+    assert (exact[0, :2] == 0).all()
+    for name in ("reference", "xla"):
+        ours = decode_attention(q, k, v, lengths=np.array([1, 20], kind), implementation=name)
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_a_dense_cache_is_not_copied():
     cache = (8, 4, 1024, 64)
     shapes = [(8, 1, 4, 64), cache, cache]
@@ -119,9 +130,14 @@ def test_pages_are_gathered_a_few_at_a_time():
         ({"k": (2, 2, 20, 8)}, "k is .batch=3"),
         ({"v": (3, 2, 19, 8)}, "v agrees with k"),
         ({"q": (3, 1, 3, 8)}, "q has 3 heads"),
-        ({"lengths": np.zeros(2, np.int32)}, "lengths is an integer array .3."),
-        ({"lengths": np.zeros(3)}, "lengths is an integer array .3., got float64"),
-        ({"block_table": np.zeros((2, 5), np.int32)}, "block_table is an integer array .3, 5."),
+        ({"lengths": np.zeros(2, np.int32)}, "lengths is an integer array .batch=3."),
+        ({"lengths": np.zeros(3)}, "lengths is an integer array .batch=3., got float64"),
+        ({"lengths": [1, 2, 3]}, "lengths is an integer array .batch=3., got .1, 2, 3."),
+        ({"block_table": np.zeros((2, 5), np.int32)}, "block_table is an integer array .batch=3, most_pages."),
+        ({"block_table": np.zeros(3, np.int32)}, "block_table is an integer array .batch=3, most_pages."),
+        ({"block_table": np.zeros((3, 0), np.int32)}, "block_table is an integer array .batch=3, most_pages."),
+        ({"scale": np.ones(1)}, "scale is a finite Python number"),
+        ({"window": True}, "window is an int of at least 1"),
         ({"window": 0}, "window is an int of at least 1"),
         ({"splits": 1.5}, "splits is an int of at least 1"),
         ({"logit_softcap": -1.0}, "logit_softcap is a positive"),
