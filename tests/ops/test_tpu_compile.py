@@ -67,7 +67,8 @@ def copies(sizes, dtype):
     return np.dtype(dtype).itemsize * (of_queries + of_keys) + 4 * 8 * batch * heads * q_len
 
 
-ON_V5P = ("llama3_8b", "float32", "packed", "block_sparse")  # every kernel in both dtypes; all cases on both would double the time
+# Every kernel in both dtypes; all cases on both machines would double the time.
+ON_V5P = ("llama3_8b", "float32", "packed", "block_sparse")
 
 
 @pytest.mark.parametrize(("name", "machine"), [*((name, V5E) for name in CASES), *((name, V5P) for name in ON_V5P)])
