@@ -6,6 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 
 from lissom.evaluation import floors, latency, memory
@@ -113,12 +114,25 @@ def test_artefact_bytes(tmp_path):
         memory.artefact_bytes(tmp_path / "nowhere")
 
 
-def test_process_peak_sees_memory_that_is_gone_afterwards():
+def test_process_peak_sees_memory_that_is_gone_afterwards(monkeypatch):
+    samples = []
+
+    class Counted(psutil.Process):
+        def memory_info(self):
+            samples.append(super().memory_info())
+            return samples[-1]
+
+    monkeypatch.setattr(memory.psutil, "Process", Counted)
+
     def work():
         block = np.ones(8 << 20)  # 64 MiB of float64, touched
-        time.sleep(0.05)
+        # A busy machine may not run the sampling thread for a while: two whole samples are waited for.
+        seen, deadline = len(samples), time.monotonic() + 60
+        while len(samples) < seen + 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
         return float(block[0])
 
+    gc.collect()  # nothing of another test may be given back meanwhile
     result, risen = memory.process_peak(work)
     assert result == 1.0 and (50 << 20) < risen < (200 << 20)
 
