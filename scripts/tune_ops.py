@@ -6,7 +6,8 @@ For each problem of the op's benchmark (scripts/benchmark_ops.py) the implementa
 which sizes fit) are compiled, checked against the oracle, and called in turns with its own choice; a pair that is wrong
 is out. The best replaces the table's entry for this chip, dtype, head sizes, kind of mask and lengths where it is
 faster than the implementation's own choice by more than --margin in two halves of the calls; else the entry goes.
-Problems with gradients tune what is used in both passes. --tiny checks the script itself, on tiny shapes, and writes
+Problems that agree in all these (lists of any density) have one entry, judged by the geometric mean of their times;
+problems with gradients tune what is used in both passes. --tiny checks the script itself, on tiny shapes, and writes
 nothing.
 """
 
@@ -56,7 +57,8 @@ def tune(
     for name in cases:
         if name not in problems:
             raise UserError(f"--cases={name}: there is no such problem; there are {', '.join(problems)}")
-    found = []
+    # Problems that the table does not tell apart (lists of any density) have one entry, and are tuned together.
+    alike: dict[tuple, list] = {}
     for name in cases or problems:
         try:
             request = entry.case_of(name, jax.default_backend(), tiny)
@@ -66,11 +68,14 @@ def tune(
         except NotImplementedError as refusal:
             print(f"{name}: {refusal}", file=sys.stderr)
             continue
-        kernel = module.key_of(*request)["kernel"]
-        best = _best(problems[name], implementation, kernel, module.candidates(*request), repeats, margin)
-        found.append({**module.key_of(*request), **best})
+        alike.setdefault(tuple(module.key_of(*request).items()), []).append((problems[name], request))
+    found = []
+    for key, members in alike.items():
+        key, sizes = dict(key), module.candidates(*members[0][1])
+        best = _best([problem for problem, _ in members], implementation, key["kernel"], sizes, repeats, margin)
+        found.append({**key, **best})
         said = f"{best['sizes']}, {best['gain']:.2f} times as fast" if "sizes" in best else "its own choice is best"
-        print(f"{name}: {said}", flush=True)
+        print(f"{', '.join(problem.name for problem, _ in members)}: {said}", flush=True)
     if not tiny:
         path = block_sizes.TABLE if table is None else table
         path.write_text(rendered(merged(block_sizes.read(path), found)))
@@ -84,31 +89,40 @@ def _shapes(problem) -> tuple:
 
 
 def _best(
-    problem, implementation: str, kernel: str, candidates: Sequence[Mapping], repeats: int, margin: float
+    problems: Sequence, implementation: str, kernel: str, candidates: Sequence[Mapping], repeats: int, margin: float
 ) -> dict:
-    """{"sizes", "gain", ...} of the fastest, {} where that is the implementation's own choice."""
+    """{"sizes", "gain", ...} of the fastest (by the geometric mean over the problems), {} where that is the
+    implementation's own choice."""
     import numpy as np
 
     from lissom.evaluation.benchmarks.candidates import one_of_ours
     from lissom.evaluation.latency import in_turns
     from lissom.ops import block_sizes
 
-    samples, choices = {}, {}
-    for number, sizes in enumerate([None, *candidates]):
-        with block_sizes.force(kernel, sizes):
-            try:
-                candidate = one_of_ours(problem, implementation)
-            except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-                if sizes is None:
-                    raise
-                print(f"{problem.name}: {sizes} is out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-                continue
-        samples[number], choices[number] = candidate.sample, sizes
-    times = {number: np.array(latency.samples) for number, latency in in_turns(samples, repeats).items()}
-    halves = [{number: float(np.median(t[half::2])) for number, t in times.items()} for half in (0, 1)]
-    first = min(halves[0], key=halves[0].get)
+    choices: dict[int, Mapping | None] = dict(enumerate([None, *candidates]))
+    logs = 0.0  # [half of the calls, choice]: log seconds, summed over the problems
+    for problem in problems:
+        samples = {}
+        for number, sizes in list(choices.items()):
+            with block_sizes.force(kernel, sizes):
+                try:
+                    candidate = one_of_ours(problem, implementation)
+                except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+                    if sizes is None:
+                        raise
+                    print(f"{problem.name}: {sizes} is out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+                    del choices[number]
+                    continue
+            samples[number] = candidate.sample
+        latencies = in_turns(samples, repeats)
+        times = {number: np.array(latency.samples) for number, latency in latencies.items()}
+        # A choice that is out of one problem is out of all.
+        alone = [[np.log(np.median(times[n][half::2])) if n in times else np.inf for n in range(len(candidates) + 1)]
+                 for half in (0, 1)]  # fmt: skip
+        logs = logs + np.array(alone)
+    first = int(np.argmin(logs[0]))
     # Chosen on one half of the calls and judged on the other: the best of many is lucky.
-    gain = halves[1][0] / halves[1][first]
+    gain = float(np.exp((logs[1][0] - logs[1][first]) / len(problems)))
     if first == 0 or gain < 1 + margin:
         return {}
     date = datetime.date.today().isoformat()

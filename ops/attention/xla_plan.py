@@ -191,7 +191,9 @@ def sizes_of(key: dict) -> Sizes:
 
 def candidates(q, k, v, mask: Mask) -> list[dict[str, int]]:
     """Sizes to try, for scripts/tune_ops.py."""
-    return [{"rows": rows, "step_scores": 2**n} for rows in (64, 128, 256, 512) for n in (16, 18, 20)]
+    # Lists say themselves how many queries go together.
+    rows = (MOST_ROWS,) if listed(mask) is not None else (64, 128, 256, 512)
+    return [{"rows": most, "step_scores": 2**n} for most in rows for n in (16, 18, 19, 20, 21)]
 
 
 def _together(blocks: int, scores: int, step_scores: int) -> int:

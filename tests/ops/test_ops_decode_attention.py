@@ -1,6 +1,7 @@
 """Decoding against a cache: dense, paged, split; every form against the float64 reference."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,37 @@ def test_dense(options, dtype):
     testing.check_forward(OP, functools.partial(call, **options), problem(dtype), "xla", dtype)
 
 
+@pytest.mark.parametrize("lengths", [[10, 3, 0], [20, 19, 18], [7, 6, 6], [20, 20, 2]], ids=str)
+@pytest.mark.parametrize("window", [None, 3])
+def test_dense_in_parts(lengths, window, monkeypatch):
+    """Half of the cache is used at most, or more; the last part begins earlier than its turn; NaN behind the tokens."""
+    monkeypatch.setattr(xla, "PART_KEYS", 6)
+    monkeypatch.setitem(globals(), "LENGTHS", np.array(lengths, np.int32))
+    testing.check_forward(OP, functools.partial(call, window=window), problem(), "xla", np.float32)
+
+
+def test_what_is_not_used_is_passed_over(monkeypatch):
+    """An eighth of the cache takes an eighth of the parts, a window one or two; a full cache is one part."""
+    seen = []
+    square = xla.square
+
+    def counting(tests, q, keys):
+        jax.debug.callback(lambda at: seen.append(int(at)), keys.start)
+        return square(tests, q, keys)
+
+    monkeypatch.setattr(xla, "square", counting)
+    q, k, v = testing.normal(5, (1, 1, 2, 4), (1, 2, 4096, 4), (1, 2, 4096, 4))
+    run = jax.jit(functools.partial(decode_attention, implementation="xla"), static_argnames="window")
+    for length, window, starts in (
+        (512, None, [0, 256]), (513, None, [0, 256, 512]), (4096, 100, [3840]), (4000, 300, [3584, 3840]),
+        (4096, None, [0]),
+    ):  # fmt: skip
+        seen.clear()
+        jax.block_until_ready(run(q, k, v, lengths=np.array([length]), window=window))
+        jax.effects_barrier()
+        assert sorted(seen) == starts
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_paged(options, monkeypatch):
     monkeypatch.setattr(xla, "GATHERED_KEYS", 2 * PAGE)  # several steps of the loop, the last not whole
@@ -74,14 +106,16 @@ def test_paged_is_dense(implementation):
     lengths=st.tuples(*[st.integers(0, 20)] * 3),
     window=st.none() | st.integers(1, 8),
     splits=st.none() | st.integers(1, 6),
+    part=st.sampled_from([xla.PART_KEYS, 6]),
     seed=st.integers(0, 99),
 )
-def test_any_lengths(q_len, lengths, window, splits, seed):
+def test_any_lengths(q_len, lengths, window, splits, part, seed):
     """Against plain attention over the part of each cache that is filled."""
     q, k, v = testing.normal(seed, (3, q_len, 2, 4), (3, 1, 20, 4), (3, 1, 20, 4))
-    ours, lse = decode_attention(
-        q, k, v, lengths=np.array(lengths), window=window, splits=splits, return_lse=True, implementation="xla"
-    )
+    with mock.patch.object(xla, "PART_KEYS", part):
+        ours, lse = decode_attention(
+            q, k, v, lengths=np.array(lengths), window=window, splits=splits, return_lse=True, implementation="xla"
+        )
     for b, n in enumerate(lengths):
         for i in range(q_len):
             at = n - q_len + i
@@ -106,7 +140,7 @@ def test_lengths_of_small_integers(kind):
 
 
 def test_a_dense_cache_is_not_copied():
-    cache = (8, 4, 1024, 64)
+    cache = (8, 4, 4096, 64)
     shapes = [(8, 1, 4, 64), cache, cache]
     arrays = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     run = lambda q, k, v, n: decode_attention(q, k, v, lengths=n, implementation="xla")

@@ -1,5 +1,7 @@
 """Tuning of block sizes: what it writes, and that it judges what runs."""
 
+import functools
+
 import pytest
 
 from lissom.ops import block_sizes
@@ -41,7 +43,7 @@ def test_tiny(monkeypatch, tmp_path):
 
 
 def test_the_faster_sizes_win_and_wrong_ones_are_out(monkeypatch):
-    """Times are made up: a candidate of 64 rows is twice as fast, and one is wrong."""
+    """Times are made up: 64 rows are twice as fast, 512 are wrong, 8 are fastest and wrong in one problem."""
 
     class Made:
         def __init__(self, seconds):
@@ -49,16 +51,33 @@ def test_the_faster_sizes_win_and_wrong_ones_are_out(monkeypatch):
 
     def made(problem, implementation):
         key = {**ENTRY, "q_len": 1, "kv_len": 1}
-        sizes = block_sizes.tuned(key)
-        if sizes == {"rows": 512}:
+        rows = (block_sizes.tuned(key) or {"rows": 0})["rows"]
+        if rows == 512 or (rows == 8 and problem.name == "second"):
             raise AssertionError("it is wrong")
-        return Made(0.5e-3 if sizes == {"rows": 64} else 1e-3)
+        return Made({0: 1e-3, 32: 1e-3, 64: 0.5e-3, 8: 0.1e-3}[rows])
 
     monkeypatch.setattr("lissom.evaluation.benchmarks.candidates.one_of_ours", made)
-    problem = type("Problem", (), {"name": "made up"})()
-    best = tune_ops._best(problem, "xla", "attention.xla", [{"rows": 32}, {"rows": 64}, {"rows": 512}], 4, 0.05)
+    problem = lambda name: type("Problem", (), {"name": name})()
+    problems, choices = [problem("first"), problem("second")], [{"rows": n} for n in (32, 64, 512, 8)]
+    best = tune_ops._best(problems, "xla", "attention.xla", choices, 4, 0.05)
     assert best["sizes"] == {"rows": 64} and best["gain"] == pytest.approx(2)
-    assert tune_ops._best(problem, "xla", "attention.xla", [{"rows": 32}], 4, 0.05) == {}
+    assert tune_ops._best(problems, "xla", "attention.xla", [{"rows": 32}], 4, 0.05) == {}
+
+
+def test_problems_of_one_entry_are_judged_together(monkeypatch):
+    """Half the time in one problem and four times in the other is a loss; 0.5 and 1.1 a gain of sqrt(1 / 0.55)."""
+    times = {("first", 32): 0.5, ("second", 32): 4, ("first", 64): 0.5, ("second", 64): 1.1}
+
+    def made(problem, implementation):
+        sizes = block_sizes.tuned({**ENTRY, "q_len": 1, "kv_len": 1}) or {"rows": 0}
+        return type("Made", (), {"sample": lambda self, number: times.get((problem.name, sizes["rows"]), 1.0)})()
+
+    monkeypatch.setattr("lissom.evaluation.benchmarks.candidates.one_of_ours", made)
+    problems = [type("Problem", (), {"name": name})() for name in ("first", "second")]
+    best = functools.partial(tune_ops._best, problems, "xla", "attention.xla")
+    assert best([{"rows": 32}], 4, 0.05) == {}
+    both = best([{"rows": 32}, {"rows": 64}], 4, 0.05)
+    assert both["sizes"] == {"rows": 64} and both["gain"] == pytest.approx((1 / 0.55) ** 0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize(
