@@ -33,7 +33,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     from lissom import data
     from lissom.compression.artefacts import check_transforms, structure_of
-    from lissom.compression.starting import starting_networks
+    from lissom.compression.starting import starting_network
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import processes, runs, sharding, stages
@@ -95,8 +95,11 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     if config.init_from and not (resuming and store.steps()):
         first = assemblies[0]
         batches = data.train_batches(dataset, start_step=0, **stream(plan[0]))
-        networks = dict(zip(config.init_from, starting_networks(plan[0].config, batches), strict=True))
-        starting = runs.starting_values(first.shapes, first.stacks, first.objective.path, networks)
+        network = starting_network(plan[0].config, batches)
+        starting = runs.starting_values(
+            first.shapes, first.stacks, first.objective.path, network, ", ".join(config.init_from)
+        )
+        del network
     processes.together("everything is known")
     if process == 0 and not resuming:
         runs.claim(workdir, config, overwrite)
@@ -112,6 +115,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         state = fresh_state(assemblies[0], init_key)
         if starting is not None:
             state = runs.started(state, assemblies[0].stacks, starting)
+            del starting
     start = int(state["step"])
     parameters = sum(leaf.size for leaf in flatten(state["params"]).values())
 

@@ -47,6 +47,8 @@ class GroupedToLatent(Transform):
         return replace_layers(module, KINDS, change)
 
     def _latent(self, path: str, source: Attention) -> LatentAttention:
+        if not isinstance(source.q.kernel, nnx.Param):
+            raise UserError(f"grouped_to_latent: {path} is quantized already: put it in front of that transform")
         biased = source.q.bias is not None or source.o.bias is not None
         if biased or source.q_norm is not None or source.rope_factors is not None:
             raise UserError(

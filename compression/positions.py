@@ -4,6 +4,7 @@ of `config.evaluation.transforms` each is one more row: the same weights, at inf
 from flax import nnx
 
 from lissom.compression.transforms import Transform, layer_paths
+from lissom.models.block_transformer import BlockTransformer
 from lissom.models.language import LanguageModel
 from lissom.models.linear import Linear
 from lissom.models.mixers.attention import Attention
@@ -29,10 +30,14 @@ class Yarn(Transform):
     def structure(self, module: nnx.Module) -> nnx.Module:
         if layer_paths(module, (LatentAttention,)):
             raise UserError("yarn: mla has no rope_factors to stretch")
+        if layer_paths(module, (BlockTransformer,)):
+            raise UserError("yarn: a block_transformer's positions are those of blocks, and within one: not of tokens")
         for path, layer in _rotary(module).items():
             if layer.rope_factors is not None:
                 raise UserError(f"yarn: {path} has rope_factors, its angles are stretched already")
             ours = type(layer).project is Attention.project and isinstance(layer.q, Linear)
+            if ours and not isinstance(layer.q.kernel, nnx.Param):
+                raise UserError(f"yarn: {path}/q is quantized already: put yarn in front of that transform")
             if self.temperature and not ours:
                 raise UserError(f"yarn: {path} makes its queries in another way, which temperature=True can't scale")
             layer.rope_factors = yarn_factors(

@@ -1,8 +1,9 @@
 """What a run starts from: finished runs and pretrained checkpoints, with the transforms that they have not yet."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lissom.compression.artefacts import structure_of
@@ -12,44 +13,63 @@ from lissom.models.mixers import MIXERS
 from lissom.models.pretrained import llama, read
 from lissom.models.pretrained.errors import CheckpointError
 from lissom.models.registry import resolve, settings_of
-from lissom.models.variables import Parts, merge, split
+from lissom.models.variables import Parts, flatten, merge, split
 from lissom.training.errors import UserError
-from lissom.training.runs import load_network, read_config
+from lissom.training.runs import KINDS, load_network, read_config
 from lissom.training.stages import final_config
 
 PRETRAINED = "pretrained:"
-READINGS = {"mixer": (MIXERS, ("rope_theta", "rope_factors", "rope_dim")), "norm": (NORMS, ("epsilon",))}
+READINGS = {"mixer": (MIXERS, ("rope_theta", "rope_factors", "rope_dim", "window")), "norm": (NORMS, ("epsilon",))}
 """Settings that no parameter's shape tells: with others, the values of a checkpoint mean another function."""
 
 
-def starting_networks(config, data: Iterable[dict] = ()) -> list[Parts]:
-    """The networks that `config.init_from` names, layers apart: directories of finished runs, or
-    "pretrained:NAME_OR_PATH" for a checkpoint of the Llama family (docs/pretrained.md).
+def starting_network(config, data: Iterable[dict] = ()) -> Parts:
+    """The network that `config.init_from` names, layers apart: a directory of a finished run, or
+    "pretrained:NAME_OR_PATH" for a checkpoint of the Llama family (docs/pretrained.md); of several the mean (a uniform
+    soup: Wortsman et al. 2022, arXiv:2203.05482; equal entries count as often as they stand there).
 
-    The transforms of a run must be the first of `config.transforms`; the others are applied here, in order, `structure`
-    and `values` with `data`. UserError says what does not fit.
+    The transforms of a run must be the first of `config.transforms`; the others are applied here, to the mean, in
+    order, `structure` and `values` with `data`. A mixer may be another one than was trained, if its parameters are the
+    same; settings by which values are read otherwise (`READINGS`) may not. UserError says what does not fit.
     """
-    return [_transformed(config, path, data) for path in config.init_from]
-
-
-def _transformed(config, path: str, data: Iterable[dict]) -> Parts:
-    if path.startswith(PRETRAINED):
-        parts, had = _pretrained(config, path), ()
-    else:
-        parts, had = load_network(path, structure_of), _plain(final_config(read_config(path)).transforms)
-    has = _plain(config.transforms)
-    if has[: len(had)] != tuple(had):
-        raise UserError(
-            f"config.init_from: {path} was trained with the transforms {_names(had)}, which are not the first of "
-            f"config.transforms, {_names(has)}"
-        )
-    if len(has) == len(had):
-        return parts
-    network = merge(parts)
-    for _, transform in build_transforms(has[len(had) :]):
+    has, found = _plain(config.transforms), []
+    for path in config.init_from:
+        if path.startswith(PRETRAINED):
+            parts, had = _pretrained(config, path), ()
+        else:
+            theirs = final_config(read_config(path))
+            parts, had = load_network(path, structure_of), _plain(theirs.transforms)
+            _check_readings(config, path, _settings(theirs))
+        if has[: len(had)] != had:
+            raise UserError(
+                f"config.init_from: {path} was trained with the transforms {_names(had)}, which are not the first of "
+                f"config.transforms, {_names(has)}"
+            )
+        if found and had != found[0][1]:
+            raise UserError(f"config.init_from: {path} was trained with other transforms than {config.init_from[0]}")
+        found.append((parts, had))
+    network = merge(_mean([parts for parts, _ in found], config.init_from))
+    for _, transform in build_transforms(has[len(found[0][1]) :]):
         source = merge(split(network))
         network = transform.values(transform.structure(network), source, data)
     return split(network)
+
+
+def _mean(networks: Sequence[Parts], paths: Sequence[str]) -> Parts:
+    """Of every parameter and statistic. What is frozen must be the same in all: integers have no mean."""
+    first, *others = networks
+    leaves = [{kind: flatten(getattr(network, kind)) for kind in KINDS} for network in networks]
+    for path, other in zip(paths[1:], leaves[1:], strict=True):
+        for kind in KINDS:
+            for name in sorted(leaves[0][kind].keys() | other[kind].keys()):
+                one, two = leaves[0][kind].get(name), other[kind].get(name)
+                if one is None or two is None or one.shape != two.shape:
+                    raise UserError(f"config.init_from: {path} and {paths[0]} differ in {name}")
+                if kind == "frozen" and not bool((one == two).all()):
+                    raise UserError(f"config.init_from: {path} and {paths[0]} have other frozen values in {name}")
+    mean = lambda *values: sum(values) / len(values)
+    params, stats = (jax.tree.map(mean, *(getattr(network, kind) for network in networks)) for kind in KINDS[:2])
+    return first._replace(params=params, stats=stats) if others else first
 
 
 def _plain(entries: Iterable[Mapping[str, Any]]) -> tuple[dict, ...]:
@@ -67,6 +87,12 @@ def _names(entries: tuple[dict, ...]) -> str:
     return ", ".join(entry.get("name", "?") for entry in entries) or "none"
 
 
+def _settings(config) -> dict[str, Any]:
+    """What is said of a config's model: its named size, and fields that are set on top."""
+    given = {key: value for key, value in config.model.to_dict().items() if value is not None}
+    return {**SIZES.get(config.model.name, {}).get(config.model.get("size"), {}), **given}
+
+
 def _pretrained(config, path: str) -> Parts:
     try:
         checkpoint = read(path.removeprefix(PRETRAINED))
@@ -77,19 +103,28 @@ def _pretrained(config, path: str) -> Parts:
 
 
 def _check_readings(config, path: str, theirs: Mapping[str, Any]) -> None:
-    """UserError where the config's model would read the checkpoint's values otherwise than the checkpoint says."""
-    settings = {key: value for key, value in config.model.to_dict().items() if value is not None}
-    ours = {**SIZES.get(config.model.name, {}).get(config.model.get("size"), {}), **settings}
+    """UserError where the config's model would read values otherwise than the model that they were trained in."""
+    ours = _settings(config)
     for kind, (registry, keys) in READINGS.items():
-        wants = theirs[f"{kind}_kwargs"][theirs[kind]]
-        chosen = ours.get(kind, theirs[kind])
-        for name in (chosen,) if isinstance(chosen, str) else chosen:
-            taken = settings_of(resolve(registry, name, kind))
-            given = ours.get(f"{kind}_kwargs", {}).get(name, {})
-            for key in keys:
-                here, there = given.get(key, taken[key].default if key in taken else None), wants.get(key)
-                if here != there:
+        if kind not in theirs or kind not in ours:  # a network without that choice, or with its default
+            continue
+        there = [_read(registry, kind, name, theirs, keys) for name in _several(theirs[kind])]
+        for number, name in enumerate(_several(ours[kind])):
+            here, wanted = _read(registry, kind, name, ours, keys), there[number % len(there)]
+            for key in here.keys() & wanted.keys():
+                if here[key] != wanted[key]:
                     raise UserError(
-                        f"config.init_from: {path} has {key} {there}, and config.model.{kind}_kwargs.{name}.{key} is "
-                        f"{here}: its values would mean another function"
+                        f"config.init_from: {path} has {key} {wanted[key]}, and config.model.{kind}_kwargs.{name}."
+                        f"{key} is {here[key]}: its values would mean another function"
                     )
+
+
+def _several(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _read(registry: Mapping[str, str], kind: str, name: str, settings: Mapping[str, Any], keys: Sequence[str]) -> dict:
+    """{key: value} of those of the keys that the chosen class takes."""
+    taken = settings_of(resolve(registry, name, kind))
+    given = (settings.get(f"{kind}_kwargs") or {}).get(name, {})
+    return {key: given.get(key, taken[key].default) for key in keys if key in taken}

@@ -78,7 +78,9 @@ def _evaluate(source, batch_size: int, rows: int, process: int) -> Iterator[Exam
     total = len(source)
     for start in range(0, total, batch_size):
         indices = start + process * rows + np.arange(rows)
-        batch = _batch(source, np.where(indices < total, indices, 0))
+        # Rows that only fill up repeat the batch's own: a mean that a layer takes over all rows is little changed.
+        own = start + (indices - start) % min(batch_size, total - start)
+        batch = _batch(source, own)
         yield batch | {"mask": (indices < total).astype(np.float32)}
 
 

@@ -86,6 +86,9 @@ class LanguageModel(Transformer):
 
     def init_cache(self, batch: int, length: int) -> dict:
         """An empty cache for `batch` sequences of at most `length` tokens."""
+        if self.table is not None and length > self.table.table.shape[0]:
+            raise ValueError(f"a cache of {length} tokens is longer than model.learned_positions="
+                             f"{self.table.table.shape[0]}")  # fmt: skip
         return {
             "layers": self.blocks.init_cache(batch, length, self.dtype),
             "length": jnp.zeros(batch, jnp.int32),

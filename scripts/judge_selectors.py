@@ -1,7 +1,7 @@
 """Judges block-sparse selectors on the attention of a trained decoder, with random, sink + window and oracle beside.
 
     uv run --extra pretrained scripts/judge_selectors.py [--checkpoint=smollm2] [--length=4096] [--texts=2]
-        [--densities=0.1,0.2,0.4] [--selectors=pooled,oracle] [--latency=4096,8192,16384] [--tiny]
+        [--densities=0.1,0.2,0.4] [--selectors=pooled,oracle] [--latency=4096,8192,16384]
 
 For every selector and density: recall of attention mass and error of the output on some layers' q, k, v of real tokens,
 then the loss of the whole model with the selector in every layer. Texts are windows of held-out modules of Python's
@@ -144,7 +144,10 @@ def selections(names, densities, calibration, judged, rope_theta: float, block: 
                 for of in calibration:
                     wide = {pattern: [fit(pattern), *_sparser(pattern, density, length, block, kv_heads)]
                             for pattern in patterns}  # fmt: skip
-                    assignment, _ = search(of.q, of.k, of.v, density=1.1 * density, block=block, candidates=wide)
+                    try:
+                        assignment, _ = search(of.q, of.k, of.v, density=density, block=block, candidates=wide)
+                    except ValueError as error:
+                        raise UserError(f"--densities={density:g} for per_head: {error}") from error
                     found.append({"assignment": assignment})
                 yield label, density, Selection(name, {}, of_layers=found)
             elif name in ("random", "oracle", "pooled"):
@@ -155,7 +158,7 @@ def selections(names, densities, calibration, judged, rope_theta: float, block: 
 
 def _sparser(name: str, density: float, length: int, block: int, kv_heads: int) -> list[dict]:
     """For heads on which the fitted settings come out denser than on the mean of the heads."""
-    return [settings_of(name, density / by, length, block, kv_heads) for by in (2, 8)]
+    return [settings_of(name, density / by, length, block, kv_heads) for by in (2, 8, 32)]
 
 
 def _with_density(gate, density: float):
@@ -189,18 +192,24 @@ def judge(model, text, selection, judged: Sequence[int], heads: Sequence, block:
     return found
 
 
-def latency(model, tokens, cases: Sequence, layer: int, block: int, repeats: int) -> dict[str, Any]:
-    """{label: Latency} of one layer's selection and attention, dense attention among them, taken in turns."""
+def latency(model, two: Sequence, cases: Sequence, layer: int, block: int, repeats: int) -> dict[str, Any]:
+    """{label: Latency} of one layer's selection and attention on two texts, dense attention among them, taken in turns.
+
+    A program has room for the largest selection: that of `token_sparsity`, whose number of tokens follows the text, is
+    cut at the share whose square is the density that was asked for."""
     import jax
 
     from lissom.evaluation.latency import measure_interleaved
     from lissom.evaluation.selection import heads_of
     from lissom.ops.attention import Causal, attention
 
-    of = heads_of(model, tokens, layer + 1)[layer]
+    inputs = [heads_of(model, tokens, layer + 1)[layer] for tokens in two]
+    of = inputs[0]
     facts = {"heads": of.q.shape[2], "kv_heads": of.k.shape[2], "head_dim": of.q.shape[3], "block": block}
     programs: dict[str, Callable] = {"dense": jax.jit(lambda q, k, v, raw: attention(q, k, v, mask=Causal()))}
-    for label, _, selection in cases:
+    for label, density, selection in cases:
+        if selection.name == "token_sparsity":
+            selection = selection._replace(settings={**selection.settings, "capacity": density**0.5})
         selector = selection.of(layer, **facts)
 
         def run(q, k, v, raw, selector=selector):
@@ -208,12 +217,12 @@ def latency(model, tokens, cases: Sequence, layer: int, block: int, repeats: int
             return selector.attend(q, k, v, mask, info)
 
         programs[label] = jax.jit(run)
-    shifted = type(of)(*jax.tree.map(lambda x: x[:, ::-1], of))
-    return measure_interleaved({name: (run, [of, shifted]) for name, run in programs.items()}, repeats=repeats)
+    return measure_interleaved({name: (run, inputs) for name, run in programs.items()}, repeats=repeats)
 
 
 def texts(checkpoint: str, modules: tuple[str, ...], count: int, length: int) -> list:
-    """`count` windows [1, length + 1] of the modules' tokens, evenly spaced."""
+    """`count` windows [1, length + 1] of the modules' tokens. Where window i stands does not depend on the count: at
+    1/2, 1/4, 3/4, 1/8, ... of the text."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -223,7 +232,9 @@ def texts(checkpoint: str, modules: tuple[str, ...], count: int, length: int) ->
     last = len(tokens) - length - 1
     if last < 0:
         raise UserError(f"--length={length} is longer than the text of {len(tokens)} tokens")
-    return [jnp.asarray(tokens[at : at + length + 1])[None] for at in np.linspace(0, last, count + 2).astype(int)[1:-1]]
+    halves = [(2 * i + 1) / 2**n for n in range(1, 12) for i in range(2 ** (n - 1))]
+    starts = (np.array(halves[:count]) * last).astype(int)
+    return [jnp.asarray(tokens[at : at + length + 1])[None] for at in starts]
 
 
 def run(
@@ -242,6 +253,7 @@ def run(
     """Judges and times; writes rows.jsonl as it goes, and the table in the end. Returns all rows of `out`."""
     import jax.numpy as jnp
 
+    from lissom.data.errors import DataError
     from lissom.data.stdlib_text import TEST_MODULES, TRAIN_MODULES
     from lissom.eval import check_writable
     from lissom.evaluation import rows as records
@@ -254,13 +266,14 @@ def run(
     check_writable(out, "--out")
     try:
         model = load(checkpoint, stack="loop", tokenizer=False).model
-    except CheckpointError as error:
-        raise UserError(f"--checkpoint: {error}") from error
+        texts(checkpoint, TEST_MODULES, 1, length)
+    except (CheckpointError, DataError) as error:
+        raise UserError(f"--checkpoint={checkpoint}: {error}") from error
     file = out / "rows.jsonl"
     found = records.read_rows(file) if file.is_file() else []
     provenance, depth = records.provenance(), len(model.blocks)
     judged = sorted({round(at * (depth - 1) / 6) for at in range(7)})
-    name = pathlib.Path(checkpoint).stem
+    name = checkpoint
     rope_theta = model.blocks[0].mixer.rope_theta
 
     def cases(length: int, wanted):
@@ -297,11 +310,15 @@ def run(
 
     for length in lengths:
         task = f"{name}: prefill of layer {depth // 2}, {length} tokens"
-        if any(row.identity.task == task for row in found):
+        timed = {row.identity.label for row in found if row.identity.task == task}
+        if timed >= set(labels):
             continue
-        (text,) = texts(checkpoint, TEST_MODULES, 1, length)
+        if timed:
+            raise UserError(f"--out={out} has other times of {length} tokens, and times are compared within one run: "
+                            "give another --out, or the same selectors and densities")  # fmt: skip
+        two = texts(checkpoint, TEST_MODULES, 2, length)
         chosen = list(cases(length, set(labels)))
-        times = latency(model, text[:, :-1], chosen, depth // 2, block, repeats)
+        times = latency(model, [text[:, :-1] for text in two], chosen, depth // 2, block, repeats)
         for label, taken in times.items():
             about = {"length": length, "repeats": repeats}
             values = [measure("latency_p50", taken.p50, **about), measure("latency_p90", taken.p90, **about),

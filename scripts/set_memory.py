@@ -172,19 +172,21 @@ def run(
 def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_list("sizes", ["64", "256", "1024", "4096", "16384"], "elements of a set")
-    flags.DEFINE_integer("chunk", 64, "elements a chunk")
+    flags.DEFINE_integer("chunk", None, "elements a chunk, by default 64 (8 with --tiny)")
     flags.DEFINE_integer("draws", 200, "estimates of the gradient for each share of chunks")
     flags.DEFINE_integer("seeds", 3, "networks and batches that the gradient is estimated of")
     flags.DEFINE_bool("tiny", False, "the smallest network")
     flags.DEFINE_string("out", None, f"the file of the rows, by default {OUT.relative_to(ROOT)}")
     with one_sentence():
-        command_line.parse(argv)
+        if command_line.parse(argv, recipe=False):
+            raise UserError("--config is no flag of set_memory.py, which takes no recipe")
         given = flags.FLAGS
         if not all(size.isdigit() for size in given.sizes):
             raise UserError(f"--sizes={','.join(given.sizes)} must be whole numbers")
         out = pathlib.Path(given.out) if given.out else None
         sizes = [int(size) for size in given.sizes]
-        run(sizes, chunk=given.chunk, draws=given.draws, seeds=given.seeds, tiny=given.tiny, out=out)
+        chunk = given.chunk or (8 if given.tiny else 64)
+        run(sizes, chunk=chunk, draws=given.draws, seeds=given.seeds, tiny=given.tiny, out=out)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import numpy as np
 
 from lissom.data import Dataset
 from lissom.data.dataset import ArraySource
-from lissom.data.errors import require
+from lissom.data.errors import DataError, require
 from lissom.data.stdlib_text import TEST_MODULES, TRAIN_MODULES, module_bytes
 from lissom.models.pretrained import read
+from lissom.models.pretrained.errors import CheckpointError
 
 
 def stdlib_tokens(*, checkpoint: str = "smollm2", length: int = 512, test_windows: int = 0) -> Dataset:
@@ -43,8 +44,11 @@ def stdlib_tokens(*, checkpoint: str = "smollm2", length: int = 512, test_window
 @functools.cache
 def module_tokens(checkpoint: str, modules: tuple[str, ...]) -> tuple[np.ndarray, int]:
     """(int32 tokens of the modules' sources one behind the other, the size of the vocabulary)."""
-    found = read(checkpoint)
-    tokenizer = found.tokenizer()
+    try:
+        found = read(checkpoint)
+        tokenizer = found.tokenizer()
+    except CheckpointError as error:
+        raise DataError(f"stdlib_tokens: {error}") from error
     require(tokenizer is not None, f"stdlib_tokens: the checkpoint {checkpoint} has no tokenizer that is understood")
     pieces = [tokenizer.encode(module_bytes((name,)).decode(errors="replace"), ends=False) for name in modules]
     return np.concatenate([np.asarray(piece, np.int32) for piece in pieces]), found.settings.vocab_size

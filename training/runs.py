@@ -180,25 +180,22 @@ def within(tree: dict, path: Sequence[str]) -> dict:
 
 
 def starting_values(
-    shapes: Mapping, stacks: Mapping, inside: Sequence[str], networks: Mapping[str, Parts]
+    shapes: Mapping, stacks: Mapping, inside: Sequence[str], network: Parts, paths: str
 ) -> dict[str, dict]:
-    """{"params" | "stats" | "frozen": {path: value}} of a network, layers apart, or the mean of several (a uniform
-    soup: Wortsman et al. 2022, arXiv:2203.05482), for a module of the given shapes whose network stands at `inside`;
-    raises UserError where one, named by its key, has not every parameter in its shape."""
+    """{"params" | "stats" | "frozen": {path: value}} of a network, layers apart, for a module of the given shapes whose
+    network stands at `inside`. UserError where the network, which errors call `paths`, has not every parameter in its
+    shape, or has one that the module has no place for: half a model means another function."""
     shapes = jax.eval_shape(lambda tree: unstack_layers(tree, dict(stacks)), dict(shapes))
     values = {}
     for kind in KINDS:
-        want = flatten(within(shapes[kind], inside))
-        have = {path: flatten(getattr(network, kind)) for path, network in networks.items()}
-        for path, leaves in have.items():
-            wrong = [name for name in want if name not in leaves or leaves[name].shape != want[name].shape]
-            if wrong and kind != "stats":
-                raise UserError(f"config.init_from: {path} has no {wrong[0]} of the shape that this model needs")
-        values[kind] = {
-            "/".join((*inside, name)): (sum(leaves[name] for leaves in have.values()) / len(have)).astype(leaf.dtype)
-            for name, leaf in want.items()
-            if all(name in leaves and leaves[name].shape == want[name].shape for leaves in have.values())
-        }
+        want, have = flatten(within(shapes[kind], inside)), flatten(getattr(network, kind))
+        fits = {name for name in want if name in have and have[name].shape == want[name].shape}
+        if kind != "stats":
+            for name in sorted(want.keys() - fits):
+                raise UserError(f"config.init_from: {paths} has no {name} of the shape that this model needs")
+            for name in sorted(have.keys() - want.keys()):
+                raise UserError(f"config.init_from: {paths} has {name}, for which this model has no place")
+        values[kind] = {"/".join((*inside, name)): have[name].astype(want[name].dtype) for name in sorted(fits)}
     return values
 
 

@@ -219,6 +219,8 @@ def head_size(width: int, heads: int, head_dim: int | None) -> int:
 
 def rotary_size(head_dim: int, rope_theta: float, rope_dim: int | None) -> int:
     """How many entries of a head turn: an even number up to all of them."""
+    if rope_theta < 0:
+        raise ValueError(f"mixer.rope_theta={rope_theta} must be above 0, or 0 for no rotary positions")
     size = head_dim if rope_dim is None else rope_dim
     if rope_theta and (size % 2 or size > head_dim):
         name = "head_dim" if rope_dim is None else "rope_dim"

@@ -112,7 +112,7 @@ class TokenElimination(Attention):
         )
         y, _, aux = super().__call__(tokens.gather_blocks(x, index, self.block), few, None, key)
         y = tokens.scatter_blocks(y, index, self.block, length)
-        return y, None, {**aux, "metrics": {"kept": jnp.full((), index.shape[1] / -(-length // self.block))}}
+        return y, None, {**aux, "metrics": {"kept": (at < length).sum() / (batch * length)}}
 
     def importance(self, x: jax.Array) -> jax.Array:
         """[B, blocks], from the blocks' means."""

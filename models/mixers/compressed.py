@@ -11,6 +11,7 @@ from lissom.models.context import Context
 from lissom.models.linear import Linear
 from lissom.models.mixers import caches
 from lissom.models.mixers.attention import Attention, head_size
+from lissom.ops.attention import masks
 
 
 class CompressedAttention(Attention):
@@ -105,8 +106,11 @@ class CompressedAttention(Attention):
 
     def project(self, x: jax.Array, context: Context, cache: dict | None):
         """x [B, T, M] -> (q [B, T, H, D], k, v [B, T, K, D], and the cache with the new tails)."""
-        if context.segments is not None:
-            raise ValueError(f"{type(self).__name__} convolves over the sequence and cannot keep segments apart.")
+        if context.segments is not None or not isinstance(context.mask, masks.Full | masks.Causal):
+            raise ValueError(
+                f"{type(self).__name__} convolves over the sequence and cannot keep segments apart: it takes a causal "
+                f"mask or none, not {context.mask!r:.80}."
+            )
         q0, k0, new = self.q(x), self.k(x), {}
         q, k = q0, k0
         if self.channel_conv is not None:

@@ -48,6 +48,39 @@ def test_frozen_values_are_those_of_the_export(tiny_run, tmp_path):
         np.testing.assert_array_equal(have[saved("frozen", name)], value)
 
 
+def test_a_soup_is_made_before_what_is_quantized(tiny_run):
+    """Integers have no mean; and a run that is named twice counts twice."""
+    cnn, int8 = "vision/mnist1d_cnn", ({"name": "int8_weights"},)
+    runs = [str(tiny_run(cnn, f"run{seed}", seed=seed)[1]) for seed in range(2)]
+    a, b = (arrays(tiny_run(cnn, f"same{i}", **STILL, init_from=(run,))[1], 1) for i, run in enumerate(runs))
+    soup = (runs[0], runs[0], runs[1])
+    plain = arrays(tiny_run(cnn, "plain", **STILL, init_from=soup)[1], 1)
+    small = arrays(tiny_run(cnn, "small", **STILL, init_from=soup, transforms=int8)[1], 1)
+    for name in (name for name in plain if name.startswith("params")):
+        np.testing.assert_allclose(plain[name], (2 * a[name] + b[name]) / 3, rtol=1e-5, atol=1e-6)
+    kernel = small["frozen.head.kernel.integers"] * small["frozen.head.kernel.scale"]
+    np.testing.assert_allclose(
+        kernel, plain["params.head.kernel"], atol=np.abs(plain["params.head.kernel"]).max() / 127
+    )
+    quantized = [
+        str(tiny_run(cnn, f"q{i}", **STILL, init_from=(run,), transforms=int8)[1]) for i, run in enumerate(runs)
+    ]
+    with pytest.raises(UserError, match=r"have other frozen values in .*integers"):
+        tiny_run(cnn, "never", init_from=tuple(quantized), transforms=int8)
+
+
+def test_half_a_network_is_refused(tiny_run):
+    wide = {"model.mixer": "gqa"}
+    _, one = tiny_run(TEXT, "one", **wide)
+    with pytest.raises(UserError, match=r"has no head/kernel of the shape that this model needs"):
+        tiny_run(TEXT, "two", **wide, **{"model.tied": False}, init_from=(str(one),))
+    _, untied = tiny_run(TEXT, "untied", **wide, **{"model.tied": False})
+    with pytest.raises(UserError, match=r"has head/kernel, for which this model has no place"):
+        tiny_run(TEXT, "three", **wide, init_from=(str(untied),))
+    with pytest.raises(UserError, match=r"has rope_theta 10000.0, and config.model.mixer_kwargs.gqa.rope_theta is 5"):
+        tiny_run(TEXT, "four", **wide, **{"model.mixer_kwargs": {"gqa": {"rope_theta": 5.0}}}, init_from=(str(one),))
+
+
 def pretrained(folder, **changes):
     folder.mkdir()
     config = files.config_of("tied") | {"vocab_size": 64, **changes}

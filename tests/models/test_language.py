@@ -98,3 +98,10 @@ def test_numbers_of_continuations_are_checked():
     network = model()
     with pytest.raises(ValueError, match=r"branch\.ways=0 must be at least 1"):
         network.branch(network.init_cache(1, 4), 0, 4)
+
+
+def test_no_cache_is_longer_than_learned_positions():
+    network = LanguageModel(vocab_size=11, width=16, depth=1, heads=2, learned_positions=8, rngs=nnx.Rngs(0))
+    network.init_cache(1, 8)
+    with pytest.raises(ValueError, match=r"a cache of 9 tokens is longer than model\.learned_positions=8"):
+        network.init_cache(1, 9)

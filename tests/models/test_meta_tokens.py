@@ -11,6 +11,7 @@ from flax import nnx
 
 from lissom.compression.transforms import build_transforms, structured
 from lissom.evaluation import memory
+from lissom.models.block_transformer import BlockTransformer
 from lissom.models.context import Context
 from lissom.models.language import LanguageModel
 from lissom.models.mixers.attention import Attention
@@ -239,6 +240,13 @@ def test_transforms_of_positions_need_something_to_do():
         build_transforms([{"name": "yarn", "stretch": 0.5, "length": 8}])
     with pytest.raises(UserError, match="mla has no rope_factors"):
         transformed(network_of("mla"), name="yarn", stretch=2.0, length=8)
+    blocks = BlockTransformer(vocab_size=11, width=16, depth=2, heads=2, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="a block_transformer's positions are those of blocks"):
+        transformed(blocks, name="yarn", stretch=2.0, length=8)
+    for name, more in (("yarn", {"stretch": 2.0, "length": 8}), ("grouped_to_latent", {})):
+        small = transformed(network_of("attention"), name="int8_weights")
+        with pytest.raises(UserError, match=rf"{name}: .* is quantized already"):
+            transformed(small, name=name, **more)
 
 
 def test_zeroing_as_a_transform():

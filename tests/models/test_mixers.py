@@ -424,6 +424,7 @@ def test_latent_attention_by_its_equation():
         (BilevelAttention, {"regions": 2, "top_k": 5}, "mixer.top_k=5 must be at most regions"),
         (BilevelAttention, {"local": 4}, "mixer.local=4 must be 0 or odd"),
         (WindowAttention, {"window": 0}, "mixer.window=0 must be at least 1"),
+        (WindowAttention, {"rope_theta": -1.0}, "mixer.rope_theta=-1.0 must be above 0"),
     ],
 )
 def test_bad_settings_give_a_sentence(kind, settings, words):
@@ -434,6 +435,9 @@ def test_bad_settings_give_a_sentence(kind, settings, words):
 def test_convolutions_cannot_keep_segments_apart():
     with pytest.raises(ValueError, match="cannot keep segments apart"):
         mixer_of("cca", {})(inputs(), Context(segments=jnp.zeros((2, 23), jnp.int32)))
+    packed = masks.Causal() & masks.Segments(jnp.zeros((2, 23), jnp.int32))
+    with pytest.raises(ValueError, match="cannot keep segments apart"):
+        mixer_of("cca", {})(inputs(), Context(mask=packed))
 
 
 def test_images_only_is_said():

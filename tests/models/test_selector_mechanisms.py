@@ -340,6 +340,9 @@ def test_elimination_of_nothing_is_attention():
     (y, _, aux), (want, _, _) = jax.jit(lambda x: (layer(x, context), dense(x, context)))(x)
     np.testing.assert_allclose(y, want, atol=1e-5)
     assert float(aux["metrics"]["kept"]) == 1
+    # Of 17 tokens in blocks of 4 the last block holds one, and is always kept: with three blocks of five, 9 of 17.
+    _, _, aux = eliminating(0.5)(normal(0, 1, 17, 16), context)
+    assert float(aux["metrics"]["kept"]) == pytest.approx(9 / 17)
 
 
 def test_eliminated_tokens_have_no_activations():

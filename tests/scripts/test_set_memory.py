@@ -1,5 +1,8 @@
 """The measurement of set encoders: what it writes, and what it says of wrong flags."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lissom.evaluation.rows import read_rows
@@ -45,3 +48,11 @@ def test_tiny(tmp_path, monkeypatch):
 def test_wrong_flags_give_a_sentence(settings, words):
     with pytest.raises(UserError, match=words):
         set_memory.run(**{"sizes": [16], "tiny": True, **settings})
+
+
+def test_the_command_line(tmp_path):
+    command = [sys.executable, "scripts/set_memory.py", "--tiny", f"--out={tmp_path / 'rows.jsonl'}"]
+    done = subprocess.run([*command, "--config.seed=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "takes no recipe" in done.stderr
+    subprocess.run([*command, "--sizes=16,32", "--draws=4", "--seeds=1"], capture_output=True, text=True, check=True)
+    assert len(read_rows(tmp_path / "rows.jsonl")) == len(set_memory.VARIANTS) + 1
