@@ -1,6 +1,5 @@
-"""What changes a trained model: makes it smaller, or another form of itself, or gives it
-other positions. A transform has two halves and is driven
-by settings or by path rules."""
+"""What changes a trained model: makes it smaller, or another form of itself, or gives it other positions. A transform
+has two halves and is driven by settings or by path rules."""
 
 TRANSFORMS = {
     "int8_weights": "lissom.compression.weight_only:Int8Weights",

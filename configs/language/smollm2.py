@@ -3,7 +3,7 @@
 Paper: SmolLM2: When Smol Goes Big, 2025, arXiv:2502.02737. `transforms` and `model.mixer` change it in front of the
     tuning: TransMLA (arXiv:2502.07864) is `--config.transforms="({'name': 'grouped_to_latent'},)"`.
 Command: uv run --extra pretrained train.py --config=configs/language/smollm2.py
-Time: 5 s a step of 512 tokens on 2 CPU cores. Result: results/transmla.
+Time: about 4 s a step of 512 tokens on 2 CPU cores, and minutes to read the text and to judge. Result: not measured.
 Sweep: transforms  optim.learning_rate  train.steps
 """
 

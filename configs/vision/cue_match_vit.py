@@ -3,7 +3,7 @@
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (routing); Hassani et al. 2023, arXiv:2204.07143 (neighbourhoods).
 Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py
     --vary=model.mixer=none,window,neighborhood,bilevel,attention --match=params
-Time: about a minute a run on 2 CPU cores. Result: not measured.
+Time: not measured. Result: not measured.
 Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,8,16
 """
 
