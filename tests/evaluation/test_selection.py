@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from lissom.evaluation.selection import Selection, heads_of, loss_of
+from lissom.models.context import Context
 from lissom.models.language import LanguageModel
 from lissom.ops.attention import Causal, attention
 from lissom.training.objectives.base import cross_entropy
@@ -49,8 +50,6 @@ def test_heads_are_what_attention_reads():
     assert len(heads) == 2 and len(heads_of(network, TOKENS[:, :-1], 1)) == 1
     block, x = network.blocks[0], network.embed(TOKENS[:, :-1])
     y = attention(heads[0].q, heads[0].k, heads[0].v, mask=Causal())
-    from lissom.models.context import Context
-
     want = block.mixer(block.mixer_norm(x), Context(mask=Causal()))[0]
     np.testing.assert_allclose(block.mixer.o(y.reshape(1, 64, -1)), want, atol=1e-5)
     # The rotary angles of the first token are 0.
