@@ -121,6 +121,16 @@ def test_evaluation_has_each_example_once_over_all_processes(batch_size, process
     assert sorted(seen) == list(range(7))
 
 
+def test_a_last_batch_is_filled_with_its_own_rows():
+    """A mean over all rows, as layers report it, is then of the examples that count."""
+    full, last = eval_batches(numbered(3, test=6), batch_size=4)
+    assert full["labels"].tolist() == [0, 1, 2, 3]
+    assert (last["labels"].tolist(), last["mask"].tolist()) == ([4, 5, 4, 5], [1, 1, 0, 0])
+    parts = [next(eval_batches(numbered(3, test=3), batch_size=8, process=p, processes=2)) for p in range(2)]
+    assert [part["labels"].tolist() for part in parts] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+    assert [part["mask"].sum() for part in parts] == [3, 0]
+
+
 def test_evaluation_of_the_training_split_and_fields_as_in_training():
     dataset = numbered(5)
     [batch] = eval_batches(dataset, split="train", batch_size=5)
