@@ -58,6 +58,8 @@ class ZeroMetaPositions(Transform):
     """Meta-tokens get no position, rotary or learned ("zeroing helps": Shah et al. 2025, arXiv:2509.16278)."""
 
     def structure(self, module: nnx.Module) -> nnx.Module:
+        if layer_paths(module, (BlockTransformer,)):
+            raise UserError("zero_meta_positions: a block_transformer takes no meta-tokens")
         layers = [layer for layer in layer_paths(module, (MetaTokens,)).values() if layer.rope_theta]
         learned = [net for net in layer_paths(module, (LanguageModel,)).values() if net.table is not None]
         if not layers and not learned:

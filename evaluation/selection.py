@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 def heads_of(model: LanguageModel, tokens: jax.Array, layers: int | None = None) -> list[Heads]:
     """What attention reads in each layer (of the first `layers`), on tokens [B, T]. `model` has its layers apart and
     one kind of them, the mixer "attention"; ValueError otherwise."""
-    _check(model)
+    check_layers(model)
     graph = split(model.blocks[0]).graph
 
     @jax.jit
@@ -80,7 +80,7 @@ def _judged(graph, variables, of: Heads):
 def loss_of(model: LanguageModel, selection: Selection | None, tokens: jax.Array, *, block: int, skip: int) -> tuple:
     """(mean cross-entropy in nats of the labels of tokens [B, T + 1] behind the first `skip`, mean density): the model
     with the selection in front of the attention of every layer; None: dense."""
-    _check(model)
+    check_layers(model)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     x, densities, context = model.embed(inputs), [], Context(mask=Causal())
     programs: dict[Any, Callable] = {}
@@ -134,7 +134,8 @@ def _cross_entropy(model: LanguageModel, x: jax.Array, labels: jax.Array, rows: 
     return total / labels.size
 
 
-def _check(model: LanguageModel) -> None:
+def check_layers(model: LanguageModel) -> None:
+    """ValueError where selectors can't be judged on the layers."""
     if model.blocks.mode != "loop":
         raise ValueError("the model's layers must stand apart: load it with stack='loop'")
     kinds = {type(block.mixer).__name__ for block in model.blocks}

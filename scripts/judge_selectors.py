@@ -258,7 +258,7 @@ def run(
     from lissom.eval import check_writable
     from lissom.evaluation import rows as records
     from lissom.evaluation.rows import Identity, Row, measure
-    from lissom.evaluation.selection import heads_of
+    from lissom.evaluation.selection import check_layers, heads_of
     from lissom.evaluation.tables import write_report
     from lissom.models.pretrained import load
     from lissom.models.pretrained.errors import CheckpointError
@@ -267,7 +267,8 @@ def run(
     try:
         model = load(checkpoint, stack="loop", tokenizer=False).model
         texts(checkpoint, TEST_MODULES, 1, length)
-    except (CheckpointError, DataError) as error:
+        check_layers(model)
+    except (CheckpointError, DataError, ValueError) as error:
         raise UserError(f"--checkpoint={checkpoint}: {error}") from error
     file = out / "rows.jsonl"
     found = records.read_rows(file) if file.is_file() else []

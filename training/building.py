@@ -66,6 +66,8 @@ def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], d
     `dataset`, which a network of its vocabulary or classes can be judged on."""
     found = []
     for settings in map(dict, config.evaluation.data):
+        if any(settings == earlier for earlier, _ in found):
+            raise UserError(f"config.evaluation.data holds {settings} twice")
         other = load_dataset(config, **settings)
         for name in ("classes", "vocab_size"):
             ours, theirs = dataset.info.get(name), other.info.get(name)

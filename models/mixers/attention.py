@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         head_dim = head_size(width, heads, head_dim)
         rope_dim = rotary_size(head_dim, rope_theta, rope_dim)
         pairs = rope_dim // 2 if rope_theta else 0
-        if rope_factors is not None and (len(rope_factors) != pairs or min(rope_factors) <= 0):
+        if rope_factors is not None and (len(rope_factors) != pairs or any(by <= 0 for by in rope_factors)):
             raise ValueError(
                 f"mixer.rope_factors={rope_factors!r:.60} must be {pairs} positive numbers, one a rotary pair"
             )
@@ -111,11 +111,11 @@ class Attention(nnx.Module):
         if cache is None:
             return attention(q, k, v, mask=self.see(context), implementation=self.implementation), None, NO_AUX
         own, levels = cache["length"], cache.get("prefix", ())
+        caches.need_causal(self, context.mask, alone=bool(levels))
         cache = caches.append(cache, k=k, v=v)
         if not levels:
             seen = {"mask": self.see(context), "implementation": self.implementation}
             return caches.attend(q, cache["k"], cache["v"], cache["length"], **seen), cache, NO_AUX
-        caches.need_causal(self, context.mask)
         shared = [_level(level, len(q), q.dtype) for level in levels]
         k, v = (jnp.swapaxes(cache[name], 1, 2).astype(q.dtype) for name in ("k", "v"))
         options = {"mask": masks.Causal(offset=own), "implementation": self.implementation}
@@ -148,11 +148,13 @@ def _level(level: dict, batch: int, dtype: jnp.dtype) -> Shared:
 
 
 class GroupedQueryAttention(Attention):
-    """`Attention` in which, if nothing else is said, four query heads share a key and value head (all, where there are
-    fewer): a quarter of the cache (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """`Attention` in which, if nothing else is said, four query heads share a key and value head: a quarter of the
+    cache (Ainslie et al. 2023, arXiv:2305.13245). Where heads are no multiple of four, the next larger groups that they
+    divide into."""
 
     def __init__(self, width: int, *, heads: int, kv_heads: int | None = None, **kwargs):
-        super().__init__(width, heads=heads, kv_heads=max(heads // 4, 1) if kv_heads is None else kv_heads, **kwargs)
+        quarter = next((few for few in range(max(heads // 4, 1), 0, -1) if heads % few == 0), 1)
+        super().__init__(width, heads=heads, kv_heads=quarter if kv_heads is None else kv_heads, **kwargs)
 
 
 class WindowAttention(Attention):
@@ -194,7 +196,7 @@ class WindowAttention(Attention):
         """(weighted values, cache, aux). Row r of what a step sees stands at position length - reach + r."""
         if cache is None:
             return super().attend(q, k, v, context, cache, key)
-        caches.need_causal(self, context.mask)
+        caches.need_causal(self, context.mask, alone=True)
         (k, k_tail), (v, v_tail) = (
             caches.shifted(cache[name], jnp.swapaxes(new, 1, 2), 2) for name, new in (("k", k), ("v", v))
         )

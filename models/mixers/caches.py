@@ -78,7 +78,8 @@ def chosen(where: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(where.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
-def need_causal(mixer: object, mask: masks.Mask) -> None:
-    """A cache holds the past only: ValueError where the mask would show more."""
-    if not isinstance(mask, masks.Causal):
+def need_causal(mixer: object, mask: masks.Mask, *, alone: bool = False) -> None:
+    """A cache holds the past only: ValueError where the mask would show more; `alone`, where it has more parts too."""
+    parts = mask.parts if isinstance(mask, masks.And) and not alone else (mask,)
+    if not any(isinstance(part, masks.Causal) for part in parts):
         raise ValueError(f"{type(mixer).__name__} continues a cache under a causal mask only, not under {mask!r}.")

@@ -196,6 +196,8 @@ class LatentAttention(nnx.Module):
         return jnp.einsum("bthl,lhd->bthd", out[..., :size], self.v_up(jnp.eye(size, dtype=q.dtype)))
 
     def __call__(self, x: jax.Array, context: Context, cache: dict | None = None, key: jax.Array | None = None):
+        if cache is not None:
+            caches.need_causal(self, context.mask)
         positions = positions_of(context, x.shape[1])
         q, rotated = self.queries(x, positions)
         new = self.latents(x, positions)

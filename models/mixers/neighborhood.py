@@ -18,7 +18,8 @@ class NeighborhoodAttention(WindowAttention):
     dimensions. `masks.Neighbourhood` has the equations.
 
     Under a causal mask (sequences only) the window ends at the query, and a cache holds the last (window - 1) dilation
-    keys and values; a stride has no cached form.
+    keys and values. A stride is refused there: the leader of the last group is where the sequence ends, so what a token
+    sees would change with the tokens behind it.
     """
 
     def __init__(self, width: int, *, heads: int, window: int = 7, dilation: int = 1, stride: int = 1, **kwargs):
@@ -26,25 +27,20 @@ class NeighborhoodAttention(WindowAttention):
         super().__init__(width, heads=heads, window=window, **kwargs)
         self.dilation, self.stride = dilation, stride
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the cache for `batch` sequences."""
-        if self.stride > 1:
-            raise ValueError("mixer.stride > 1 has no cached form: the queries of a group share a window that may end "
-                             "behind them")  # fmt: skip
-        return super().init_cache(batch, length, dtype)
-
     def attend(self, q, k, v, context: Context, cache: dict | None, key: jax.Array | None):
         """(weighted values, cache, aux)."""
+        causal = isinstance(context.mask, masks.Causal)
+        if causal and self.stride > 1:
+            raise ValueError(f"mixer.stride={self.stride}: neighborhood attention with a stride has no causal form")
         if cache is not None:
             return super().attend(q, k, v, context, cache, key)
-        causal = isinstance(context.mask, masks.Causal)
         if not causal and not isinstance(context.mask, masks.Full):
             raise ValueError(f"neighborhood attention has a causal form and one without a mask, not {context.mask!r}.")
         grid = (q.shape[1],) if context.grid is None else context.grid
         if causal and len(grid) > 1:
             raise ValueError("neighborhood attention on a grid has no causal form.")
         each = lambda value: (value,) * len(grid)
-        if causal and self.window * self.dilation > grid[0] and self.stride == 1:
+        if causal and self.window * self.dilation > grid[0]:
             # A sequence that is shorter than a whole window: what there is of it.
             classes = jnp.arange(grid[0])[None] % self.dilation
             mask = self.see(context) & masks.Segments(classes)

@@ -17,13 +17,17 @@ class PerHead(Selector):
 
     assignment: (name, settings) for each query head, as `search.search` finds it; a shorter one repeats over the heads.
     The lists of all heads go to the op as one mask, so heads differ in what they compute, not in programs. Where lists
-    differ in the rows that share them, the finest serves all. A step of one token with a cache selects if all of its
+    differ in the rows that share them, the finest serves all. A selector that counts heads (`strided`, `random`) counts
+    those of its own entry. A step of one token with a cache selects if all of its
     selectors do. `token_sparsity` chooses for all heads together and is refused.
     """
 
     def __init__(self, *, assignment: Sequence, rngs: nnx.Rngs | None = None, **kwargs):
         super().__init__(**kwargs)
-        entries = [(str(name), dict(settings)) for name, settings in assignment]
+        try:
+            entries = [(str(name), dict(settings)) for name, settings in assignment]
+        except (TypeError, ValueError):
+            raise ValueError(f"selector.assignment={assignment!r:.80} must be pairs (name, settings)") from None
         if not entries or self.heads % len(entries):
             raise ValueError(f"selector.assignment has {len(entries)} entries: they must divide the {self.heads} heads")
         entries = entries * (self.heads // len(entries))

@@ -76,7 +76,7 @@ def _judged(graph: nnx.GraphDef, variables: list, q, k, v) -> dict[str, jax.Arra
 def streaming_heads(
     q: jax.Array, k: jax.Array, v: jax.Array, *, share: float = 0.5, sink: int = 1, window: int = 2, block: int = 64
 ) -> tuple[int, ...]:
-    """The `share` of the key-value heads whose output suffers least from sink and window alone, for
+    """The `share` of the key-value heads, rounded down, whose output suffers least from sink and window alone, for
     `page_bounds.streaming`. LServe (arXiv:2502.14866) takes half, by DuoAttention's trained gates; the error of the
     output, mean over the heads of a group, stands in for them here."""
     facts = {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "block": block}
@@ -84,4 +84,4 @@ def streaming_heads(
     graph, *variables = split(selector)
     values = _judged(graph, variables, q, k, v)
     error = np.asarray(values["error"]).reshape(k.shape[2], -1).mean(1)
-    return tuple(sorted(int(head) for head in np.argsort(error, kind="stable")[: round(share * k.shape[2])]))
+    return tuple(sorted(int(head) for head in np.argsort(error, kind="stable")[: int(share * k.shape[2] + 1e-6)]))

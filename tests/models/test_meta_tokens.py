@@ -243,6 +243,8 @@ def test_transforms_of_positions_need_something_to_do():
     blocks = BlockTransformer(vocab_size=11, width=16, depth=2, heads=2, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="a block_transformer's positions are those of blocks"):
         transformed(blocks, name="yarn", stretch=2.0, length=8)
+    with pytest.raises(UserError, match="a block_transformer takes no meta-tokens"):
+        transformed(blocks, name="zero_meta_positions")
     for name, more in (("yarn", {"stretch": 2.0, "length": 8}), ("grouped_to_latent", {})):
         small = transformed(network_of("attention"), name="int8_weights")
         with pytest.raises(UserError, match=rf"{name}: .* is quantized already"):

@@ -138,9 +138,23 @@ def test_bfloat16(name, settings):
         for dtype in (jnp.bfloat16, jnp.float32)
     )
     x, context = inputs().astype(jnp.bfloat16), Context(mask=masks.Causal(), meta=marks())
-    y = low(x, context)[0]
+    y, want = low(x, context)[0], high(x.astype(np.float32), context)[0]
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(np.float32), high(x.astype(np.float32), context)[0], atol=0.1)
+    np.testing.assert_allclose(y.astype(np.float32), want, atol=0.1)
+
+    @jax.jit
+    def step(x, cache, meta):
+        length = cache["length"]
+        positions = length[:, None] + jnp.arange(x.shape[1])
+        return low(x, Context(positions=positions, mask=masks.Causal(offset=length), meta=meta), cache)[:2]
+
+    cache, parts = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), low.init_cache(2, 32, jnp.bfloat16)), []
+    for cut in (slice(0, 21), slice(21, 22), slice(22, 23)):
+        y, cache = step(x[:, cut], cache, context.meta[:, cut])
+        parts.append(y)
+    assert all(part.dtype == jnp.bfloat16 for part in parts)
+    assert {part.dtype for name, part in cache.items() if name not in ("length", "meta")} <= {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(jnp.concatenate(parts, 1).astype(np.float32), want, atol=0.1)
 
 
 @pytest.mark.parametrize("mixer", ["mla", "cca", "window"])
@@ -450,5 +464,18 @@ def test_images_only_is_said():
         bilevel().init_cache(1, 8, jnp.float32)
     with pytest.raises(ValueError, match="on a grid has no causal form"):
         mixer_of("neighborhood", {"window": 3})(x, Context(mask=masks.Causal(), grid=(4, 4)))
-    with pytest.raises(ValueError, match="no cached form"):
-        mixer_of("neighborhood", {"window": 3, "stride": 2}).init_cache(1, 8, jnp.float32)
+    with pytest.raises(ValueError, match="stride=2: neighborhood attention with a stride has no causal form"):
+        mixer_of("neighborhood", {"window": 3, "stride": 2})(x, Context(mask=masks.Causal()))
+
+
+@pytest.mark.parametrize("name", ["attention", "gqa", "mla", "window"])
+def test_a_cache_is_for_causal_masks(name):
+    mixer = mixer_of(name, {})
+    cache = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), mixer.init_cache(2, 8, jnp.float32))
+    with pytest.raises(ValueError, match="under a causal mask only"):
+        mixer(inputs(4), Context(), cache)
+
+
+def test_gqa_of_heads_that_are_no_multiple_of_four():
+    of = lambda heads: construct(MIXERS, "gqa", {}, "mixer", width=heads * 4, heads=heads, rngs=nnx.Rngs(0)).kv_heads
+    assert list(map(of, (8, 14, 9, 2))) == [2, 2, 1, 1]

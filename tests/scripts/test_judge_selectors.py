@@ -3,9 +3,13 @@
 import subprocess
 import sys
 
+import jax
 import pytest
+from flax import nnx
 
 from lissom.evaluation.rows import read_rows
+from lissom.models.registry import construct
+from lissom.models.selectors import SELECTORS
 from lissom.training.errors import UserError
 from scripts import judge_selectors
 from tests.models import pretrained_files as files
@@ -41,8 +45,16 @@ def test_rows_of_every_kind(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in judge_selectors.JUDGED if name != "per_head"])
 def test_settings_grow_denser(name):
-    sparse, dense = (judge_selectors.settings_of(name, strength, 512, 16, 2) for strength in (0.1, 0.9))
-    assert sparse != dense and sparse.keys() == dense.keys()
+    q, k = (jax.random.normal(jax.random.key(seed), (1, 256, 2, 8)) for seed in (0, 1))
+    facts = {"heads": 2, "kv_heads": 2, "head_dim": 8, "block": 16}
+
+    def density(strength):
+        settings = judge_selectors.settings_of(name, strength, 256, 16, 2)
+        selector = construct(SELECTORS, name, {name: settings}, "selector", **facts, rngs=nnx.Rngs(0))
+        return float(selector(q, k)[1]["density"])
+
+    sparse, some, dense = map(density, (0.05, 0.4, 0.95))
+    assert sparse < some < dense and sparse < 0.35
 
 
 def test_bad_flags():
