@@ -205,7 +205,7 @@ def test_a_test_set_for_another_network_is_refused(tiny_run):
     other = ({"vocab_size": 80},)
     with pytest.raises(UserError, match="vocab_size 81; the network is for 65"):
         tiny_run("language/meta_tokens_lm", **{"evaluation.data": other})
-    with pytest.raises(UserError, match="holds {'length': 64} twice"):
+    with pytest.raises(UserError, match=r"holds \{'length': 64\} twice"):
         tiny_run("language/meta_tokens_lm", **{"evaluation.data": ({"length": 64}, {"length": 64})})
 
 

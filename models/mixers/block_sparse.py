@@ -24,8 +24,9 @@ class BlockSparseAttention(Attention):
 
     `selector` is a name of `SELECTORS`, `selector_kwargs` holds settings by name, `block` is the number of keys of a
     block. aux has the metric "density", the measured share of the causal scores that are computed, and in training the
-    losses of a selector with parameters. Gradients go through attention; a selection has none. In packed rows a selector
-    lists, density counts and a gate learns as if the row were one document; attention itself stays within documents.
+    losses of a selector with parameters. Gradients go through attention; a selection has none. In packed rows a
+    selector lists, density counts and a gate learns as if the row were one document; attention itself stays within
+    documents.
 
     With a cache, a chunk selects among the keys so far, and a single token as the selector's `decode` says: "select",
     or "dense" where the source selects in prefill only (density 1).
