@@ -1,7 +1,7 @@
 """Block-sparse selectors on the heads of a trained decoder: its q, k, v on real tokens, and its loss with them."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from lissom.models.mixers.block_sparse import BlockSparseAttention
 from lissom.models.registry import construct
 from lissom.models.selectors import SELECTORS
 from lissom.models.selectors.base import Selector
-from lissom.models.selectors.quality import judged
+from lissom.models.selectors.quality import Whole, judged
 from lissom.models.variables import Parts, merge, split
 from lissom.ops.attention import Causal
 
@@ -29,9 +29,9 @@ class Heads(NamedTuple):
     raw: tuple[jax.Array, jax.Array]
 
 
-def heads_of(model: LanguageModel, tokens: jax.Array, layers: int | None = None) -> list[Heads]:
-    """What attention reads in each layer (of the first `layers`), on tokens [B, T]. `model` has its layers apart and
-    one kind of them, the mixer "attention"; ValueError otherwise."""
+def heads_of(model: LanguageModel, tokens: jax.Array, layers: Sequence[int] | None = None) -> list[Heads]:
+    """What attention reads in each of `layers`, in rising order (None: all), on tokens [B, T]. `model` has its layers
+    apart and one kind of them, the mixer "attention"; ValueError otherwise."""
     check_layers(model)
     graph = split(model.blocks[0]).graph
 
@@ -44,9 +44,11 @@ def heads_of(model: LanguageModel, tokens: jax.Array, layers: int | None = None)
         return block(x, context)[0], Heads(q, k, v, raw)
 
     x, found = model.embed(tokens), []
-    for block in list(model.blocks)[:layers]:
+    wanted = range(len(model.blocks)) if layers is None else layers
+    for number, block in enumerate(list(model.blocks)[: max(wanted) + 1]):
         x, heads = layer(split(block)[1:], x)
-        found.append(heads)
+        if number in wanted:
+            found.append(heads)
     return found
 
 
@@ -66,15 +68,15 @@ class Selection(NamedTuple):
         return construct(SELECTORS, self.name, {self.name: settings}, "selector", **facts, rngs=nnx.Rngs(layer))
 
 
-def judged_heads(selector: Selector, of: Heads) -> dict[str, jax.Array]:
+def judged_heads(selector: Selector, of: Heads, whole: Whole) -> dict[str, jax.Array]:
     """`quality.judged` of a selector on one layer; one program for all layers on which it has the same settings."""
     graph, *variables = split(selector)
-    return _judged(graph, variables, of)
+    return _judged(graph, variables, of, whole)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _judged(graph, variables, of: Heads):
-    return judged(merge(Parts(graph, *variables)), of.q, of.k, of.v, raw=of.raw)
+def _judged(graph, variables, of: Heads, whole: Whole):
+    return judged(merge(Parts(graph, *variables)), of.q, of.k, of.v, raw=of.raw, whole=whole)
 
 
 def loss_of(model: LanguageModel, selection: Selection | None, tokens: jax.Array, *, block: int, skip: int) -> tuple:
@@ -82,20 +84,19 @@ def loss_of(model: LanguageModel, selection: Selection | None, tokens: jax.Array
     with the selection in front of the attention of every layer; None: dense."""
     check_layers(model)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    x, densities, context = model.embed(inputs), [], Context(mask=Causal())
-    programs: dict[Any, Callable] = {}
+    x, densities = model.embed(inputs), []
     for number, dense in enumerate(model.blocks):
         layer = dense if selection is None else _with_selector(dense, selection, number, block)
-        parts = split(layer)
-        if parts.graph not in programs:
-            programs[parts.graph] = jax.jit(functools.partial(_run, parts.graph, context))
-        x, density = programs[parts.graph](parts[1:], x)
+        graph, *variables = split(layer)
+        x, density = _run(graph, variables, x)
         densities.append(density)
     return _cross_entropy(model, x[:, skip:], labels[:, skip:]), jnp.stack(densities).mean()
 
 
-def _run(graph, context, variables, x):
-    x, _, aux = merge(Parts(graph, *variables))(x, context)
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph, variables, x):
+    """A layer; one program for all of the same structure, and for all texts of a length."""
+    x, _, aux = merge(Parts(graph, *variables))(x, Context(mask=Causal()))
     return x, aux["metrics"].get("density", jnp.ones(()))
 
 
@@ -122,16 +123,16 @@ def _with_selector(dense: Block, selection: Selection, number: int, block: int) 
 
 def _cross_entropy(model: LanguageModel, x: jax.Array, labels: jax.Array, rows: int = 512) -> jax.Array:
     """By parts of the sequence: all logits at once are [T, vocabulary]."""
-
-    @jax.jit
-    def part(variables, x, labels):
-        network = merge(Parts(graph, *variables))
-        log_p = jax.nn.log_softmax(network.logits(network.norm(x)))
-        return -jnp.take_along_axis(log_p, labels[..., None], -1).sum()
-
     graph, *variables = split(model)
-    total = sum(part(variables, x[:, at : at + rows], labels[:, at : at + rows]) for at in range(0, x.shape[1], rows))
-    return total / labels.size
+    parts = (slice(at, at + rows) for at in range(0, x.shape[1], rows))
+    return sum(_sum_of_losses(graph, variables, x[:, part], labels[:, part]) for part in parts) / labels.size
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sum_of_losses(graph, variables, x, labels):
+    network = merge(Parts(graph, *variables))
+    log_p = jax.nn.log_softmax(network.logits(network.norm(x)))
+    return -jnp.take_along_axis(log_p, labels[..., None], -1).sum()
 
 
 def check_layers(model: LanguageModel) -> None:

@@ -90,7 +90,7 @@ def trained_gates(calibration: Sequence, rope_theta: float, block: int, steps: i
     import optax
     from flax import nnx
 
-    from lissom.models.selectors.learned_gate import LearnedGate
+    from lissom.models.selectors.learned_gate import LearnedGate, distillation_target, gate_kl
     from lissom.models.variables import Parts, merge, split
 
     q, k = calibration[0].q, calibration[0].k
@@ -100,13 +100,17 @@ def trained_gates(calibration: Sequence, rope_theta: float, block: int, steps: i
 
     @jax.jit
     def train(params, of):
-        def loss(params, of):
-            return merge(Parts(graph, params, {}, {})).loss(of.q, of.k, of.raw)["gate_kl"]
+        # `LearnedGate.loss`, with the attention map of each text computed once.
+        one = lambda part: distillation_target(part[0][None], part[1][None], block)[0]
+        targets = jax.lax.map(one, (of.q, of.k))
+
+        def loss(params, raw, target):
+            return gate_kl(merge(Parts(graph, params, {}, {})).gate(*raw), target)
 
         def step(carry, number):
             params, opt = carry
-            text = jax.tree.map(lambda x: x[number % len(x)][None], of)
-            value, gradients = jax.value_and_grad(loss)(params, text)
+            raw, target = jax.tree.map(lambda x: x[number % len(x)][None], (of.raw, targets))
+            value, gradients = jax.value_and_grad(loss)(params, raw, target)
             updates, opt = optimizer.update(gradients, opt)
             return (optax.apply_updates(params, updates), opt), value
 
@@ -169,8 +173,8 @@ def _with_density(gate, density: float):
     return copy
 
 
-def judge(model, text, selection, judged: Sequence[int], heads: Sequence, block: int, skip: int) -> list:
-    """Measurements of one selection on one text [1, T + 1]; None: dense."""
+def judge(model, text, selection, heads: Mapping[int, tuple], block: int, skip: int) -> list:
+    """Measurements of one selection on one text [1, T + 1]; None: dense. heads: {layer: (Heads, whole attention)}."""
     import numpy as np
 
     from lissom.evaluation.rows import measure
@@ -180,37 +184,36 @@ def judge(model, text, selection, judged: Sequence[int], heads: Sequence, block:
     found = [measure("loss", float(loss), tokens=text.shape[1] - 1 - skip), measure("density", float(density))]
     if selection is None:
         return found
-    facts = {"heads": heads[0].q.shape[2], "kv_heads": heads[0].k.shape[2], "head_dim": heads[0].q.shape[3]}
     values: dict[str, list] = {"recall": [], "error": []}
-    for layer in judged:
-        numbers = judged_heads(selection.of(layer, **facts, block=block), heads[layer])
+    for layer, (of, whole) in heads.items():
+        facts = {"heads": of.q.shape[2], "kv_heads": of.k.shape[2], "head_dim": of.q.shape[3], "block": block}
+        numbers = judged_heads(selection.of(layer, **facts), of, whole)
         for name in values:
             values[name].append(np.asarray(numbers[name]))
-    about = {"layers": len(judged)}
+    about = {"layers": len(heads)}
     found.append(measure("mass_recall", float(np.mean(values["recall"])), **about))
     found.append(measure("output_error", float(np.mean(values["error"])), **about))
     return found
 
 
-def latency(model, two: Sequence, cases: Sequence, layer: int, block: int, repeats: int) -> dict[str, Any]:
-    """{label: Latency} of one layer's selection and attention on two texts, dense attention among them, taken in turns.
+def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> dict[str, Any]:
+    """{label: Latency} of one layer's selection and attention on the `Heads` of texts, dense attention among them, in
+    turns. `cases` are selections for that layer alone.
 
     A program has room for the largest selection: that of `token_sparsity`, whose number of tokens follows the text, is
     cut at the share whose square is the density that was asked for."""
     import jax
 
     from lissom.evaluation.latency import measure_interleaved
-    from lissom.evaluation.selection import heads_of
     from lissom.ops.attention import Causal, attention
 
-    inputs = [heads_of(model, tokens, layer + 1)[layer] for tokens in two]
     of = inputs[0]
     facts = {"heads": of.q.shape[2], "kv_heads": of.k.shape[2], "head_dim": of.q.shape[3], "block": block}
     programs: dict[str, Callable] = {"dense": jax.jit(lambda q, k, v, raw: attention(q, k, v, mask=Causal()))}
     for label, density, selection in cases:
         if selection.name == "token_sparsity":
             selection = selection._replace(settings={**selection.settings, "capacity": density**0.5})
-        selector = selection.of(layer, **facts)
+        selector = selection.of(0, **facts)
 
         def run(q, k, v, raw, selector=selector):
             mask, info = selector(q, k, 0, None, raw)
@@ -251,6 +254,7 @@ def run(
     repeats: int = 7,
 ) -> list:
     """Judges and times; writes rows.jsonl as it goes, and the table in the end. Returns all rows of `out`."""
+    import jax
     import jax.numpy as jnp
 
     from lissom.data.errors import DataError
@@ -262,6 +266,7 @@ def run(
     from lissom.evaluation.tables import write_report
     from lissom.models.pretrained import load
     from lissom.models.pretrained.errors import CheckpointError
+    from lissom.models.selectors.quality import whole_of
 
     check_writable(out, "--out")
     try:
@@ -277,13 +282,14 @@ def run(
     name = checkpoint
     rope_theta = model.blocks[0].mixer.rope_theta
 
-    def cases(length: int, wanted):
-        """The selections of which something is wanted, made on the calibration text."""
+    def cases(length: int, count: int, layer: int | None, wanted):
+        """The selections of which something is wanted, made on the calibration texts: for all layers, or one."""
         if not wanted:
             return
-        text = jnp.concatenate(texts(checkpoint, TRAIN_MODULES, CALIBRATION_TEXTS, length))
-        calibration = heads_of(model, text[:, :-1])
-        for case in selections(names, densities, calibration, judged, rope_theta, block, steps):
+        text = jnp.concatenate(texts(checkpoint, TRAIN_MODULES, count, length))
+        every = layer is None
+        calibration = heads_of(model, text[:, :-1], None if every else [layer])
+        for case in selections(names, densities, calibration, judged if every else [0], rope_theta, block, steps):
             if case[0] in wanted:
                 yield case
 
@@ -297,13 +303,18 @@ def run(
     done = {(row.identity.label, row.identity.seed) for row in found if row.identity.task == task}
     wanted = {label for label in labels if any((label, seed) not in done for seed in range(count))}
     windows = texts(checkpoint, TEST_MODULES, count, length)
-    heads = [heads_of(model, text[:, :-1]) for text in windows] if wanted else []
+    whole = jax.jit(whole_of)
+    heads = [
+        {layer: (of, whole(of.q, of.k, of.v)) for layer, of in zip(judged, heads_of(model, text[:, :-1], judged))}
+        for text in (windows if wanted else ())
+    ]
     every = [("dense", 1.0, None)] if "dense" in wanted else []
-    for label, density, selection in itertools.chain(every, cases(length, wanted - {"dense"})):
+    rest = wanted - {"dense"}
+    for label, density, selection in itertools.chain(every, cases(length, CALIBRATION_TEXTS, None, rest)):
         for seed, text in enumerate(windows):
             if (label, seed) in done:
                 continue
-            values = judge(model, text, selection, judged, heads[seed], block, length // 2)
+            values = judge(model, text, selection, heads[seed], block, length // 2)
             settings = {} if selection is None else {"density": density, **selection.settings}
             add(task, label, seed, settings, values)
             print(f"{label}, text {seed}: " + ", ".join(f"{m.name} {m.value:.4f}" for m in values), flush=True)
@@ -317,9 +328,10 @@ def run(
         if timed:
             raise UserError(f"--out={out} has other times of {length} tokens, and times are compared within one run: "
                             "give another --out, or the same selectors and densities")  # fmt: skip
-        two = texts(checkpoint, TEST_MODULES, 2, length)
-        chosen = list(cases(length, set(labels)))
-        times = latency(model, [text[:, :-1] for text in two], chosen, depth // 2, block, repeats)
+        layer = depth // 2
+        inputs = [heads_of(model, text[:, :-1], [layer])[0] for text in texts(checkpoint, TEST_MODULES, 2, length)]
+        # One text for the gate: what it lists, not how much, depends on how well it is trained.
+        times = latency(inputs, list(cases(length, 1, layer, set(labels))), block, repeats)
         for label, taken in times.items():
             about = {"length": length, "repeats": repeats}
             values = [measure("latency_p50", taken.p50, **about), measure("latency_p90", taken.p90, **about),

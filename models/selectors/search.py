@@ -9,7 +9,7 @@ from flax import nnx
 
 from lissom.models.registry import construct
 from lissom.models.selectors import SELECTORS
-from lissom.models.selectors.quality import judged
+from lissom.models.selectors.quality import Whole, judged, whole_of
 from lissom.models.variables import Parts, merge, split
 
 Space = Mapping[str, Sequence[Mapping]]
@@ -49,11 +49,12 @@ def search(
     candidates = space(q.shape[1], block) if candidates is None else candidates
     found: list[list[dict]] = [[] for _ in range(q.shape[2])]
     facts = {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "block": block}
+    whole = jax.jit(whole_of)(q, k, v)
     for name, choices in candidates.items():
         for settings in choices:
             selector = construct(SELECTORS, name, {name: settings}, "selector", **facts)
             graph, *variables = split(selector)
-            values = jax.device_get(_judged(graph, variables, q, k, v))
+            values = jax.device_get(_judged(graph, variables, q, k, v, whole))
             for head, entries in enumerate(found):
                 numbers = {measure: float(of[head]) for measure, of in values.items()}
                 entries.append({"selector": name, "settings": dict(settings), **numbers})
@@ -68,9 +69,9 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _judged(graph: nnx.GraphDef, variables: list, q, k, v) -> dict[str, jax.Array]:
+def _judged(graph: nnx.GraphDef, variables: list, q, k, v, whole: Whole) -> dict[str, jax.Array]:
     """One program for a selector's settings, whatever layer it is tried on."""
-    return judged(merge(Parts(graph, *variables)), q, k, v)
+    return judged(merge(Parts(graph, *variables)), q, k, v, whole=whole)
 
 
 def streaming_heads(
@@ -82,6 +83,6 @@ def streaming_heads(
     facts = {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "block": block}
     selector = construct(SELECTORS, "a_shape", {"a_shape": {"sink": sink, "window": window}}, "selector", **facts)
     graph, *variables = split(selector)
-    values = _judged(graph, variables, q, k, v)
+    values = _judged(graph, variables, q, k, v, jax.jit(whole_of)(q, k, v))
     error = np.asarray(values["error"]).reshape(k.shape[2], -1).mean(1)
     return tuple(sorted(int(head) for head in np.argsort(error, kind="stable")[: int(share * k.shape[2] + 1e-6)]))
