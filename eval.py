@@ -102,8 +102,8 @@ def read_metrics(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _training_times(run: pathlib.Path) -> dict[str, float]:
-    """What the training took: the sum of its sessions, of each the last that it wrote. Steps that a kill lost, and that
-    were taken again, count once."""
+    """What the training took: the sum of its sessions, of each the last that it wrote; of memory the largest. Steps
+    that a kill lost, and that were taken again, count once."""
     sessions: dict[Any, dict[str, float]] = {}
     with _reading(run / "metrics.jsonl"):
         for number, entry in enumerate(read_metrics(run)):
@@ -112,6 +112,10 @@ def _training_times(run: pathlib.Path) -> dict[str, float]:
         times = {
             key: sum(session[key] for session in sessions.values()) for key in ("compile_seconds", "train_seconds")
         }
+        for key, of_all in (("train_peak_memory", max), ("train_temporaries", max), ("train_flops", sum)):
+            # Some backends don't tell, some programs can't be counted.
+            if sessions and all(key in session for session in sessions.values()):
+                times[key] = of_all(session[key] for session in sessions.values())
         last = [session["examples_per_second"] for session in sessions.values()][-1:]
         return {**times, "examples_per_second": last[0]} if sessions else {}
 

@@ -18,7 +18,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     """Trains `config` in `workdir`, resuming what stands there; returns the last evaluation and the times.
 
     Keys: step, start (where this session began), traces (of the training step, by stage), compile_seconds,
-    train_seconds, examples_per_second and, where the run was finished, the means that the objective's `evaluate` names.
+    train_seconds, examples_per_second, train_flops (where all of it can be counted), train_peak_memory and
+    train_temporaries (bytes of the compiled step on one device, where the backend tells) and, where the run was
+    finished, the means that the objective's `evaluate` names.
     Raises UserError for what the user can mend.
     """
     check(config)
@@ -34,6 +36,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom import data
     from lissom.compression.artefacts import check_transforms, structure_of
     from lissom.compression.starting import starting_network
+    from lissom.evaluation import costs
+    from lissom.evaluation.memory import compiled_memory
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import processes, runs, sharding, stages
@@ -73,7 +77,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     everywhere = sharding.replicated(mesh)
     loop_key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed))[1], out_shardings=everywhere)()
 
-    traces, spent = {}, {"compile": 0.0, "train": 0.0}
+    traces, spent, planned = {}, {"compile": 0.0, "train": 0.0, "flops": 0.0}, {}
 
     def program(stage, assembly):
         """The traced step of a stage, and where its batches go."""
@@ -149,6 +153,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             "compile_seconds": spent["compile"],
             "train_seconds": seconds,
             "examples_per_second": examples / seconds if seconds else math.nan,
+            **planned,
+            **({} if math.isnan(spent["flops"]) else {"train_flops": spent["flops"]}),
         }
 
     def evaluate(index, state):
@@ -183,6 +189,12 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             with sharding.on_mesh(mesh):
                 compiled = traced.lower().compile()
             spent["compile"] += time.monotonic() - compiling
+            flops = costs.count_jaxpr(traced.jaxpr).flops
+            flops = math.nan if flops is None else flops  # of a step; unknown of one stage is unknown of all
+            plan_of_memory = compiled_memory(compiled)
+            if plan_of_memory is not None:  # of several stages the largest
+                for name, size in (("peak_memory", plan_of_memory.peak), ("temporaries", plan_of_memory.temporaries)):
+                    planned[f"train_{name}"] = max(size, planned.get(f"train_{name}", 0))
 
             batches = data.train_batches(dataset, start_step=step, **stream(stage))
             pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step
@@ -193,6 +205,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                 with jax.transfer_guard("disallow"):
                     state, metrics = compiled(state, frozen, batch, loop_key)
                 step += 1
+                spent["flops"] += flops
                 if virtual:
                     jax.block_until_ready(metrics)
                 pending.append((step, metrics))

@@ -77,7 +77,7 @@ def measure_subject(subject: Subject) -> None:
     one = _batches_of(subject.examples, 1)[0]
     note(measure("flops", costs.count(subject.forward, *subject.state, *one).flops, "compiled", batch=1))
     for name, value in subject.times.items():
-        note(measure(name, value))
+        note(measure(name, value, "compiled" if METRICS[name].unit in ("B", "FLOP") else "measured"))
     if subject.decodes:
         network, length = subject.merge(subject.graph, subject.state), one[0].shape[1]
         init_cache = functools.partial(network.init_cache, 1)

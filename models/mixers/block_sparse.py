@@ -79,17 +79,19 @@ class BlockSparseAttention(Attention):
 
 
 class TokenElimination(Attention):
-    """Attention among the most informative blocks of tokens, whose activations alone are kept (after LeMo; Wang et al.
-    2025, arXiv:2501.09767, for fine-tuning on long contexts).
+    """Attention that in training is one among the most informative blocks of tokens, whose activations alone are kept
+    (after LeMo; Wang et al. 2025, arXiv:2501.09767, for fine-tuning on long contexts). Outside of training it is
+    `Attention`.
 
-    The ceil(keep x blocks) blocks of `block` tokens with the largest accumulated attention, the last block always, are
-    gathered in front of the projections: q, k, v, the softmax and the output product, and what the backward pass saves
-    of them, have `keep` of the length. The others pass through the residual (their output is 0). `keep` is static.
+    In training the ceil(keep x blocks) blocks of `block` tokens with the largest accumulated attention, the last block
+    always, are gathered in front of the projections: q, k, v, the softmax and the output product, and what the backward
+    pass saves of them, have `keep` of the length. The others pass through the residual (their output is 0). `keep` is
+    static.
 
     Importance is the attention among the blocks' means, projected by this layer's own q and k, a choice made here: the
     paper predicts the pattern by small trained networks, for each input and layer. These, its kernels without
     permutation, a share that follows the input, and elimination in the feed-forward layer too are not here. Which
-    blocks are kept depends on later tokens. With a cache the layer is dense: the technique is one of training.
+    blocks are kept depends on later tokens: the loss of training is not that of judging, which is dense.
     """
 
     def __init__(self, width: int, *, heads: int, keep: float = 0.5, block: int = 16, **kwargs):
@@ -99,7 +101,7 @@ class TokenElimination(Attention):
         self.keep, self.block = keep, block
 
     def __call__(self, x: jax.Array, context: Context, cache: dict | None = None, key: jax.Array | None = None):
-        if cache is not None:
+        if not context.train:
             y, cache, aux = super().__call__(x, context, cache, key)
             return y, cache, {**aux, "metrics": {"kept": jnp.ones(())}}
         if not isinstance(context.mask, Causal):

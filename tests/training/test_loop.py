@@ -198,7 +198,11 @@ def test_times_of_a_killed_session_are_kept(tiny_run):
     again = read_metrics(run)
     assert [line["step"] for line in again if line["kind"] == "train"] == [1, 2, 3, 4]
     second = [line for line in again if line["kind"] == "times" and line["start"] == 2][-1]
-    assert _training_times(run)["train_seconds"] == first["train_seconds"] + second["train_seconds"]
+    whole = _training_times(run)
+    assert whole["train_seconds"] == first["train_seconds"] + second["train_seconds"]
+    assert whole["train_flops"] == 2 * second["train_flops"] > 0
+    # The state is an argument that the new one is written over.
+    assert whole["train_peak_memory"] == second["train_peak_memory"] > whole["train_temporaries"] > 0
 
 
 def test_data_that_changed_since(tmp_path):
