@@ -161,7 +161,7 @@ def evaluate(
     a whole run is a UserError; with `skip` it is left out and said there, and only when none is left is it an error.
     """
     from lissom.data.errors import DataError
-    from lissom.evaluation.measuring import decoding, latencies, measure_subject
+    from lissom.evaluation.measuring import compare_outputs, decoding, latencies, measure_subject
     from lissom.evaluation.rows import provenance
     from lissom.models.registry import UnknownName
 
@@ -177,8 +177,11 @@ def evaluate(
             skip(f"skipped {run}: {error}")
     if not subjects:
         raise UserError(f"none of {len(runs)} runs can be measured")
+    trained = {subject.run: subject for subject in subjects if subject.blank.identity.transform is None}
     for subject in subjects:
         measure_subject(subject)
+        if trained[subject.run] is not subject:
+            compare_outputs(subject, trained[subject.run])
     tasks: dict[str, list] = {}
     for subject in subjects:
         tasks.setdefault(subject.blank.identity.task, []).append(subject)

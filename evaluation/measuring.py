@@ -20,6 +20,7 @@ from lissom.evaluation.metrics import METRICS
 from lissom.evaluation.rows import Identity, Measurement, Provenance, Row, measure
 
 ROTATED = 4  # different inputs a latency is taken over
+COMPARED = 16  # test examples on which a transformed network's outputs are compared with those of the trained one
 
 
 @dataclasses.dataclass
@@ -102,6 +103,15 @@ def _test_means(subject: Subject, judge: Callable, settings: Mapping[str, Any], 
         if name == "loss" and tokens and subject.vocab_size == 256 and value is not None:
             found.append(measure("bits_per_byte", value / math.log(2), **conditions))
     return found
+
+
+def compare_outputs(subject: Subject, trained: Subject) -> None:
+    """Notes the largest difference of an output of `subject` from that of `trained`, what it was transformed from."""
+    inputs = _batches_of(subject.examples, min(COMPARED, len(subject.examples)))[0]
+    ours, theirs = (jax.jit(one.forward)(*one.state, *inputs) for one in (subject, trained))
+    apart = jax.tree.map(lambda a, b: jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max(), ours, theirs)
+    largest = max(float(value) for value in jax.tree.leaves(apart))
+    subject.measurements.append(measure("logit_error", largest, examples=len(inputs[0])))
 
 
 def latencies(subjects: Sequence[Subject]) -> None:

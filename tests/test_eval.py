@@ -41,6 +41,11 @@ def test_finds_runs_at_any_depth_and_reports(tiny_run, tmp_path):
     assert values(rows[5])["accuracy"] == pytest.approx(0.32, abs=0.04)
     kinds = {(m.name, m.kind) for m in rows[0].measurements}
     assert {("accuracy", "measured"), ("latency_p50", "measured"), ("peak_memory", "compiled")} <= kinds
+    # Of rounded weights the logits are others; of weights that were exported and reloaded they are the same.
+    assert ["logit_error" in values(row) for row in rows[:4]] == [False, True, False, True]
+    assert 0 < values(rows[1])["logit_error"] < 1
+    assert {"train_flops", "train_peak_memory", "train_temporaries"} <= set(values(rows[0])) - set(values(rows[1]))
+    assert values(rows[0])["train_flops"] > 2 * values(rows[0])["flops"]
     write(rows, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"rows.jsonl", "table.md", "table.csv", "pareto.png"}
     lines = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]

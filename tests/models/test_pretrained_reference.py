@@ -4,6 +4,7 @@ export LISSOM_REFERENCE_PYTHON=...    a Python with torch, transformers, gguf, a
 uv run --extra pretrained pytest -n 0 -m slow -rP tests/models/test_pretrained_reference.py
 """
 
+import copy
 import functools
 import inspect
 import os
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lissom.compression.grouped_to_latent import GroupedToLatent
+from lissom.evaluation import memory
 from lissom.evaluation.benchmarks.worker import VARIABLE, ReferenceWorker, WorkerError
 from lissom.models.pretrained import CheckpointError, load, packaged
 from lissom.models.variables import Parts, merge, split
@@ -111,6 +114,20 @@ def test_smollm2_logits(worker, smollm2):
     difference = np.abs(cached - ours).max()
     print(f"cached decoding against the full forward: {difference:.2e}")
     assert difference <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_smollm2_as_latent_attention(smollm2):
+    """TransMLA's exact form: the same logits at the same cache."""
+    _, tokenizer = smollm2[0]
+    source = load("smollm2", stack="loop", tokenizer=False).model
+    transform = GroupedToLatent()
+    latent = transform.values(transform.structure(copy.deepcopy(source)), source, ())
+    tokens = np.asarray([tokenizer.encode((ROOT / "LICENSE").read_text() + TEXTS[1])[:200]], np.int32)
+    difference = np.abs(logits_of(latent, tokens) - logits_of(source, tokens)).max()
+    sizes = [memory.cache_bytes_per_token(functools.partial(model.init_cache, 1), 256) for model in (latent, source)]
+    print(f"largest difference of the logits: {difference:.2e}; bytes of a token in the cache: {sizes}")
+    assert difference <= 1e-4 and sizes[0] == sizes[1]
 
 
 @pytest.mark.slow
