@@ -36,8 +36,12 @@ class Yarn(Transform):
             if layer.rope_factors is not None:
                 raise UserError(f"yarn: {path} has rope_factors, its angles are stretched already")
             ours = type(layer).project is Attention.project and isinstance(layer.q, Linear)
-            if ours and not isinstance(layer.q.kernel, nnx.Param):
-                raise UserError(f"yarn: {path}/q is quantized already: put yarn in front of that transform")
+            scaled = self.temperature and layer.q_norm is None
+            if scaled and ours and not isinstance(layer.q.kernel, nnx.Param):
+                raise UserError(
+                    f"yarn: {path}/q is quantized already: put yarn in front of that transform, or take "
+                    "temperature=False"
+                )
             if self.temperature and not ours:
                 raise UserError(f"yarn: {path} makes its queries in another way, which temperature=True can't scale")
             layer.rope_factors = yarn_factors(

@@ -1,5 +1,6 @@
 """What a run starts from: finished runs and pretrained checkpoints, with the transforms that they have not yet."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from lissom.compression.artefacts import structure_of
 from lissom.compression.transforms import build_transforms
-from lissom.models import NORMS, SIZES
+from lissom.models import MODELS, NORMS, SIZES
 from lissom.models.mixers import MIXERS
 from lissom.models.pretrained import llama, read
 from lissom.models.pretrained.errors import CheckpointError
@@ -19,7 +20,10 @@ from lissom.training.runs import KINDS, load_network, read_config
 from lissom.training.stages import final_config
 
 PRETRAINED = "pretrained:"
-READINGS = {"mixer": (MIXERS, ("rope_theta", "rope_factors", "rope_dim", "window")), "norm": (NORMS, ("epsilon",))}
+READINGS = {
+    "mixer": (MIXERS, ("rope_theta", "rope_factors", "rope_dim", "window", "dilation", "stride")),
+    "norm": (NORMS, ("epsilon",)),
+}
 """Settings that no parameter's shape tells: with others, the values of a checkpoint mean another function."""
 
 
@@ -29,8 +33,9 @@ def starting_network(config, data: Iterable[dict] = ()) -> Parts:
     soup: Wortsman et al. 2022, arXiv:2203.05482; equal entries count as often as they stand there).
 
     The transforms of a run must be the first of `config.transforms`; the others are applied here, to the mean, in
-    order, `structure` and `values` with `data`. A mixer may be another one than was trained, if its parameters are the
-    same; settings by which values are read otherwise (`READINGS`) may not. UserError says what does not fit.
+    order, `structure` and `values` with `data`: they see the network that was trained. A mixer may be another one than
+    was trained, if its parameters are the same; settings by which values are read otherwise (`READINGS`) may not.
+    UserError says what does not fit.
     """
     has, found = _plain(config.transforms), []
     for path in config.init_from:
@@ -104,13 +109,15 @@ def _pretrained(config, path: str) -> Parts:
 
 def _check_readings(config, path: str, theirs: Mapping[str, Any]) -> None:
     """UserError where the config's model would read values otherwise than the model that they were trained in."""
-    ours = _settings(config)
+    ours, defaults = _settings(config), settings_of(resolve(MODELS, config.model.name, "model"))
     for kind, (registry, keys) in READINGS.items():
-        if kind not in theirs or kind not in ours:  # a network without that choice, or with its default
+        if kind not in theirs or kind not in defaults:  # a network without that choice
             continue
+        named = _several(ours.get(kind, defaults[kind].default))
         there = [_read(registry, kind, name, theirs, keys) for name in _several(theirs[kind])]
-        for number, name in enumerate(_several(ours[kind])):
-            here, wanted = _read(registry, kind, name, ours, keys), there[number % len(there)]
+        for number in range(math.lcm(len(named), len(there))):
+            name, wanted = named[number % len(named)], there[number % len(there)]
+            here = _read(registry, kind, name, ours, keys)
             for key in here.keys() & wanted.keys():
                 if here[key] != wanted[key]:
                     raise UserError(
@@ -126,5 +133,6 @@ def _several(names: str | Sequence[str]) -> tuple[str, ...]:
 def _read(registry: Mapping[str, str], kind: str, name: str, settings: Mapping[str, Any], keys: Sequence[str]) -> dict:
     """{key: value} of those of the keys that the chosen class takes."""
     taken = settings_of(resolve(registry, name, kind))
-    given = (settings.get(f"{kind}_kwargs") or {}).get(name, {})
-    return {key: given.get(key, taken[key].default) for key in keys if key in taken}
+    own = name if name in registry else name.rpartition(":")[2]  # a plug-in's settings stand under its class
+    given = (settings.get(f"{kind}_kwargs") or {}).get(own, {})
+    return {key: _listed(given.get(key, taken[key].default)) for key in keys if key in taken}

@@ -92,8 +92,9 @@ def cache_bytes(init_cache: Callable[[int], Any], length: int) -> int:
 
 
 def cache_bytes_per_token(init_cache: Callable[[int], Any], length: int) -> float:
-    """Bytes by which a cache grows a token from `length` to 2 length; 0 where it holds a fixed part of the past."""
-    return (cache_bytes(init_cache, 2 * length) - cache_bytes(init_cache, length)) / length
+    """Bytes by which a cache grows a token in the second half of `length`; 0 where it holds a fixed part."""
+    half = length // 2
+    return (cache_bytes(init_cache, length) - cache_bytes(init_cache, half)) / (length - half)
 
 
 def _arrays(tree):

@@ -29,7 +29,6 @@ METRICS = {
     "mass_recall": Metric("fraction", "higher", "attention mass on the scores that are computed, mean over rows"),
     "output_error": Metric("fraction", "lower", "norm of the output's error / norm of dense attention's output"),
     "logit_error": Metric("1", "lower", "largest difference of an output from the network's in front of the transform"),
-    "kept": Metric("fraction", "lower", "tokens that a layer's mixer computes"),
     "log_likelihood": Metric("nats", "higher", "mean log-likelihood of an element of a test set"),
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),
     "adjusted_rand": Metric("1", "higher", "adjusted Rand index of likeliest and true components, mean over test sets"),

@@ -41,6 +41,8 @@ def heads_of(model: LanguageModel, tokens: jax.Array, layers: Sequence[int] | No
         context, normed = Context(mask=Causal()), block.mixer_norm(x)
         q, k, v, _ = block.mixer.project(normed, context, None)
         raw = block.mixer.q(normed), block.mixer.k(normed)
+        if block.mixer.q_norm is not None:
+            raw = block.mixer.q_norm(raw[0]), block.mixer.k_norm(raw[1])
         return block(x, context)[0], Heads(q, k, v, raw)
 
     x, found = model.embed(tokens), []

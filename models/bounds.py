@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
+class UnsupportedForm(ValueError):
+    """What a layer is called for and has no form of: another mask, a grid, more tokens. The choice of a config, so the
+    training step says it in one sentence."""
+
+
 def at_least_one(where: str, **settings: int | Sequence[int] | None) -> None:
     """Raises ValueError for a number below 1, and for a sequence that is empty or has one. None passes."""
     for name, value in settings.items():

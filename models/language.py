@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.bounds import at_least_one
+from lissom.models.bounds import UnsupportedForm, at_least_one
 from lissom.models.context import Context
 from lissom.models.linear import Embedding, Linear
 from lissom.models.transformer import Transformer
@@ -47,6 +47,7 @@ class LanguageModel(Transformer):
                 "mixer_kwargs.meta_tokens.zero_positions"
             )
         self.zero_meta_positions = zero_meta_positions
+        self.learned_positions = learned_positions
         self.table = (
             Embedding(learned_positions, width, axes=("positions", "embed"), dtype=dtype, rngs=rngs)
             if learned_positions
@@ -76,9 +77,10 @@ class LanguageModel(Transformer):
         x = self.embed(inputs)
         if self.table is None:
             return x
-        room = self.table.table.shape[0]
-        if inputs.shape[1] > room:
-            raise ValueError(f"{inputs.shape[1]} tokens are more than model.learned_positions={room}")
+        if inputs.shape[1] > self.learned_positions:
+            raise UnsupportedForm(
+                f"{inputs.shape[1]} tokens are more than model.learned_positions={self.learned_positions}"
+            )
         learned = self.table(positions)
         if self.zero_meta_positions and meta is not None:
             learned = jnp.where(meta[..., None], 0, learned)
@@ -86,9 +88,10 @@ class LanguageModel(Transformer):
 
     def init_cache(self, batch: int, length: int) -> dict:
         """An empty cache for `batch` sequences of at most `length` tokens."""
-        if self.table is not None and length > self.table.table.shape[0]:
-            raise ValueError(f"a cache of {length} tokens is longer than model.learned_positions="
-                             f"{self.table.table.shape[0]}")  # fmt: skip
+        if self.table is not None and length > self.learned_positions:
+            raise ValueError(
+                f"a cache of {length} tokens is longer than model.learned_positions={self.learned_positions}"
+            )
         return {
             "layers": self.blocks.init_cache(batch, length, self.dtype),
             "length": jnp.zeros(batch, jnp.int32),

@@ -27,6 +27,7 @@ JUDGED = (
     *CONTROLS, "strided", "pooled", "vertical_slash", "per_head", "learned_gate", "representative_heads",
     "token_sparsity", "page_bounds",
 )  # fmt: skip
+RECIPE = "scripts/judge_selectors.py"
 GATE_STEPS, GATE_RATE = 150, 1e-3
 CALIBRATION_TEXTS = 4  # for gates; settings are fitted and assignments searched on the first
 
@@ -124,21 +125,24 @@ def trained_gates(calibration: Sequence, rope_theta: float, block: int, steps: i
     return gates
 
 
-def selections(names, densities, calibration, judged, rope_theta: float, block: int, steps: int) -> Iterator:
-    """(label, density asked for, Selection) of everything that is judged, made as it is asked for."""
+def selections(wanted, names, densities, calibration, judged, rope_theta: float, block: int, steps: int) -> Iterator:
+    """(label, density asked for, Selection) of the labels that are wanted, made as it is asked for."""
     import jax
 
     from lissom.evaluation.selection import Selection
     from lissom.models.selectors.search import search
 
     length, kv_heads = calibration[0].k.shape[1:3]
-    gates = trained_gates(calibration, rope_theta, block, steps) if "learned_gate" in names else None
+    gated = any(label_of("learned_gate", density) in wanted for density in densities)
+    gates = trained_gates(calibration, rope_theta, block, steps) if gated else None
     calibration = [jax.tree.map(lambda x: x[:1], of) for of in calibration]
     some = [calibration[layer] for layer in judged]
     for density in densities:
         fit = functools.cache(lambda name, density=density: fitted(name, density, some, block))
         for name in names:
-            label = f"{name} {density:g}"
+            label = label_of(name, density)
+            if label not in wanted:
+                continue
             if name == "learned_gate":
                 trained = [_with_density(gate, density) for gate in gates]
                 yield label, density, Selection(name, {"density": density}, trained=trained)
@@ -158,6 +162,10 @@ def selections(names, densities, calibration, judged, rope_theta: float, block: 
                 yield label, density, Selection(name, {"density": density})
             else:
                 yield label, density, Selection(name, fit(name))
+
+
+def label_of(name: str, density: float) -> str:
+    return f"{name} {density:g}"
 
 
 def _sparser(name: str, density: float, length: int, block: int, kv_heads: int) -> list[dict]:
@@ -273,6 +281,8 @@ def run(
         model = load(checkpoint, stack="loop", tokenizer=False).model
         texts(checkpoint, TEST_MODULES, 1, length)
         check_layers(model)
+    except UserError:
+        raise
     except (CheckpointError, DataError, ValueError) as error:
         raise UserError(f"--checkpoint={checkpoint}: {error}") from error
     file = out / "rows.jsonl"
@@ -283,22 +293,34 @@ def run(
     rope_theta = model.blocks[0].mixer.rope_theta
 
     def cases(length: int, count: int, layer: int | None, wanted):
-        """The selections of which something is wanted, made on the calibration texts: for all layers, or one."""
+        """The selections that are wanted, made on the calibration texts: for all layers, or one."""
         if not wanted:
             return
         text = jnp.concatenate(texts(checkpoint, TRAIN_MODULES, count, length))
         every = layer is None
         calibration = heads_of(model, text[:, :-1], None if every else [layer])
-        for case in selections(names, densities, calibration, judged if every else [0], rope_theta, block, steps):
-            if case[0] in wanted:
-                yield case
+        some = judged if every else [0]
+        yield from selections(wanted, names, densities, calibration, some, rope_theta, block, steps)
+
+    def timing_of(length: int) -> str:
+        return f"{name}: prefill of layer {depth // 2}, {length} tokens"
 
     def add(task: str, label: str, seed, overrides: Mapping, measurements) -> None:
-        identity = Identity("scripts/judge_selectors.py", task, seed, overrides, variant=label)
+        identity = Identity(RECIPE, task, seed, overrides, variant=label)
         found.append(Row(identity, provenance, tuple(measurements)))
         records.append_row(file, found[-1])
 
-    labels = ["dense", *(f"{selector} {density:g}" for density in densities for selector in names)]
+    labels = ["dense", *(label_of(selector, density) for density in densities for selector in names)]
+    to_time = []
+    for at in lengths:  # what is wrong with these is said before hours of judging
+        timed = {row.identity.label for row in found if row.identity.task == timing_of(at)}
+        if timed >= set(labels):
+            continue
+        if timed:
+            raise UserError(f"--out={out} has other times of {at} tokens, and times are compared within one run: "
+                            "give another --out, or the same selectors and densities")  # fmt: skip
+        texts(checkpoint, TEST_MODULES, 2, at)
+        to_time.append(at)
     task = f"{name}: attention to {length} tokens of stdlib_text"
     done = {(row.identity.label, row.identity.seed) for row in found if row.identity.task == task}
     wanted = {label for label in labels if any((label, seed) not in done for seed in range(count))}
@@ -320,25 +342,26 @@ def run(
             print(f"{label}, text {seed}: " + ", ".join(f"{m.name} {m.value:.4f}" for m in values), flush=True)
     heads.clear()
 
-    for length in lengths:
-        task = f"{name}: prefill of layer {depth // 2}, {length} tokens"
-        timed = {row.identity.label for row in found if row.identity.task == task}
-        if timed >= set(labels):
-            continue
-        if timed:
-            raise UserError(f"--out={out} has other times of {length} tokens, and times are compared within one run: "
-                            "give another --out, or the same selectors and densities")  # fmt: skip
+    write_report(found, out, x="density", y="loss")
+
+    for length in to_time:
         layer = depth // 2
         inputs = [heads_of(model, text[:, :-1], [layer])[0] for text in texts(checkpoint, TEST_MODULES, 2, length)]
         # One text for the gate: what it lists, not how much, depends on how well it is trained.
-        times = latency(inputs, list(cases(length, 1, layer, set(labels))), block, repeats)
+        chosen = list(cases(length, 1, layer, set(labels)))
+        settings = {label: {"density": density, **selection.settings} for label, density, selection in chosen}
+        times, rows = latency(inputs, chosen, block, repeats), []
         for label, taken in times.items():
             about = {"length": length, "repeats": repeats}
             values = [measure("latency_p50", taken.p50, **about), measure("latency_p90", taken.p90, **about),
                       measure("speedup", times["dense"].p50 / taken.p50, reference="dense", **about)]  # fmt: skip
-            add(task, label, None, {}, values)
+            identity = Identity(RECIPE, timing_of(length), None, settings.get(label, {}), variant=label)
+            rows.append(Row(identity, provenance, tuple(values)))
             print(f"{label}, {length} tokens: {taken.p50:.3f} s", flush=True)
-    write_report(found, out, x="density", y="loss")
+        # All times of a length or none: they are compared within one run.
+        found += rows
+        records.write_rows(file, found)
+        write_report(found, out, x="density", y="loss")
     return found
 
 

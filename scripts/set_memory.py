@@ -185,7 +185,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--sizes={','.join(given.sizes)} must be whole numbers")
         out = pathlib.Path(given.out) if given.out else None
         sizes = [int(size) for size in given.sizes]
-        chunk = given.chunk or (8 if given.tiny else 64)
+        chunk = (8 if given.tiny else 64) if given.chunk is None else given.chunk
         run(sizes, chunk=chunk, draws=given.draws, seeds=given.seeds, tiny=given.tiny, out=out)
 
 

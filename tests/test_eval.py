@@ -204,6 +204,22 @@ def test_meta_tokens_are_of_the_method_and_lengths_are_of_the_row(tiny_run):
     assert "token accuracy, length 64, tokens 256 [%]" in render(rows)
 
 
+def test_learned_positions_as_many_as_the_data_has(tiny_run):
+    few = {"data.kwargs.sequences.train_size": 64, "data.kwargs.sequences.test_size": 64}
+    _, run = tiny_run("language/recall_lm", **few, **{"model.learned_positions": 64})
+    found = values(evaluate([run], floors=False)[0])
+    assert found["cache_bytes"] == 64 * found["cache_bytes_per_token"] + 8 and found["decode_p50"] > 0
+
+
+def test_layers_without_a_form_are_said_in_a_sentence(tiny_run):
+    from lissom.training.errors import UserError
+
+    for mixer, words in {"bilevel": "is for images", "neighborhood": "with a stride have no causal form"}.items():
+        kwargs = {"neighborhood": {"stride": 2}} if mixer == "neighborhood" else {"bilevel": {}}
+        with pytest.raises(UserError, match=words):
+            tiny_run("language/recall_lm", **{"model.mixer": mixer, "model.mixer_kwargs": kwargs})
+
+
 def test_a_test_set_for_another_network_is_refused(tiny_run):
     from lissom.training.errors import UserError
 

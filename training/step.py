@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lissom.models.bounds import UnsupportedForm
 from lissom.models.variables import Parts, merge
 from lissom.ops import dispatch
 from lissom.training.building import Assembly, shardings_of
@@ -42,7 +43,8 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
 
 def trace_step(assembly: Assembly, accumulate: int, batch: Any, key: jax.Array, traced: Callable[[], None]) -> Any:
     """The step of `make_step` as jax traces it from shapes alone: `.lower().compile()` is what is left to do. What an
-    op or the mesh refuses is a UserError here, before anything of a run is touched. `traced` is called once a trace."""
+    op, a layer or the mesh refuses is a UserError here, before anything of a run is touched. `traced` is called once a
+    trace."""
     body = make_step(assembly, accumulate)
 
     def step(*args):
@@ -56,7 +58,7 @@ def trace_step(assembly: Assembly, accumulate: int, batch: Any, key: jax.Array, 
             return jax.jit(step, donate_argnums=0, out_shardings=places).trace(
                 state, assembly.shapes["frozen"], batch, key
             )
-    except (NotImplementedError, dispatch.RequestError) as refusal:
+    except (NotImplementedError, UnsupportedForm, dispatch.RequestError) as refusal:
         raise UserError(str(refusal)) from refusal
 
 

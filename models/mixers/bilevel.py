@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lissom.models.bounds import at_least_one
+from lissom.models.bounds import UnsupportedForm, at_least_one
 from lissom.models.context import Context
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import DepthwiseConv
@@ -66,7 +66,7 @@ class BilevelAttention(Attention):
     def attend(self, q, k, v, context: Context, cache: dict | None, key: jax.Array | None):
         """(weighted values [B, T, H, D], no cache, aux)."""
         if not isinstance(context.mask, masks.Full) or context.grid is None or len(context.grid) != 2:
-            raise ValueError("bilevel attention is for images: it needs context.grid of two dimensions and no mask.")
+            raise UnsupportedForm("bilevel attention is for images: it needs a context.grid of two dimensions, no mask")
         order = region_order(context.grid, self.regions)
         size = len(order) // self.regions**2
         q_at, k_at, v_at = (x[:, order] for x in (q, k, v))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.bounds import at_least_one
+from lissom.models.bounds import UnsupportedForm, at_least_one
 from lissom.models.context import Context
 from lissom.models.mixers import caches
 from lissom.models.mixers.attention import Attention
@@ -101,11 +101,10 @@ class TokenElimination(Attention):
         self.keep, self.block = keep, block
 
     def __call__(self, x: jax.Array, context: Context, cache: dict | None = None, key: jax.Array | None = None):
-        if not context.train:
-            y, cache, aux = super().__call__(x, context, cache, key)
-            return y, cache, {**aux, "metrics": {"kept": jnp.ones(())}}
         if not isinstance(context.mask, Causal):
-            raise ValueError(f"token_elimination takes a causal mask alone, got {context.mask}")
+            raise UnsupportedForm(f"token_elimination takes a causal mask alone, got {context.mask}")
+        if not context.train:
+            return super().__call__(x, context, cache, key)
         batch, length, _ = x.shape
         index = tokens.kept_blocks(self.importance(x), self.keep)
         at = (index[:, :, None] * self.block + jnp.arange(self.block)).reshape(batch, -1)
@@ -135,6 +134,6 @@ def causal_part(mask: Mask) -> tuple[Causal, Mask | None]:
     parts = mask.parts if isinstance(mask, And) else (mask,)
     causal = [part for part in parts if isinstance(part, Causal)]
     if len(causal) != 1:
-        raise ValueError(f"block_sparse selects among past keys: it needs a causal mask, got {mask}")
+        raise UnsupportedForm(f"block_sparse selects among past keys: it needs a causal mask, got {mask}")
     rest = tuple(part for part in parts if part is not causal[0])
     return causal[0], None if not rest else rest[0] if len(rest) == 1 else And(rest)

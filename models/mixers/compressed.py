@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.bounds import at_least_one, rate
+from lissom.models.bounds import UnsupportedForm, at_least_one, rate
 from lissom.models.context import Context
 from lissom.models.linear import Linear
 from lissom.models.mixers import caches
@@ -107,7 +107,7 @@ class CompressedAttention(Attention):
     def project(self, x: jax.Array, context: Context, cache: dict | None):
         """x [B, T, M] -> (q [B, T, H, D], k, v [B, T, K, D], and the cache with the new tails)."""
         if context.segments is not None or not isinstance(context.mask, masks.Full | masks.Causal):
-            raise ValueError(
+            raise UnsupportedForm(
                 f"{type(self).__name__} convolves over the sequence and cannot keep segments apart: it takes a causal "
                 f"mask or none, not {context.mask!r:.80}."
             )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lissom.models.bounds import at_least_one
+from lissom.models.bounds import UnsupportedForm, at_least_one
 from lissom.models.context import Context
 from lissom.models.ffn import NO_AUX
 from lissom.models.mixers.attention import WindowAttention
@@ -31,14 +31,14 @@ class NeighborhoodAttention(WindowAttention):
         """(weighted values, cache, aux)."""
         causal = isinstance(context.mask, masks.Causal)
         if causal and self.stride > 1:
-            raise ValueError(f"mixer.stride={self.stride}: neighborhood attention with a stride has no causal form")
+            raise UnsupportedForm(f"mixer.stride={self.stride}: neighborhoods with a stride have no causal form")
         if cache is not None:
             return super().attend(q, k, v, context, cache, key)
         if not causal and not isinstance(context.mask, masks.Full):
-            raise ValueError(f"neighborhood attention has a causal form and one without a mask, not {context.mask!r}.")
+            raise UnsupportedForm(f"neighborhood attention takes a causal mask or none, not {context.mask!r:.60}")
         grid = (q.shape[1],) if context.grid is None else context.grid
         if causal and len(grid) > 1:
-            raise ValueError("neighborhood attention on a grid has no causal form.")
+            raise UnsupportedForm("neighborhood attention on a grid has no causal form.")
         each = lambda value: (value,) * len(grid)
         if causal and self.window * self.dilation > grid[0]:
             # A sequence that is shorter than a whole window: what there is of it.

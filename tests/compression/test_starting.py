@@ -1,12 +1,16 @@
 """Starting values: transforms that a run was not trained with, pretrained checkpoints."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from lissom.compression.artefacts import export, reload
+from lissom.compression.starting import _check_readings
 from lissom.models.pretrained import load
 from lissom.models.variables import flatten, split
+from lissom.training.config import load_recipe
 from lissom.training.errors import UserError
 from tests.models import pretrained_files as files
 from tests.training.test_loop import arrays
@@ -118,3 +122,37 @@ def test_a_checkpoint_that_would_be_another_function(tiny_run, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             tiny_run(TEXT, **settings | {field: value})
+
+
+PLUGGED = "lissom.models.mixers.attention:Attention"
+
+
+@pytest.mark.parametrize(
+    "ours,theirs,words",
+    [
+        # The second layer of theirs is read otherwise than any of ours.
+        (
+            {"mixer": "attention"},
+            {"mixer": ("attention", "gqa"), "mixer_kwargs": {"gqa": {"rope_theta": 7.0}}},
+            "rope_theta 7.0, and config.model.mixer_kwargs.attention.rope_theta is 10000.0",
+        ),
+        ({"norm": None}, {"norm": "rmsnorm", "norm_kwargs": {"rmsnorm": {"epsilon": 1e-5}}}, "has epsilon 1e-05"),
+        ({}, {"mixer": PLUGGED, "mixer_kwargs": {"Attention": {"rope_theta": 500.0}}}, "has rope_theta 500.0"),
+        ({"mixer_kwargs.attention.rope_factors": [2.0]}, {"mixer_kwargs": {"attention": {"rope_factors": (2.0,)}}}, ""),
+        ({"norm": None}, {"norm": "rmsnorm"}, ""),
+    ],
+    ids=["pattern", "default", "plug-in", "list", "same"],
+)
+def test_what_reads_values_otherwise(ours, theirs, words):
+    config = load_recipe("configs/language/recall_lm.py")
+    with config.unlocked():
+        for field, value in ours.items():
+            *path, last = field.split(".")
+            functools.reduce(getattr, path, config.model)[last] = value
+    theirs = {"mixer": "attention", **theirs}
+    if not words:
+        _check_readings(config, "there", theirs)
+        return
+    with pytest.raises(UserError) as error:
+        _check_readings(config, "there", theirs)
+    assert words in str(error.value)

@@ -41,6 +41,7 @@ VARIANTS = [
     ("meta_tokens", {}),
     ("meta_tokens", {"kv_heads": 2, "bias": True, "zero_positions": True}),
     ("meta_tokens", {"meta_attention": False}),
+    ("token_elimination", {"block": 4}),
     ("none", {}),
 ]
 ids = lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
@@ -464,7 +465,7 @@ def test_images_only_is_said():
         bilevel().init_cache(1, 8, jnp.float32)
     with pytest.raises(ValueError, match="on a grid has no causal form"):
         mixer_of("neighborhood", {"window": 3})(x, Context(mask=masks.Causal(), grid=(4, 4)))
-    with pytest.raises(ValueError, match="stride=2: neighborhood attention with a stride has no causal form"):
+    with pytest.raises(ValueError, match="stride=2: neighborhoods with a stride have no causal form"):
         mixer_of("neighborhood", {"window": 3, "stride": 2})(x, Context(mask=masks.Causal()))
 
 

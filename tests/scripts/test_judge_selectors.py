@@ -40,6 +40,8 @@ def test_rows_of_every_kind(tmp_path):
     assert again[: len(rows)] == rows
     times = {row.identity.label: values(row) for row in again[len(rows) :]}
     assert set(times) == {"dense", *(f"{n} 0.3" for n in names)}
+    with pytest.raises(UserError, match="has other times of 128 tokens"):
+        judge_selectors.run(str(tmp_path / "checkpoint"), out, names=["oracle", "random"], lengths=[128], **SMALL)
     assert times["dense"]["speedup"] == 1 and all(numbers["latency_p50"] > 0 for numbers in times.values())
 
 
