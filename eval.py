@@ -326,7 +326,7 @@ def write(rows: list, out: pathlib.Path | str) -> None:
     """rows.jsonl and table.csv with everything, table.md as it is printed, and pareto.png, under `out`."""
     from lissom.evaluation.tables import write_report
 
-    write_report(rows, out, shown=SHOWN)
+    write_report(rows, out, shown=shown(rows))
     text = (pathlib.Path(out) / "table.md").read_text(encoding="utf-8")
     for line in text.splitlines():
         if line.startswith("No plot"):
@@ -338,9 +338,12 @@ SHOWN = (
     "accuracy",
     "token_accuracy",
     "bits_per_byte",
+    "loss",
     "log_likelihood",
     "likelihood_gap",
     "adjusted_rand",
+    "density",
+    "logit_error",
     "train_seconds",
     "latency_p50",
     "decode_p50",
@@ -352,11 +355,18 @@ SHOWN = (
 )
 
 
+def shown(rows: list) -> tuple[str, ...]:
+    """The metrics that are printed: of the loss only where no other number says what it would."""
+    others = {"accuracy", "bits_per_byte", "log_likelihood"}
+    told = {measurement.name for row in rows for measurement in row.measurements} & others
+    return tuple(name for name in SHOWN if name != "loss" or not told)
+
+
 def render(rows: list) -> str:
     """The tables for the terminal, one a task; the first variant is what the others are compared to."""
     from lissom.evaluation.tables import shown_text, tables
 
-    return shown_text(tables(rows), SHOWN)
+    return shown_text(tables(rows), shown(rows))
 
 
 def report_run(workdir: pathlib.Path, result: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""Writes the generated pages: docs/techniques.md from docs/techniques.toml; docs/benchmarks.md and the table in
-README.md from results/; the table in docs/support.md from docs/support.json, which `pytest --support` writes.
+"""Writes the generated pages: docs/techniques.md from docs/techniques.toml; docs/results.md, docs/benchmarks.md and the
+table in README.md from results/; the table in docs/support.md from docs/support.json, which `pytest --support` writes.
 
 uv run scripts/render_docs.py            writes them
 uv run scripts/render_docs.py --check    exits 1 where a page is stale or an entry names what does not exist
@@ -116,6 +116,46 @@ def measured_table(folder: pathlib.Path, name: str) -> str:
     return text
 
 
+def results_page(root: pathlib.Path) -> str:
+    """docs/results.md: a section a folder of results/ that holds a table, with what its recipe says of itself."""
+    from lissom.evaluation.rows import read_rows
+
+    lines = ["# Results", "", "Written by `scripts/render_docs.py` from the tables in `results/`.", ""]
+    lines += ["How it is measured, and what a claim needs: [evaluation.md](evaluation.md).", ""]
+    for folder in sorted(file.parent for file in (root / "results").glob("*/table.md")):
+        rows = read_rows(folder / "rows.jsonl")
+        recipe = next(row.identity.recipe for row in rows if row.identity.role == "variant").partition(":")[0]
+        said = (ast.get_docstring(ast.parse((root / recipe).read_text())) or "").splitlines()[:1]
+        commits = ", ".join(sorted({_commit(row.provenance) for row in rows}))
+        lines += [
+            f"## {folder.name}",
+            "",
+            *said,
+            "",
+            f"[{recipe}](../{recipe}){_settings(rows)}; commit {commits}.",
+            "",
+        ]
+        lines += [(folder / "table.md").read_text().strip().replace("## ", "### "), ""]
+        for file, words in (("table.csv", "All columns"), ("pareto.png", "Plot")):
+            if (folder / file).is_file():
+                path = f"../results/{folder.name}/{file}"
+                lines += [f"{words}: [{file}]({path})", ""]
+    return "\n".join(lines)
+
+
+def _settings(rows: Sequence[Any]) -> str:
+    """What all variants set on top of the recipe, and learning rates that are each variant's own."""
+    variants = [row.identity for row in rows if row.identity.role == "variant"]
+    same = set.intersection(*(set(identity.overrides.items()) for identity in variants))
+    said = [f"`{key}={value}`" for key, value in sorted(same)]
+    text = f" with {', '.join(said)}" if said else ""
+    rates = {identity.label: identity.overrides.get("optim.learning_rate") for identity in variants}
+    if len(set(rates.values())) > 1:
+        default = "the recipe's"
+        text += "; learning rates: " + ", ".join(f"{label} {rate or default}" for label, rate in rates.items())
+    return text
+
+
 def benchmarks_page(root: pathlib.Path) -> str:
     """docs/benchmarks.md: a section an op and machine, from results/ops/*.jsonl."""
     from lissom.evaluation.benchmarks import report
@@ -179,6 +219,7 @@ def pages(root: pathlib.Path) -> dict[pathlib.Path, str]:
     readme, support = root / "README.md", root / "docs" / "support.md"
     return {
         root / "docs" / "techniques.md": techniques_page(read_techniques(root)),
+        root / "docs" / "results.md": results_page(root),
         root / "docs" / "benchmarks.md": benchmarks_page(root),
         support: replaced(support.read_text(), support_table(root)),
         readme: replaced(readme.read_text(), measured_table(root / RESULT, RESULT)),

@@ -53,6 +53,12 @@ def test_only_what_lies_between_the_markers_changes():
         replaced("a", "new")
 
 
+def test_every_table_of_results_is_on_the_page():
+    page = (ROOT / "docs" / "results.md").read_text()
+    for folder in (ROOT / "results").iterdir():
+        assert (f"## {folder.name}\n" in page) == (folder / "table.md").is_file()
+
+
 def test_check_exits_1_where_a_page_is_stale(tmp_path: pathlib.Path, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "techniques.toml").write_text("technique = []\n")
@@ -66,9 +72,10 @@ def test_check_exits_1_where_a_page_is_stale(tmp_path: pathlib.Path, capsys):
     assert main(["--check"], tmp_path) == 0
     assert "Not measured yet." in (tmp_path / "README.md").read_text()
     assert "Not measured yet." in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert not [line for line in (tmp_path / "docs" / "results.md").read_text().splitlines() if line.startswith("## ")]
     docs = tmp_path / "docs"
     support = (docs / "support.md").read_text()
     assert "| softmax | `online` | run here, equals the reference (2026-01-02) | never run | never run |" in support
     assert "| attention | `cudnn` | – | never run | – |" in support
-    generated = {docs / f"{name}.md" for name in ("techniques", "benchmarks", "support")}
+    generated = {docs / f"{name}.md" for name in ("techniques", "results", "benchmarks", "support")}
     assert set(pages(tmp_path)) == {tmp_path / "README.md", *generated}
