@@ -345,6 +345,7 @@ SHOWN = (
     "density",
     "logit_error",
     "train_seconds",
+    "train_peak_memory",
     "latency_p50",
     "decode_p50",
     "cache_bytes_per_token",
