@@ -28,6 +28,7 @@ METRICS = {
     "density": Metric("fraction", "lower", "attention scores that are computed, of those its mask allows"),
     "mass_recall": Metric("fraction", "higher", "attention mass on the scores that are computed, mean over rows"),
     "output_error": Metric("fraction", "lower", "norm of the output's error / norm of dense attention's output"),
+    "kept": Metric("fraction", "lower", "tokens that a layer's mixer computes"),
     "logit_error": Metric("1", "lower", "largest difference of an output from the network's in front of the transform"),
     "log_likelihood": Metric("nats", "higher", "mean log-likelihood of an element of a test set"),
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),
