@@ -340,6 +340,8 @@ def run(
             settings = {} if selection is None else {"density": density, **selection.settings}
             add(task, label, seed, settings, values)
             print(f"{label}, text {seed}: " + ", ".join(f"{m.name} {m.value:.4f}" for m in values), flush=True)
+        # A process has room for 65,530 memory maps (Linux), and the programs of all selections take more.
+        jax.clear_caches()
     heads.clear()
 
     write_report(found, out, x="density", y="loss")
