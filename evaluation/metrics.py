@@ -26,6 +26,7 @@ METRICS = {
     "loss": Metric("nats", "lower", "mean cross-entropy of a test example, token or element of a set"),
     "bits_per_byte": Metric("bits", "lower", "cross-entropy a byte of test text"),
     "density": Metric("fraction", "lower", "attention scores that are computed, of those its mask allows"),
+    "excess_loss": Metric("nats", "lower", "loss, less that of dense attention on the same tokens"),
     "mass_recall": Metric("fraction", "higher", "attention mass on the scores that are computed, mean over rows"),
     "output_error": Metric("fraction", "lower", "norm of the output's error / norm of dense attention's output"),
     "kept": Metric("fraction", "lower", "tokens that a layer's mixer computes"),

@@ -85,12 +85,17 @@ def _draw(axis, panel: Panel) -> None:
     largest = max((p.size for p in points if p.size), default=1.0)
     front = pareto_front([(p.x, p.y) for p in points], panel.directions)
     axis.set_xscale("log")
+    low, high = min(p.y for p in points), max(p.y for p in points)
+    decades = panel.directions[1] == "lower" and low > 0 and high / low > 20
+    if decades:
+        axis.set_yscale("log")
     axis.plot([points[i].x for i in front], [points[i].y for i in front], color=BLUE, alpha=0.5, lw=1.5, zorder=1)
     for index, p in enumerate(points):
         color = BLUE if index in front else GREY
         # An interval that reaches below 0 cannot be drawn on a log axis: it ends just above.
         x_error = None if p.x_error is None else [[min(p.x_error, 0.9 * p.x)], [p.x_error]]
-        axis.errorbar(p.x, p.y, xerr=x_error, yerr=p.y_error, fmt="none", ecolor=color, elinewidth=1, alpha=0.7)
+        y_error = [[min(p.y_error, 0.9 * p.y)], [p.y_error]] if decades and p.y_error is not None else p.y_error
+        axis.errorbar(p.x, p.y, xerr=x_error, yerr=y_error, fmt="none", ecolor=color, elinewidth=1, alpha=0.7)
         face = color if p.size is not None else "white"
         area = marker_area(p.size, largest)
         axis.scatter(

@@ -231,6 +231,28 @@ def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> dict
     return measure_interleaved({name: (run, inputs) for name, run in programs.items()}, repeats=repeats)
 
 
+def with_excess(rows: Sequence) -> list:
+    """The rows, each with the loss that its selection costs: its own less that of dense attention on the same text."""
+    import dataclasses
+
+    from lissom.evaluation.rows import measure
+
+    found = {}
+    for row in rows:
+        loss = next((m for m in row.measurements if m.name == "loss"), None)
+        found[row.identity.task, row.identity.seed, row.identity.label] = loss
+
+    def added(row):
+        own, dense = (found.get((row.identity.task, row.identity.seed, name)) for name in (row.identity.label, "dense"))
+        if row.identity.label == "dense" or own is None or dense is None:
+            return row
+        others = tuple(m for m in row.measurements if m.name != "excess_loss")
+        excess = measure("excess_loss", own.value - dense.value, **own.conditions)
+        return dataclasses.replace(row, measurements=(*others, excess))
+
+    return [added(row) for row in rows]
+
+
 def texts(checkpoint: str, modules: tuple[str, ...], count: int, length: int) -> list:
     """`count` windows [1, length + 1] of the modules' tokens. Where window i stands does not depend on the count: at
     1/2, 1/4, 3/4, 1/8, ... of the text."""
@@ -344,7 +366,8 @@ def run(
         jax.clear_caches()
     heads.clear()
 
-    write_report(found, out, x="density", y="loss")
+    found = with_excess(found)
+    write_report(found, out, x="density", y="excess_loss")
 
     for length in to_time:
         layer = depth // 2
@@ -362,8 +385,7 @@ def run(
             print(f"{label}, {length} tokens: {taken.p50:.3f} s", flush=True)
         # All times of a length or none: they are compared within one run.
         found += rows
-        records.write_rows(file, found)
-        write_report(found, out, x="density", y="loss")
+        write_report(found, out, x="density", y="excess_loss")
     return found
 
 

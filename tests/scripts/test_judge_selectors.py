@@ -30,10 +30,11 @@ def test_rows_of_every_kind(tmp_path):
     assert rows == read_rows(out / "rows.jsonl") and (out / "table.md").is_file()
     found = {(row.identity.label, row.identity.seed): values(row) for row in rows}
     assert set(found) == {(label, seed) for label in ("dense", *(f"{n} 0.3" for n in names)) for seed in (0, 1)}
-    for (label, _), numbers in found.items():
+    for (label, seed), numbers in found.items():
         if label == "dense":
             assert numbers["density"] == 1 and set(numbers) == {"loss", "density"}
         else:
+            assert numbers["excess_loss"] == numbers["loss"] - found["dense", seed]["loss"]
             assert 0 < numbers["density"] < 1 and 0 < numbers["mass_recall"] < 1 and numbers["output_error"] > 0
     # What stands there is not judged again; latencies come behind.
     again = run([128])
