@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import glob
+import itertools
 import json
 import pathlib
 import sys
@@ -177,11 +178,10 @@ def evaluate(
             skip(f"skipped {run}: {error}")
     if not subjects:
         raise UserError(f"none of {len(runs)} runs can be measured")
-    trained = {subject.run: subject for subject in subjects if subject.blank.identity.transform is None}
     for subject in subjects:
         measure_subject(subject)
-        if trained[subject.run] is not subject:
-            compare_outputs(subject, trained[subject.run])
+    for _, (trained, *rest) in itertools.groupby(subjects, lambda subject: subject.run):
+        compare_outputs(trained, [subject for subject in rest if subject.blank.identity.transform])
     tasks: dict[str, list] = {}
     for subject in subjects:
         tasks.setdefault(subject.blank.identity.task, []).append(subject)

@@ -37,7 +37,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.compression.artefacts import check_transforms, structure_of
     from lissom.compression.starting import starting_network
     from lissom.evaluation import costs
-    from lissom.evaluation.memory import compiled_memory
+    from lissom.evaluation.memory import step_memory
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import processes, runs, sharding, stages
@@ -77,7 +77,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     everywhere = sharding.replicated(mesh)
     loop_key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed))[1], out_shardings=everywhere)()
 
-    traces, spent, planned = {}, {"compile": 0.0, "train": 0.0, "flops": 0.0}, {}
+    traces, spent, memory = {}, {"compile": 0.0, "train": 0.0, "flops": 0.0}, {}
 
     def program(stage, assembly):
         """The traced step of a stage, and where its batches go."""
@@ -153,7 +153,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             "compile_seconds": spent["compile"],
             "train_seconds": seconds,
             "examples_per_second": examples / seconds if seconds else math.nan,
-            **planned,
+            **memory,
             **({} if math.isnan(spent["flops"]) else {"train_flops": spent["flops"]}),
         }
 
@@ -191,10 +191,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             spent["compile"] += time.monotonic() - compiling
             flops = costs.count_jaxpr(traced.jaxpr).flops
             flops = math.nan if flops is None else flops  # of a step; unknown of one stage is unknown of all
-            plan_of_memory = compiled_memory(compiled)
-            if plan_of_memory is not None:  # of several stages the largest
-                for name, size in (("peak_memory", plan_of_memory.peak), ("temporaries", plan_of_memory.temporaries)):
-                    planned[f"train_{name}"] = max(size, planned.get(f"train_{name}", 0))
+            for name, size in step_memory(compiled).items():  # of several stages the largest
+                memory[name] = max(size, memory.get(name, 0))
 
             batches = data.train_batches(dataset, start_step=step, **stream(stage))
             pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step

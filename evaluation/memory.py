@@ -56,6 +56,12 @@ def peak_measurement(compiled, **conditions) -> Measurement:
     return measure("peak_memory", None if plan is None else plan.peak, "compiled", **conditions)
 
 
+def step_memory(compiled) -> dict[str, int]:
+    """{"train_peak_memory", "train_temporaries"} of a compiled training step; empty where the backend does not tell."""
+    plan = compiled_memory(compiled)
+    return {} if plan is None else {"train_peak_memory": plan.peak, "train_temporaries": plan.temporaries}
+
+
 # ---- parameters --------------------------------------------------------------------------------------------
 
 

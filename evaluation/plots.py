@@ -86,15 +86,14 @@ def _draw(axis, panel: Panel) -> None:
     front = pareto_front([(p.x, p.y) for p in points], panel.directions)
     axis.set_xscale("log")
     low, high = min(p.y for p in points), max(p.y for p in points)
+    # Errors and losses may span decades; a share of correct answers is read on a linear axis.
     decades = panel.directions[1] == "lower" and low > 0 and high / low > 20
     if decades:
         axis.set_yscale("log")
     axis.plot([points[i].x for i in front], [points[i].y for i in front], color=BLUE, alpha=0.5, lw=1.5, zorder=1)
     for index, p in enumerate(points):
         color = BLUE if index in front else GREY
-        # An interval that reaches below 0 cannot be drawn on a log axis: it ends just above.
-        x_error = None if p.x_error is None else [[min(p.x_error, 0.9 * p.x)], [p.x_error]]
-        y_error = [[min(p.y_error, 0.9 * p.y)], [p.y_error]] if decades and p.y_error is not None else p.y_error
+        x_error, y_error = _interval(p.x, p.x_error), _interval(p.y, p.y_error) if decades else p.y_error
         axis.errorbar(p.x, p.y, xerr=x_error, yerr=y_error, fmt="none", ecolor=color, elinewidth=1, alpha=0.7)
         face = color if p.size is not None else "white"
         area = marker_area(p.size, largest)
@@ -117,6 +116,11 @@ def _draw(axis, panel: Panel) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(f"{panel.title}\n{panel.subtitle}", fontsize=11, loc="left")
     _legend(axis, panel, largest)
+
+
+def _interval(value: float, error: float | None) -> list[list[float]] | None:
+    """Lengths below and above; what reaches below 0 cannot be drawn on a log axis: it ends just above."""
+    return None if error is None else [[min(error, 0.9 * value)], [error]]
 
 
 def _limits(axis, points: Sequence[Point]) -> None:

@@ -15,7 +15,6 @@ from lissom.models.mixers.block_sparse import BlockSparseAttention
 from lissom.models.registry import construct
 from lissom.models.selectors import SELECTORS
 from lissom.models.selectors.base import Selector
-from lissom.models.selectors.quality import Whole, judged
 from lissom.models.variables import Parts, merge, split
 from lissom.ops.attention import Causal
 
@@ -68,17 +67,6 @@ class Selection(NamedTuple):
             return self.trained[layer]
         settings = self.settings if self.of_layers is None else self.of_layers[layer]
         return construct(SELECTORS, self.name, {self.name: settings}, "selector", **facts, rngs=nnx.Rngs(layer))
-
-
-def judged_heads(selector: Selector, of: Heads, whole: Whole) -> dict[str, jax.Array]:
-    """`quality.judged` of a selector on one layer; one program for all layers on which it has the same settings."""
-    graph, *variables = split(selector)
-    return _judged(graph, variables, of, whole)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _judged(graph, variables, of: Heads, whole: Whole):
-    return judged(merge(Parts(graph, *variables)), of.q, of.k, of.v, raw=of.raw, whole=whole)
 
 
 def loss_of(model: LanguageModel, selection: Selection | None, tokens: jax.Array, *, block: int, skip: int) -> tuple:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# As in variables.py, for who builds a layer without a network: logical axes are metadata while a module is built.
-nnx.use_eager_sharding(False)
+import lissom.models.variables  # noqa: F401  switches flax's eager sharding off, also for who builds a layer alone
 
 KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 

@@ -186,7 +186,8 @@ def judge(model, text, selection, heads: Mapping[int, tuple], block: int, skip: 
     import numpy as np
 
     from lissom.evaluation.rows import measure
-    from lissom.evaluation.selection import judged_heads, loss_of
+    from lissom.evaluation.selection import loss_of
+    from lissom.models.selectors.quality import judged_by_program
 
     loss, density = loss_of(model, selection, text, block=block, skip=skip)
     found = [measure("loss", float(loss), tokens=text.shape[1] - 1 - skip), measure("density", float(density))]
@@ -195,7 +196,7 @@ def judge(model, text, selection, heads: Mapping[int, tuple], block: int, skip: 
     values: dict[str, list] = {"recall": [], "error": []}
     for layer, (of, whole) in heads.items():
         facts = {"heads": of.q.shape[2], "kv_heads": of.k.shape[2], "head_dim": of.q.shape[3], "block": block}
-        numbers = judged_heads(selection.of(layer, **facts), of, whole)
+        numbers = judged_by_program(selection.of(layer, **facts), of.q, of.k, of.v, raw=of.raw, whole=whole)
         for name in values:
             values[name].append(np.asarray(numbers[name]))
     about = {"layers": len(heads)}

@@ -59,7 +59,7 @@ def memory(elements: int, variant: str, chunk: int, tiny: bool) -> list:
     import jax
 
     from lissom.data.gaussian_mixtures import gaussian_mixtures
-    from lissom.evaluation.memory import compiled_memory
+    from lissom.evaluation.memory import step_memory
     from lissom.evaluation.rows import measure
 
     encoder, settings, remat = VARIANTS[variant]
@@ -68,13 +68,9 @@ def memory(elements: int, variant: str, chunk: int, tiny: bool) -> list:
     one = gaussian_mixtures(size=elements, train_size=1, test_size=1).train
     batch = {name: jax.ShapeDtypeStruct((SETS, *leaf.shape[1:]), leaf.dtype) for name, leaf in one.items()}
     of = lambda params, batch, key: objective.gradients(*parts._replace(params=params), batch, key, 0)[::2]
-    plan = compiled_memory(jax.jit(of).lower(parts.params, batch, jax.random.key(0)).compile())
+    found = step_memory(jax.jit(of).lower(parts.params, batch, jax.random.key(0)).compile())
     at = {"elements": elements, "batch": SETS}
-    values = (None, None) if plan is None else (plan.temporaries, plan.peak)
-    return [
-        measure("train_temporaries", values[0], "compiled", **at),
-        measure("train_peak_memory", values[1], "compiled", **at),
-    ]
+    return [measure(name, found.get(name), "compiled", **at) for name in ("train_temporaries", "train_peak_memory")]
 
 
 def bias(elements: int, chunk: int, draws: int, seed: int, tiny: bool) -> list:

@@ -18,8 +18,8 @@ class PerHead(Selector):
     assignment: (name, settings) for each query head, as `search.search` finds it; a shorter one repeats over the heads.
     The lists of all heads go to the op as one mask, so heads differ in what they compute, not in programs. Where lists
     differ in the rows that share them, the finest serves all. A selector that counts heads (`strided`, `random`) counts
-    those of its own entry. A step of one token with a cache selects if all of its
-    selectors do. `token_sparsity` chooses for all heads together and is refused.
+    those of its own entry. A step of one token with a cache selects if all of its selectors do.
+    `token_sparsity` chooses for all heads together and is refused.
     """
 
     def __init__(self, *, assignment: Sequence, rngs: nnx.Rngs | None = None, **kwargs):

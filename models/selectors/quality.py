@@ -1,9 +1,12 @@
 """How much of attention a selection keeps: recall of mass, error of the output, beside the measured density."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from lissom.models.selectors.base import Offset, Selector
+from lissom.models.variables import Parts, merge, split
 from lissom.ops.attention import Causal, Mask, attention
 
 Whole = tuple[jax.Array, jax.Array]
@@ -15,7 +18,9 @@ def whole_of(q: jax.Array, k: jax.Array, v: jax.Array, offset: Offset = 0) -> Wh
     return attention(q, k, v, mask=Causal(offset), return_lse=True)
 
 
-def quality(q, k, v, mask: Mask, offset: Offset = 0, whole: Whole | None = None) -> dict[str, jax.Array]:
+def quality(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, offset: Offset = 0, whole: Whole | None = None
+) -> dict[str, jax.Array]:
     """Of the causal attention of one layer, by head [H]:
 
         recall = mean over rows of sum_{j listed} a[i, j] = mean exp(lse of the listed keys - lse of all keys)
@@ -45,3 +50,14 @@ def judged(
     each [H]."""
     mask, info = selector(q, k, 0, key, raw)
     return {"density": info["per_head"], **quality(q, k, v, mask, whole=whole)}
+
+
+def judged_by_program(selector: Selector, q, k, v, **options) -> dict[str, jax.Array]:
+    """`judged`, compiled: one program for all layers on which a selector has the same settings."""
+    graph, *variables = split(selector)
+    return _judged(graph, variables, q, k, v, options)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judged(graph, variables, q, k, v, options):
+    return judged(merge(Parts(graph, *variables)), q, k, v, **options)

@@ -1,16 +1,13 @@
 """The offline search: which selector for which head, at no more than a given share of the scores."""
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
 from lissom.models.registry import construct
 from lissom.models.selectors import SELECTORS
-from lissom.models.selectors.quality import Whole, judged, whole_of
-from lissom.models.variables import Parts, merge, split
+from lissom.models.selectors.quality import judged_by_program, whole_of
 
 Space = Mapping[str, Sequence[Mapping]]
 
@@ -53,8 +50,7 @@ def search(
     for name, choices in candidates.items():
         for settings in choices:
             selector = construct(SELECTORS, name, {name: settings}, "selector", **facts)
-            graph, *variables = split(selector)
-            values = jax.device_get(_judged(graph, variables, q, k, v, whole))
+            values = jax.device_get(judged_by_program(selector, q, k, v, whole=whole))
             for head, entries in enumerate(found):
                 numbers = {measure: float(of[head]) for measure, of in values.items()}
                 entries.append({"selector": name, "settings": dict(settings), **numbers})
@@ -68,12 +64,6 @@ def search(
     return tuple((entry["selector"], entry["settings"]) for entry in report), report
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _judged(graph: nnx.GraphDef, variables: list, q, k, v, whole: Whole) -> dict[str, jax.Array]:
-    """One program for a selector's settings, whatever layer it is tried on."""
-    return judged(merge(Parts(graph, *variables)), q, k, v, whole=whole)
-
-
 def streaming_heads(
     q: jax.Array, k: jax.Array, v: jax.Array, *, share: float = 0.5, sink: int = 1, window: int = 2, block: int = 64
 ) -> tuple[int, ...]:
@@ -82,7 +72,5 @@ def streaming_heads(
     output, mean over the heads of a group, stands in for them here."""
     facts = {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "block": block}
     selector = construct(SELECTORS, "a_shape", {"a_shape": {"sink": sink, "window": window}}, "selector", **facts)
-    graph, *variables = split(selector)
-    values = _judged(graph, variables, q, k, v, jax.jit(whole_of)(q, k, v))
-    error = np.asarray(values["error"]).reshape(k.shape[2], -1).mean(1)
+    error = np.asarray(judged_by_program(selector, q, k, v)["error"]).reshape(k.shape[2], -1).mean(1)
     return tuple(sorted(int(head) for head in np.argsort(error, kind="stable")[: int(share * k.shape[2] + 1e-6)]))

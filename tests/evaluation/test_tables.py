@@ -5,6 +5,7 @@ import dataclasses
 import io
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.transforms import Bbox
 
@@ -189,6 +190,16 @@ def test_a_report_survives_labels_that_do_not_fit(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert "No plot: 1 labels do not fit" in text and "accuracy [%]" in text and "latency" not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "table.csv", "table.md"]
+
+
+@pytest.mark.parametrize(
+    ("low", "direction", "scale"), [(0.01, "lower", "log"), (0.5, "lower", "linear"), (0.01, "higher", "linear")]
+)
+def test_losses_over_decades_have_a_log_axis(low, direction, scale):
+    axis = Figure().subplots()
+    points = (plots.Point("a", 1.0, low, y_error=5.0), plots.Point("b", 2.0, 1.0))
+    plots._draw(axis, plots.Panel("task", "machine", "x", "y", points, ("lower", direction)))
+    assert axis.get_yscale() == scale
 
 
 def test_labels_that_cannot_fit_are_refused(tmp_path):

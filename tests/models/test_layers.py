@@ -1,5 +1,8 @@
 """Layers against values computed by hand, and networks against parameter counts computed by hand."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +76,16 @@ def test_dropout():
     np.testing.assert_array_equal(dropout(x, 0.25, None, False), x)
     with pytest.raises(ValueError, match="random key"):
         dropout(x, 0.25, None, True)
+
+
+def test_a_layer_is_built_alone():
+    """With no network imported before, flax would want a mesh for the logical axes."""
+    program = (
+        "from flax import nnx; from lissom.models.linear import Linear; "
+        "print(Linear(4, 3, axes=('embed', 'mlp'), rngs=nnx.Rngs(0)).kernel.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "(4, 3)", done.stderr
 
 
 def test_causal_attention_does_not_see_the_future():
