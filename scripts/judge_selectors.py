@@ -15,7 +15,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -125,18 +125,49 @@ def trained_gates(calibration: Sequence, rope_theta: float, block: int, steps: i
     return gates
 
 
-def selections(wanted, names, densities, calibration, judged, rope_theta: float, block: int, steps: int) -> Iterator:
-    """(label, density asked for, Selection) of the labels that are wanted, made as it is asked for."""
-    import jax
+class Subject(NamedTuple):
+    """A decoder and what its attention is judged with."""
 
-    from lissom.evaluation.selection import Selection
+    checkpoint: str
+    model: Any
+    names: Sequence[str]
+    densities: Sequence[float]
+    block: int
+    steps: int  # of a gate's training
+    provenance: Any  # of the code that this process read when it began
+
+    @property
+    def labels(self) -> list[str]:
+        return ["dense", *(label_of(name, density) for density in self.densities for name in self.names)]
+
+    @property
+    def layers(self) -> list[int]:
+        """Seven layers, evenly spread, whose heads are judged."""
+        last = len(self.model.blocks) - 1
+        return sorted({round(at * last / 6) for at in range(7)})
+
+
+def selections(subject: Subject, wanted, length: int, count: int, layer: int | None = None) -> Iterator:
+    """(label, density asked for, Selection) of the labels that are wanted, each made as it is asked for on `count`
+    calibration texts: for all layers, or for one."""
+    if not wanted:
+        return
+    import jax
+    import jax.numpy as jnp
+
+    from lissom.data.stdlib_text import TRAIN_MODULES
+    from lissom.evaluation.selection import Selection, heads_of
     from lissom.models.selectors.search import search
 
-    length, kv_heads = calibration[0].k.shape[1:3]
+    names, densities, block = subject.names, subject.densities, subject.block
+    text = jnp.concatenate(texts(subject.checkpoint, TRAIN_MODULES, count, length))
+    calibration = heads_of(subject.model, text[:, :-1], None if layer is None else [layer])
+    kv_heads = calibration[0].k.shape[2]
     gated = any(label_of("learned_gate", density) in wanted for density in densities)
-    gates = trained_gates(calibration, rope_theta, block, steps) if gated else None
+    rope_theta = subject.model.blocks[0].mixer.rope_theta
+    gates = trained_gates(calibration, rope_theta, block, subject.steps) if gated else None
     calibration = [jax.tree.map(lambda x: x[:1], of) for of in calibration]
-    some = [calibration[layer] for layer in judged]
+    some = [calibration[at] for at in subject.layers] if layer is None else calibration
     for density in densities:
         fit = functools.cache(lambda name, density=density: fitted(name, density, some, block))
         for name in names:
@@ -285,21 +316,33 @@ def run(
     repeats: int = 7,
 ) -> list:
     """Judges and times; writes rows.jsonl as it goes, and the table in the end. Returns all rows of `out`."""
-    import jax
-    import jax.numpy as jnp
-
-    from lissom.data.errors import DataError
-    from lissom.data.stdlib_text import TEST_MODULES, TRAIN_MODULES
     from lissom.eval import check_writable
-    from lissom.evaluation import rows as records
-    from lissom.evaluation.rows import Identity, Row, measure
-    from lissom.evaluation.selection import check_layers, heads_of
+    from lissom.evaluation.rows import provenance, read_rows
     from lissom.evaluation.tables import write_report
-    from lissom.models.pretrained import load
-    from lissom.models.pretrained.errors import CheckpointError
-    from lissom.models.selectors.quality import whole_of
 
     check_writable(out, "--out")
+    subject = Subject(checkpoint, opened(checkpoint, length), names, densities, block, steps, provenance())
+    file = out / "rows.jsonl"
+    found = read_rows(file) if file.is_file() else []
+    to_time = untimed(subject, found, lengths, out)  # what is wrong with these is said before hours of judging
+    judge_texts(subject, found, file, length, count)
+    found = with_excess(found)
+    write_report(found, out, x="density", y="excess_loss")
+    for at in to_time:
+        # All times of a length or none: they are compared within one run.
+        found += times_of(subject, at, repeats)
+        write_report(found, out, x="density", y="excess_loss")
+    return found
+
+
+def opened(checkpoint: str, length: int):
+    """The decoder, of which every layer can be judged on texts of that length."""
+    from lissom.data.errors import DataError
+    from lissom.data.stdlib_text import TEST_MODULES
+    from lissom.evaluation.selection import check_layers
+    from lissom.models.pretrained import load
+    from lissom.models.pretrained.errors import CheckpointError
+
     try:
         model = load(checkpoint, stack="loop", tokenizer=False).model
         texts(checkpoint, TEST_MODULES, 1, length)
@@ -308,86 +351,95 @@ def run(
         raise
     except (CheckpointError, DataError, ValueError) as error:
         raise UserError(f"--checkpoint={checkpoint}: {error}") from error
-    file = out / "rows.jsonl"
-    found = records.read_rows(file) if file.is_file() else []
-    provenance, depth = records.provenance(), len(model.blocks)
-    judged = sorted({round(at * (depth - 1) / 6) for at in range(7)})
-    name = checkpoint
-    rope_theta = model.blocks[0].mixer.rope_theta
+    return model
 
-    def cases(length: int, count: int, layer: int | None, wanted):
-        """The selections that are wanted, made on the calibration texts: for all layers, or one."""
-        if not wanted:
-            return
-        text = jnp.concatenate(texts(checkpoint, TRAIN_MODULES, count, length))
-        every = layer is None
-        calibration = heads_of(model, text[:, :-1], None if every else [layer])
-        some = judged if every else [0]
-        yield from selections(wanted, names, densities, calibration, some, rope_theta, block, steps)
 
-    def timing_of(length: int) -> str:
-        return f"{name}: prefill of layer {depth // 2}, {length} tokens"
+def row_of(subject: Subject, task: str, label: str, seed: int | None, settings: Mapping, measurements: Sequence):
+    from lissom.evaluation.rows import Identity, Row
 
-    def add(task: str, label: str, seed, overrides: Mapping, measurements) -> None:
-        identity = Identity(RECIPE, task, seed, overrides, variant=label)
-        found.append(Row(identity, provenance, tuple(measurements)))
-        records.append_row(file, found[-1])
+    return Row(Identity(RECIPE, task, seed, settings, variant=label), subject.provenance, tuple(measurements))
 
-    labels = ["dense", *(label_of(selector, density) for density in densities for selector in names)]
-    to_time = []
-    for at in lengths:  # what is wrong with these is said before hours of judging
-        timed = {row.identity.label for row in found if row.identity.task == timing_of(at)}
-        if timed >= set(labels):
-            continue
-        if timed:
-            raise UserError(f"--out={out} has other times of {at} tokens, and times are compared within one run: "
-                            "give another --out, or the same selectors and densities")  # fmt: skip
-        texts(checkpoint, TEST_MODULES, 2, at)
-        to_time.append(at)
-    task = f"{name}: attention to {length} tokens of stdlib_text"
+
+def judge_texts(subject: Subject, found: list, file: pathlib.Path, length: int, count: int) -> None:
+    """Judges what has no row in `found` yet, and adds its rows there and to the file."""
+    import jax
+
+    from lissom.data.stdlib_text import TEST_MODULES
+    from lissom.evaluation.rows import append_row
+    from lissom.evaluation.selection import heads_of
+    from lissom.models.selectors.quality import whole_of
+
+    task = f"{subject.checkpoint}: attention to {length} tokens of stdlib_text"
     done = {(row.identity.label, row.identity.seed) for row in found if row.identity.task == task}
-    wanted = {label for label in labels if any((label, seed) not in done for seed in range(count))}
-    windows = texts(checkpoint, TEST_MODULES, count, length)
-    whole = jax.jit(whole_of)
+    wanted = {label for label in subject.labels if any((label, seed) not in done for seed in range(count))}
+    if not wanted:
+        return
+    windows = texts(subject.checkpoint, TEST_MODULES, count, length)
+    whole, layers = jax.jit(whole_of), subject.layers
     heads = [
-        {layer: (of, whole(of.q, of.k, of.v)) for layer, of in zip(judged, heads_of(model, text[:, :-1], judged))}
-        for text in (windows if wanted else ())
+        {
+            layer: (of, whole(of.q, of.k, of.v))
+            for layer, of in zip(layers, heads_of(subject.model, text[:, :-1], layers))
+        }
+        for text in windows
     ]
     every = [("dense", 1.0, None)] if "dense" in wanted else []
-    rest = wanted - {"dense"}
-    for label, density, selection in itertools.chain(every, cases(length, CALIBRATION_TEXTS, None, rest)):
+    rest = selections(subject, wanted - {"dense"}, length, CALIBRATION_TEXTS)
+    for label, density, selection in itertools.chain(every, rest):
         for seed, text in enumerate(windows):
             if (label, seed) in done:
                 continue
-            values = judge(model, text, selection, heads[seed], block, length // 2)
+            values = judge(subject.model, text, selection, heads[seed], subject.block, length // 2)
             settings = {} if selection is None else {"density": density, **selection.settings}
-            add(task, label, seed, settings, values)
+            found.append(row_of(subject, task, label, seed, settings, values))
+            append_row(file, found[-1])
             print(f"{label}, text {seed}: " + ", ".join(f"{m.name} {m.value:.4f}" for m in values), flush=True)
         # A process has room for 65,530 memory maps (Linux), and the programs of all selections take more.
         jax.clear_caches()
-    heads.clear()
 
-    found = with_excess(found)
-    write_report(found, out, x="density", y="excess_loss")
 
-    for length in to_time:
-        layer = depth // 2
-        inputs = [heads_of(model, text[:, :-1], [layer])[0] for text in texts(checkpoint, TEST_MODULES, 2, length)]
-        # One text for the gate: what it lists, not how much, depends on how well it is trained.
-        chosen = list(cases(length, 1, layer, set(labels)))
-        settings = {label: {"density": density, **selection.settings} for label, density, selection in chosen}
-        times, rows = latency(inputs, chosen, block, repeats), []
-        for label, taken in times.items():
-            about = {"length": length, "repeats": repeats}
-            values = [measure("latency_p50", taken.p50, **about), measure("latency_p90", taken.p90, **about),
-                      measure("speedup", times["dense"].p50 / taken.p50, reference="dense", **about)]  # fmt: skip
-            identity = Identity(RECIPE, timing_of(length), None, settings.get(label, {}), variant=label)
-            rows.append(Row(identity, provenance, tuple(values)))
-            print(f"{label}, {length} tokens: {taken.p50:.3f} s", flush=True)
-        # All times of a length or none: they are compared within one run.
-        found += rows
-        write_report(found, out, x="density", y="excess_loss")
-    return found
+def timing_of(subject: Subject, length: int) -> str:
+    """The task of the rows with the times of one length."""
+    return f"{subject.checkpoint}: prefill of layer {len(subject.model.blocks) // 2}, {length} tokens"
+
+
+def untimed(subject: Subject, found: Sequence, lengths: Sequence[int], out: pathlib.Path) -> list[int]:
+    """The lengths that have no times yet."""
+    from lissom.data.stdlib_text import TEST_MODULES
+
+    left = []
+    for length in lengths:
+        timed = {row.identity.label for row in found if row.identity.task == timing_of(subject, length)}
+        if timed >= set(subject.labels):
+            continue
+        if timed:
+            raise UserError(f"--out={out} has other times of {length} tokens, and times are compared within one run: "
+                            "give another --out, or the same selectors and densities")  # fmt: skip
+        texts(subject.checkpoint, TEST_MODULES, 2, length)
+        left.append(length)
+    return left
+
+
+def times_of(subject: Subject, length: int, repeats: int) -> list:
+    """Rows of the times of one layer with each selection, and dense, on two texts."""
+    from lissom.data.stdlib_text import TEST_MODULES
+    from lissom.evaluation.rows import measure
+    from lissom.evaluation.selection import heads_of
+
+    layer = len(subject.model.blocks) // 2
+    windows = texts(subject.checkpoint, TEST_MODULES, 2, length)
+    inputs = [heads_of(subject.model, text[:, :-1], [layer])[0] for text in windows]
+    # One text for the gate: what it lists, not how much, depends on how well it is trained.
+    chosen = list(selections(subject, set(subject.labels), length, 1, layer))
+    settings = {label: {"density": density, **selection.settings} for label, density, selection in chosen}
+    times, rows = latency(inputs, chosen, subject.block, repeats), []
+    for label, taken in times.items():
+        about = {"length": length, "repeats": repeats}
+        values = [measure("latency_p50", taken.p50, **about), measure("latency_p90", taken.p90, **about),
+                  measure("speedup", times["dense"].p50 / taken.p50, reference="dense", **about)]  # fmt: skip
+        rows.append(row_of(subject, timing_of(subject, length), label, None, settings.get(label, {}), values))
+        print(f"{label}, {length} tokens: {taken.p50:.3f} s", flush=True)
+    return rows
 
 
 def main(argv: list[str]) -> None:
