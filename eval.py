@@ -1,4 +1,4 @@
-"""Measures finished runs: uv run eval.py --runs='runs/*' [--out=results/mine]
+"""Measures finished runs: uv run eval.py --runs='runs/*' [--out=runs/table]
 
 Every network is exported, reloaded and then measured, as trained and after each transform of its config; latencies of
 one table are taken interleaved in this one process.

@@ -65,8 +65,12 @@ class Selection(NamedTuple):
         """The selector of a layer; facts: heads, kv_heads, head_dim, block."""
         if self.trained is not None:
             return self.trained[layer]
+        return construct(SELECTORS, self.name, self.kwargs(layer), "selector", **facts, rngs=nnx.Rngs(layer))
+
+    def kwargs(self, layer: int) -> dict[str, Any]:
+        """As `construct` takes them: under the name, or under that of a plug-in's class."""
         settings = self.settings if self.of_layers is None else self.of_layers[layer]
-        return construct(SELECTORS, self.name, {self.name: settings}, "selector", **facts, rngs=nnx.Rngs(layer))
+        return {self.name.rpartition(":")[2]: settings}
 
 
 def loss_of(model: LanguageModel, selection: Selection | None, tokens: jax.Array, *, block: int, skip: int) -> tuple:
@@ -95,10 +99,9 @@ def _with_selector(dense: Block, selection: Selection, number: int, block: int) 
     old = dense.mixer
     facts = {"heads": old.q.kernel.shape[1], "kv_heads": old.kv_heads, "head_dim": old.head_dim, "block": block}
     selector = selection.of(number, **facts)
-    settings = selection.settings if selection.of_layers is None else selection.of_layers[number]
     made = nnx.eval_shape(
         lambda: BlockSparseAttention(
-            old.q.kernel.shape[0], selector=selection.name, selector_kwargs={selection.name: settings},
+            old.q.kernel.shape[0], selector=selection.name, selector_kwargs=selection.kwargs(number),
             rope_theta=old.rope_theta, rope_factors=old.rope_factors, qk_norm=old.q_norm is not None,
             dtype=old.q.dtype, rngs=nnx.Rngs(0), **facts,
         )

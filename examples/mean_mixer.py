@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.bounds import UnsupportedForm
 from lissom.models.linear import Linear
+from lissom.ops.attention.masks import Full
 
 
 class MeanMixer(nnx.Module):
@@ -23,7 +25,7 @@ class MeanMixer(nnx.Module):
         self.scale = scale
 
     def __call__(self, x: jax.Array, context, cache=None, key=None):
-        if cache is not None:
-            raise NotImplementedError("MeanMixer has no cache")
+        if cache is not None or not isinstance(context.mask, Full):
+            raise UnsupportedForm("MeanMixer reads all tokens: it has no causal form, no mask and no cache")
         mean = self.scale * x.mean(1, keepdims=True)
         return jnp.broadcast_to(self.out(mean), x.shape), None, {"losses": {}, "metrics": {}}

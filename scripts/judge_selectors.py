@@ -10,6 +10,7 @@ standard library; settings are fitted, gates trained and assignments searched on
 judged again.
 """
 
+import collections
 import functools
 import itertools
 import pathlib
@@ -25,8 +26,9 @@ from lissom.training.errors import UserError, one_sentence
 CONTROLS = ("random", "a_shape", "oracle")
 JUDGED = (
     *CONTROLS, "strided", "pooled", "vertical_slash", "per_head", "learned_gate", "representative_heads",
-    "token_sparsity", "page_bounds",
+    "token_sparsity", "page_bounds", "streaming_pages",
 )  # fmt: skip
+SEARCHED = ("per_head", "streaming_pages")  # settings of their own for each layer
 RECIPE = "scripts/judge_selectors.py"
 GATE_STEPS, GATE_RATE = 150, 1e-3
 CALIBRATION_TEXTS = 4  # for gates; settings are fitted and assignments searched on the first
@@ -53,6 +55,8 @@ def settings_of(name: str, strength: float, length: int, block: int, kv_heads: i
         return {"tau": strength, "recent": block}
     if name == "page_bounds":
         return {"pages": max(1, round(strength * blocks / 2))}
+    if ":" in name:  # of another package
+        return {"density": strength}
     raise UserError(f"--selectors={name}: there are {', '.join(JUDGED)}")
 
 
@@ -157,7 +161,7 @@ def selections(subject: Subject, wanted, length: int, count: int, layer: int | N
 
     from lissom.data.stdlib_text import TRAIN_MODULES
     from lissom.evaluation.selection import Selection, heads_of
-    from lissom.models.selectors.search import search
+    from lissom.models.selectors.search import search, streaming_heads
 
     names, densities, block = subject.names, subject.densities, subject.block
     text = jnp.concatenate(texts(subject.checkpoint, TRAIN_MODULES, count, length))
@@ -181,15 +185,24 @@ def selections(subject: Subject, wanted, length: int, count: int, layer: int | N
                 patterns = ("a_shape", "vertical_slash", "pooled")
                 found = []
                 for of in calibration:
-                    wide = {pattern: [fit(pattern), *_sparser(pattern, density, length, block, kv_heads)]
+                    wide = {pattern: [fit(pattern), *_around(pattern, density, length, block, kv_heads)]
                             for pattern in patterns}  # fmt: skip
                     try:
                         assignment, _ = search(of.q, of.k, of.v, density=density, block=block, candidates=wide)
                     except ValueError as error:
                         raise UserError(f"--densities={density:g} for per_head: {error}") from error
                     found.append({"assignment": assignment})
-                yield label, density, Selection(name, {}, of_layers=found)
-            elif name in ("random", "oracle", "pooled"):
+                heads = collections.Counter(pattern for of in found for pattern, _ in of["assignment"])
+                yield label, density, Selection(name, {"heads": dict(heads)}, of_layers=found)
+            elif name == "streaming_pages":
+                settings = fit("page_bounds")
+                # As many blocks a query as the other heads rank for it.
+                sink = min(1, settings["pages"] - 1)
+                local = {"sink": sink, "window": settings["pages"] - sink}
+                found = [{**settings, **local, "streaming": streaming_heads(of.q, of.k, of.v, block=block, **local)}
+                         for of in calibration]  # fmt: skip
+                yield label, density, Selection("page_bounds", {**settings, **local}, of_layers=found)
+            elif name in ("random", "oracle", "pooled") or ":" in name:
                 yield label, density, Selection(name, {"density": density})
             else:
                 yield label, density, Selection(name, fit(name))
@@ -199,9 +212,10 @@ def label_of(name: str, density: float) -> str:
     return f"{name} {density:g}"
 
 
-def _sparser(name: str, density: float, length: int, block: int, kv_heads: int) -> list[dict]:
-    """For heads on which the fitted settings come out denser than on the mean of the heads."""
-    return [settings_of(name, density / by, length, block, kv_heads) for by in (2, 8, 32)]
+def _around(name: str, density: float, length: int, block: int, kv_heads: int) -> list[dict]:
+    """For heads on which the fitted settings come out sparser, or denser, than on the mean of the heads."""
+    strengths = (min(1.0, density * by) for by in (2, 1.4, 0.7, 1 / 2, 1 / 8, 1 / 32))
+    return [settings_of(name, strength, length, block, kv_heads) for strength in strengths]
 
 
 def _with_density(gate, density: float):
@@ -236,9 +250,9 @@ def judge(model, text, selection, heads: Mapping[int, tuple], block: int, skip: 
     return found
 
 
-def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> dict[str, Any]:
-    """{label: Latency} of one layer's selection and attention on the `Heads` of texts, dense attention among them, in
-    turns. `cases` are selections for that layer alone.
+def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """({label: Latency}, {label: density}) of one layer's selection and attention on the `Heads` of texts, dense
+    attention among them, in turns. `cases` are selections for that layer alone.
 
     A program has room for the largest selection: that of `token_sparsity`, whose number of tokens follows the text, is
     cut at the share whose square is the density that was asked for."""
@@ -250,6 +264,7 @@ def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> dict
     of = inputs[0]
     facts = {"heads": of.q.shape[2], "kv_heads": of.k.shape[2], "head_dim": of.q.shape[3], "block": block}
     programs: dict[str, Callable] = {"dense": jax.jit(lambda q, k, v, raw: attention(q, k, v, mask=Causal()))}
+    densities = {"dense": 1.0}
     for label, density, selection in cases:
         if selection.name == "token_sparsity":
             selection = selection._replace(settings={**selection.settings, "capacity": density**0.5})
@@ -260,7 +275,10 @@ def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> dict
             return selector.attend(q, k, v, mask, info)
 
         programs[label] = jax.jit(run)
-    return measure_interleaved({name: (run, inputs) for name, run in programs.items()}, repeats=repeats)
+        count = jax.jit(lambda q, k, raw, selector=selector: selector(q, k, 0, None, raw)[1]["density"])
+        densities[label] = sum(float(count(of.q, of.k, of.raw)) for of in inputs) / len(inputs)
+    times = measure_interleaved({name: (run, inputs) for name, run in programs.items()}, repeats=repeats)
+    return times, densities
 
 
 def with_excess(rows: Sequence) -> list:
@@ -432,11 +450,13 @@ def times_of(subject: Subject, length: int, repeats: int) -> list:
     # One text for the gate: what it lists, not how much, depends on how well it is trained.
     chosen = list(selections(subject, set(subject.labels), length, 1, layer))
     settings = {label: {"density": density, **selection.settings} for label, density, selection in chosen}
-    times, rows = latency(inputs, chosen, subject.block, repeats), []
+    times, densities = latency(inputs, chosen, subject.block, repeats)
+    rows = []
     for label, taken in times.items():
         about = {"length": length, "repeats": repeats}
         values = [measure("latency_p50", taken.p50, **about), measure("latency_p90", taken.p90, **about),
-                  measure("speedup", times["dense"].p50 / taken.p50, reference="dense", **about)]  # fmt: skip
+                  measure("speedup", times["dense"].p50 / taken.p50, reference="dense", **about),
+                  measure("density", densities[label], length=length)]  # fmt: skip
         rows.append(row_of(subject, timing_of(subject, length), label, None, settings.get(label, {}), values))
         print(f"{label}, {length} tokens: {taken.p50:.3f} s", flush=True)
     return rows
@@ -447,9 +467,9 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("length", 4096, "tokens of a text")
     flags.DEFINE_integer("texts", 2, "held-out texts")
     flags.DEFINE_list("densities", ["0.1", "0.2", "0.4"], "shares of the scores")
-    flags.DEFINE_list("selectors", list(JUDGED), f"of {', '.join(JUDGED)}")
+    flags.DEFINE_list("selectors", list(JUDGED), f"of {', '.join(JUDGED)}; or my_package.module:Class with `density`")
     flags.DEFINE_list("latency", [], "lengths at which one layer is timed")
-    flags.DEFINE_string("out", "results/selectors", "rows.jsonl and the table")
+    flags.DEFINE_string("out", "runs/selectors", "rows.jsonl and the table; those of Lissom lie in results/selectors")
     with one_sentence():
         if command_line.parse(argv, recipe=False):
             raise UserError("--config is no flag of judge_selectors.py, which takes no recipe")
@@ -486,7 +506,7 @@ def share(text: str) -> float:
 
 
 def known(name: str) -> str:
-    if name not in JUDGED:
+    if name not in JUDGED and ":" not in name:
         raise UserError(f"--selectors={name}: there are {', '.join(JUDGED)}")
     return name
 

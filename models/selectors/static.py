@@ -20,9 +20,9 @@ class Strided(StaticSelector):
     are meant or some head is dense.
 
     stride: None takes the number of sparse key-value heads, the widest that covers. dense_heads: so many of the first
-    key-value heads see everything. The paper also keeps whole layers dense, which is open here: layers of a pattern
-    report the same metrics, and `attention` has none. Its cache leaves out what a head will never see again; here it
-    keeps everything.
+    key-value heads see everything. The paper also keeps whole layers dense: here a pattern of mixers,
+    `model.mixer=("attention", "block_sparse")`. Its cache leaves out what a head will never see again; here it keeps
+    everything, so that a cached token costs what it costs in attention.
     """
 
     def __init__(

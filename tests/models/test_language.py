@@ -14,6 +14,8 @@ MIXERS = [
     ("ccgqa", {}),
     ("mla", {}),
     ("window", {"window": 4}),
+    ("neighborhood", {"window": 3, "dilation": 2}),
+    ("token_elimination", {"block": 4}),
     ("none", {}),
 ]
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from lissom.evaluation import memory
+from lissom.evaluation import costs, memory
 from lissom.models.context import Context
 from lissom.models.language import LanguageModel
 from lissom.models.mixers import MIXERS
@@ -187,6 +187,9 @@ def test_in_a_scanned_stack(mixer):
         ("cca", {}, 2 * 2 * D, 2 * 4 * D + D),  # q0, k0 of two tokens, 2 heads each; half of 2 value heads
         ("ccgqa", {}, 2 * 1 * D, 2 * 3 * D + D / 2),
         ("window", {"window": 4}, 0, 3 * 2 * 4 * D),
+        ("neighborhood", {"window": 4, "dilation": 2}, 0, 2 * 3 * 2 * 4 * D),
+        ("block_sparse", {}, 2 * 4 * D, 0),
+        ("token_elimination", {}, 2 * 4 * D, 0),
         ("none", {}, 0, 0),
     ],
     ids=ids,
@@ -330,6 +333,21 @@ def test_bilevel_gradients(monkeypatch):
     x, weights = inputs(16, 1), inputs(16, 1, seed=2)
     run = lambda p: (nnx.merge(graph, nnx.State(p))(x, Context(grid=(4, 4)))[0] * weights).sum()
     check_grads(run, (params,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "absorbed"), [({}, True), ({"rotary": "none"}, True), ({"rotary": "after"}, False)]
+)
+def test_a_step_of_latent_attention_makes_no_keys(settings, absorbed):
+    """Its products are fewer than those by which the keys alone are made of the cached latents; with `rotary="after"`
+    they have to be made."""
+    size, latent, length = 16, 8, 1024
+    mixer = LatentAttention(WIDTH, heads=HEADS, head_dim=size, latent_dim=latent, **settings, rngs=nnx.Rngs(0))
+    cache = mixer.init_cache(1, length, jnp.float32)
+    context = lambda cache: Context(positions=cache["length"][:, None], mask=masks.Causal(cache["length"]))
+    step = lambda x, cache: mixer(x, context(cache), cache)[0]
+    keys = 2 * length * latent * HEADS * size
+    assert (costs.count(step, jax.ShapeDtypeStruct((1, 1, WIDTH), jnp.float32), cache).flops < keys) == absorbed
 
 
 def plain_cca(**settings):

@@ -349,6 +349,31 @@ def test_elimination_of_nothing_is_attention():
     assert float(aux["metrics"]["kept"]) == pytest.approx(9 / 17)
 
 
+@pytest.mark.parametrize("length", [32, 30])
+def test_elimination_is_attention_among_what_is_kept(length):
+    """Values and gradients of the parameters, at the positions that the tokens had."""
+    x, weights = normal(0, 1, length, 16), normal(1, 1, length, 16)
+    context = Context(mask=Causal(), train=True)
+    graph, params, *rest = split(eliminating(0.5))
+    dense = split(Attention(16, heads=2, rngs=nnx.Rngs(0))).graph
+    index = kept_blocks(merge(Parts(graph, params, *rest)).importance(x), 0.5)
+    kept = (np.asarray(index)[0][:, None] * 4 + np.arange(4)).ravel()
+    kept = kept[kept < length]
+    assert 0 < len(kept) < length and (np.diff(kept) > 1).any()
+
+    def some(params):
+        y = merge(Parts(graph, params, *rest))(x, context)[0]
+        return (y * weights).sum(), y[:, kept]
+
+    def reference(params):
+        at = Context(mask=Causal(), positions=jnp.asarray(kept)[None])
+        y = merge(Parts(dense, params, *rest))(x[:, kept], at)[0]
+        return (y * weights[:, kept]).sum(), y
+
+    got, want = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (some, reference))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
+
+
 def test_eliminated_tokens_have_no_activations():
     x, context = normal(0, 2, 64, 16), Context(mask=Causal(), train=True)
 

@@ -220,23 +220,24 @@ def test_strided_by_hand():
 # -------------------------------------------------------------------------------------------------------------- caches
 
 
-def language(name, depth=1, **settings):
-    own = {"selector": name, "selector_kwargs": {name: SPARSE[name]}, "block": 4, "implementation": "reference"}
+def language(name, depth=1, chosen=None, mixer="block_sparse", **settings):
+    chosen = {name: chosen or SPARSE[name]}
+    own = {"selector": name, "selector_kwargs": chosen, "block": 4, "implementation": "reference"}
     return LanguageModel(
         vocab_size=13,
         width=16,
         depth=depth,
         heads=4,
-        mixer="block_sparse",
+        mixer=mixer,
         mixer_kwargs={"block_sparse": own | {"kv_heads": 2}},
         rngs=nnx.Rngs(2),
         **settings,
     )
 
 
-def check_cache(name, tokens, *ways, length=22):
+def check_cache(name, tokens, *ways, length=22, **settings):
     """That the parallel form, which is sparse, gives the logits of the cache in chunks of these sizes."""
-    model = language(name)
+    model = language(name, **settings)
     whole, aux = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
     assert float(aux["metrics"]["density"].max()) < 1
     extend = nnx.jit(type(model).extend)
@@ -255,12 +256,35 @@ def test_cached_steps_see_what_the_parallel_form_sees(name):
     check_cache(name, jax.random.randint(jax.random.key(0), (2, 21), 0, 13), (6, 1, 6, 1, 1, 6))
 
 
-@pytest.mark.parametrize("name", ["pooled", "learned_gate"])
+def test_cached_steps_of_heads_that_all_select():
+    mix = (("a_shape", {"window": 1}), ("strided", {"stride": 3, "gaps": True}))
+    chunks, tokens = (6, 1, 6, 1, 1, 6), jax.random.randint(jax.random.key(0), (2, 21), 0, 13)
+    check_cache("per_head", tokens, chunks, chosen={"assignment": mix})
+
+
+def test_some_layers_are_dense():
+    """A pattern of mixers: the sparse ones report their density, and a cache gives what the whole sequence gives."""
+    tokens = jax.random.randint(jax.random.key(0), (2, 21), 0, 13)
+    check_cache("strided", tokens, (6, 1, 14), depth=4, mixer=("attention", "block_sparse"))
+
+
+@pytest.mark.parametrize("name", ["strided", "page_bounds"])
+def test_branches_are_continuations(name):
+    model, prompt = language(name, depth=2), jax.random.randint(jax.random.key(0), (2, 9), 0, 13)
+    rest = jax.random.randint(jax.random.key(1), (4, 5), 0, 13)
+    want = model(jnp.concatenate([jnp.repeat(prompt, 2, 0), rest], 1))[0][:, 9:]
+    cache = model.branch(model.extend(prompt, model.init_cache(2, 9))[1], 2, 5)
+    first, cache = model.extend(rest[:, :2], cache)
+    last, _ = model.extend(rest[:, 2:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, last], 1), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["pooled", "learned_gate", "oracle"])
 def test_prefill_in_chunks_of_whole_blocks_is_one_shot(name):
     check_cache(name, jax.random.randint(jax.random.key(0), (2, 16), 0, 13), (16,), (8, 8))
 
 
-@pytest.mark.parametrize("name", ["vertical_slash", "representative_heads", "token_sparsity"])
+@pytest.mark.parametrize("name", ["vertical_slash", "representative_heads", "token_sparsity", "per_head"])
 def test_prefill_in_one_shot_is_the_parallel_form(name):
     check_cache(name, jax.random.randint(jax.random.key(0), (2, 18), 0, 13), (18,))
 
@@ -294,7 +318,7 @@ def test_no_output_depends_on_a_later_token(name):
 # ----------------------------------------------------------------------------------------------------------- the mixer
 
 
-@pytest.mark.parametrize("name", ["pooled", "vertical_slash", "token_sparsity"])
+@pytest.mark.parametrize("name", SPARSE)
 def test_gradients_go_through_attention_alone(name):
     q, k, v = qkv(21, batch=1)
     selector = build(name, SPARSE[name])

@@ -24,7 +24,7 @@ def values(row) -> dict[str, float]:
 
 def test_rows_of_every_kind(tmp_path):
     files.write_byte_level(tmp_path / "checkpoint")
-    out, names = tmp_path / "out", ["oracle", "learned_gate", "per_head", "token_sparsity"]
+    out, names = tmp_path / "out", ["oracle", "learned_gate", "per_head", "token_sparsity", "streaming_pages"]
     run = lambda lengths: judge_selectors.run(str(tmp_path / "checkpoint"), out, names=names, lengths=lengths, **SMALL)
     rows = run([])
     assert rows == read_rows(out / "rows.jsonl") and (out / "table.md").is_file()
@@ -46,7 +46,7 @@ def test_rows_of_every_kind(tmp_path):
     assert times["dense"]["speedup"] == 1 and all(numbers["latency_p50"] > 0 for numbers in times.values())
 
 
-@pytest.mark.parametrize("name", [name for name in judge_selectors.JUDGED if name != "per_head"])
+@pytest.mark.parametrize("name", [name for name in judge_selectors.JUDGED if name not in judge_selectors.SEARCHED])
 def test_settings_grow_denser(name):
     q, k = (jax.random.normal(jax.random.key(seed), (1, 256, 2, 8)) for seed in (0, 1))
     facts = {"heads": 2, "kv_heads": 2, "head_dim": 8, "block": 16}
