@@ -335,14 +335,12 @@ def test_bilevel_gradients(monkeypatch):
     check_grads(run, (params,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("settings", "absorbed"), [({}, True), ({"rotary": "none"}, True), ({"rotary": "after"}, False)]
-)
-def test_a_step_of_latent_attention_makes_no_keys(settings, absorbed):
+@pytest.mark.parametrize(("rotary", "absorbed"), [("decoupled", True), ("none", True), ("after", False)])
+def test_a_step_of_latent_attention_makes_no_keys(rotary, absorbed):
     """Its products are fewer than those by which the keys alone are made of the cached latents; with `rotary="after"`
     they have to be made."""
     size, latent, length = 16, 8, 1024
-    mixer = LatentAttention(WIDTH, heads=HEADS, head_dim=size, latent_dim=latent, **settings, rngs=nnx.Rngs(0))
+    mixer = LatentAttention(WIDTH, heads=HEADS, head_dim=size, latent_dim=latent, rotary=rotary, rngs=nnx.Rngs(0))
     cache = mixer.init_cache(1, length, jnp.float32)
     context = lambda cache: Context(positions=cache["length"][:, None], mask=masks.Causal(cache["length"]))
     step = lambda x, cache: mixer(x, context(cache), cache)[0]
