@@ -345,6 +345,7 @@ SHOWN = (
     "density",
     "logit_error",
     "train_seconds",
+    "train_flops",
     "train_peak_memory",
     "latency_p50",
     "decode_p50",

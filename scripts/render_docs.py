@@ -63,7 +63,13 @@ def _functions(path: pathlib.Path) -> set[str]:
 def techniques_page(techniques: Sequence[Mapping[str, Any]]) -> str:
     """docs/techniques.md: one table an area."""
     lines = ["# Techniques", "", "Written by `scripts/render_docs.py` from `docs/techniques.toml`.", ""]
-    lines += ["What a verdict means: [evaluation.md](evaluation.md). `RUN` is the directory of a finished run.", ""]
+    lines += [
+        "A verdict needs a ceiling in the table, which text and `mnist1d` do not have: the intervals of such tables say more"
+    ]
+    lines += [
+        "than *not separated* ([evaluation.md](evaluation.md)). A recipe is run by `uv run train.py --config=RECIPE`, a"
+    ]
+    lines += ["script by `uv run SCRIPT`; `RUN` is the directory of a finished run.", ""]
     for area in AREAS:
         entries = [entry for entry in techniques if entry["area"] == area]
         if not entries:
@@ -118,10 +124,22 @@ def measured_table(folder: pathlib.Path, name: str) -> str:
 
 def results_page(root: pathlib.Path) -> str:
     """docs/results.md: a section a folder of results/ that holds a table, with what its recipe says of itself."""
+    from lissom.eval import SHOWN
+    from lissom.evaluation.metrics import METRICS
     from lissom.evaluation.rows import read_rows
 
     lines = ["# Results", "", "Written by `scripts/render_docs.py` from the tables in `results/`.", ""]
     lines += ["How it is measured, and what a claim needs: [evaluation.md](evaluation.md).", ""]
+    lines += ["| column | meaning |", "|---|---|"]
+    lines += [f"| {name.replace('_', ' ')} | {METRICS[name].meaning} |" for name in SHOWN]
+    lines += [
+        "",
+        "`compiled`: read from the program; `modelled`: from a formula; all else measured. `+ int8_weights`: the same runs with",
+    ]
+    lines += [
+        "their weights rounded to 8 bits, exported and reloaded. A dash is what is unknown, or has no meaning for the row.",
+        "",
+    ]
     for folder in sorted(file.parent for file in (root / "results").glob("*/table.md")):
         rows = read_rows(folder / "rows.jsonl")
         recipe = next(row.identity.recipe for row in rows if row.identity.role == "variant").partition(":")[0]
@@ -151,8 +169,10 @@ def _settings(rows: Sequence[Any]) -> str:
     text = f" with {', '.join(said)}" if said else ""
     rates = {identity.label: identity.overrides.get("optim.learning_rate") for identity in variants}
     if len(set(rates.values())) > 1:
-        default = "the recipe's"
-        text += "; learning rates: " + ", ".join(f"{label} {rate or default}" for label, rate in rates.items())
+        from lissom.training.config import load_recipe
+
+        recipe = load_recipe(next(identity.recipe for identity in variants)).optim.learning_rate
+        text += "; learning rates: " + ", ".join(f"{label} {rate or recipe:g}" for label, rate in rates.items())
     return text
 
 

@@ -4,7 +4,7 @@ Paper: Shah et al. 2025, Language Modeling with Learned Meta-Tokens, arXiv:2509.
 Command: uv run train.py --config=configs/language/meta_tokens_lm.py (list_recall; or :copy, :parity behind the recipe)
 Time: about nine minutes on 2 CPU cores that others shared. Result: not measured.
 The three variants, and as a fourth the parameters of meta-attention without meta-tokens:
-    uv run scripts/compare.py --config=configs/language/meta_tokens_lm.py --vary=data.meta_tokens=none,pauses
+    uv run scripts/compare.py --config=configs/language/meta_tokens_lm.py --vary=data.meta_tokens=none,pauses \
     --vary=model.mixer_kwargs.meta_tokens.meta_attention=False,True
 Sweep: data.meta_tokens=none,pauses,random (random is for any tokens)
     data.meta_fraction  model.mixer_kwargs.meta_tokens.meta_attention

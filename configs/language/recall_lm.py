@@ -5,8 +5,8 @@ Command: uv run train.py --config=configs/language/recall_lm.py
 Time: about two minutes on 2 CPU cores. Result: after 1,200 steps (equal parameters, three seeds, 40,000 tokens)
 attention answers 15.1 % (guessing one of the eight values that stand there: 12.5), window 8.5, none 3.2 (chance 3.1):
 not solved yet.
-results/recall_lm: compare.py --vary=model.mixer=attention,window,none --match=params --config.train.steps=1200
-    --tune=optim.learning_rate=1e-3,3e-3,9e-3
+results/recall_lm: uv run scripts/compare.py --config=configs/language/recall_lm.py --config.train.steps=1200 \
+    --vary=model.mixer=attention,window,none --match=params --tune=optim.learning_rate=1e-3,3e-3,9e-3
 Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimination,meta_tokens,none
     model.mixer_kwargs.block_sparse.selector=strided,a_shape,random,page_bounds,pooled,oracle,learned_gate
     data.kwargs.sequences.pairs  data.meta_tokens=none,random (for meta_tokens, which is attention without)

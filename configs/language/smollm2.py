@@ -4,12 +4,13 @@ Paper: SmolLM2: When Smol Goes Big, 2025, arXiv:2502.02737. `transforms` and `mo
     tuning: TransMLA (arXiv:2502.07864) is `--config.transforms="({'name': 'grouped_to_latent'},)"`.
 Command: uv run --extra pretrained train.py --config=configs/language/smollm2.py
 Time: about 4 s a step of 512 tokens on 2 CPU cores, and minutes to read the text and to judge. Result: not measured.
-Sweep: transforms  optim.learning_rate  train.steps
+Sweep: transforms  model.mixer=gqa,window,block_sparse  optim.learning_rate  train.steps
 """
 
 from lissom.configs.base import base, mode, tiny
 
 CHECKPOINT = "smollm2"
+HEADS = {"kv_heads": 3, "rope_theta": 100_000.0}
 
 
 def get_config(arg: str = ""):
@@ -27,7 +28,11 @@ def get_config(arg: str = ""):
             "name": "language",
             "size": "smollm2-135M",
             "mixer": "gqa",
-            "mixer_kwargs": {"gqa": {"kv_heads": 3, "rope_theta": 100_000.0}},
+            "mixer_kwargs": {
+                "gqa": HEADS,
+                "window": {**HEADS, "window": 256},
+                "block_sparse": {**HEADS, "selector": "vertical_slash"},
+            },
             "ffn": "swiglu",
             "ffn_kwargs": {"swiglu": {"expansion": 4.0}},
             "norm": "rmsnorm",
@@ -51,6 +56,7 @@ def get_config(arg: str = ""):
         with config.unlocked():
             config.data.kwargs = {"stdlib_text": {"length": 128}}
         config.evaluation.batch_size = 256
-        config.model.mixer_kwargs.gqa.kv_heads = 2
+        for settings in config.model.mixer_kwargs.values():
+            settings.kv_heads = 2
         config.init_from = ()
     return config

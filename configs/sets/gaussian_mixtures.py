@@ -1,7 +1,7 @@
 """Amortised clustering: a network reads a set of points and says the mixture of Gaussians that it was drawn from.
 
 Paper: Willette et al. 2023, UMBC, arXiv:2208.12401 (the encoder); Lee et al. 2019, arXiv:1810.00825 (the task).
-Command: uv run scripts/compare.py --config=configs/sets/gaussian_mixtures.py
+Command: uv run scripts/compare.py --config=configs/sets/gaussian_mixtures.py \
     --vary=model.encoder=umbc,deep_sets,attention --match=params --tune=optim.learning_rate=3e-4,1e-3,3e-3
 Time: not measured. Result: not measured.
 Sweep: model.encoder=umbc,deep_sets,attention

@@ -1,7 +1,7 @@
 """A transformer on cue_match: an image whose class only a far, content-addressed link gives.
 
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (routing); Hassani et al. 2023, arXiv:2204.07143 (neighbourhoods).
-Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py
+Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py \
     --vary=model.mixer=none,window,neighborhood,bilevel,attention --match=params
 Time: not measured. Result: not measured.
 Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,8,16

@@ -1,7 +1,7 @@
 """A BiFormer-style pyramid on glyphs: letters of many scripts, tested in fonts that were not trained on.
 
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (two stages, for small pictures).
-Command: uv run scripts/compare.py --config=configs/vision/glyphs_biformer.py
+Command: uv run scripts/compare.py --config=configs/vision/glyphs_biformer.py \
     --vary=model.mixer=none,window,neighborhood,bilevel,attention --match=params
 Time: not measured. Result: not measured.
 Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,8,16

@@ -1,7 +1,7 @@
 """A transformer on MNIST-1D, the set that separates local mixing from none: the first comparison.
 
 Paper: Greydanus & Kobak 2020, arXiv:2011.14439 (the data).
-Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py
+Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py \
     --vary=model.mixer=attention,window,none --match=params --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
 Time: about two minutes a run on 2 CPU cores. Result: see the table in README.md.
 Sweep: model.mixer=attention,window,none  model.ffn=mlp,swiglu  model.norm=layernorm,rmsnorm,none
