@@ -22,6 +22,13 @@ UNMEASURED = "not measured"
 VERDICTS = ("shown", "not separated", "refuted at this size", UNMEASURED)
 BEGIN, END = "<!-- table: begin, written by scripts/render_docs.py -->", "<!-- table: end -->"
 RESULT = "results/mnist1d_transformer"
+NOTES_ON_TECHNIQUES = """\
+A verdict needs a ceiling in the table, which text and `mnist1d` do not have: the intervals of such tables say more than
+*not separated* ([evaluation.md](evaluation.md)). A recipe is run by `uv run train.py --config=RECIPE`, a script by
+`uv run SCRIPT`; `RUN` is the directory of a finished run."""
+NOTES_ON_COLUMNS = """\
+`compiled`: read from the program; `modelled`: from a formula; all else measured. `+ int8_weights`: the same runs with
+their weights rounded to 8 bits, exported and reloaded. A dash is what is unknown, or has no meaning for the row."""
 
 
 def read_techniques(root: pathlib.Path) -> list[dict[str, Any]]:
@@ -63,13 +70,7 @@ def _functions(path: pathlib.Path) -> set[str]:
 def techniques_page(techniques: Sequence[Mapping[str, Any]]) -> str:
     """docs/techniques.md: one table an area."""
     lines = ["# Techniques", "", "Written by `scripts/render_docs.py` from `docs/techniques.toml`.", ""]
-    lines += [
-        "A verdict needs a ceiling in the table, which text and `mnist1d` do not have: the intervals of such tables say more"
-    ]
-    lines += [
-        "than *not separated* ([evaluation.md](evaluation.md)). A recipe is run by `uv run train.py --config=RECIPE`, a"
-    ]
-    lines += ["script by `uv run SCRIPT`; `RUN` is the directory of a finished run.", ""]
+    lines += [NOTES_ON_TECHNIQUES, ""]
     for area in AREAS:
         entries = [entry for entry in techniques if entry["area"] == area]
         if not entries:
@@ -132,14 +133,7 @@ def results_page(root: pathlib.Path) -> str:
     lines += ["How it is measured, and what a claim needs: [evaluation.md](evaluation.md).", ""]
     lines += ["| column | meaning |", "|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {METRICS[name].meaning} |" for name in SHOWN]
-    lines += [
-        "",
-        "`compiled`: read from the program; `modelled`: from a formula; all else measured. `+ int8_weights`: the same runs with",
-    ]
-    lines += [
-        "their weights rounded to 8 bits, exported and reloaded. A dash is what is unknown, or has no meaning for the row.",
-        "",
-    ]
+    lines += ["", NOTES_ON_COLUMNS, ""]
     for folder in sorted(file.parent for file in (root / "results").glob("*/table.md")):
         rows = read_rows(folder / "rows.jsonl")
         recipe = next(row.identity.recipe for row in rows if row.identity.role == "variant").partition(":")[0]
