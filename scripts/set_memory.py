@@ -5,9 +5,9 @@
 
 Networks of the recipe configs/sets/gaussian_mixtures.py, at their initial values. Memory (compiled): temporaries, and
 with arguments and results the peak, of the gradient of a training batch of 8 sets, for each set size and each of UMBC
-with one gradient chunk, UMBC with all, UMBC with all and remat, Deep Sets and full attention. Gradient (measured), for
-each seed, on 8 sets of 1,024 points and for each share of chunks: `draws` estimates g of the gradient G of the
-parameters in front of the sums.
+with one gradient chunk, UMBC with all, UMBC with all and remat, Deep Sets whole and with one gradient chunk, and full
+attention. Gradient (measured), for each seed, on 8 sets of 1,024 points and for each share of chunks: `draws` estimates
+g of the gradient G of the parameters in front of the sums.
 
     gradient_noise   sqrt(mean |g - G|^2) / |G|
     gradient_bias    |mean g - G| / |G|; beside it (modelled) gradient_noise / sqrt(draws), which it is on average where
@@ -35,6 +35,7 @@ VARIANTS = {
     "umbc, gradient of all chunks": ("umbc", {"gradient_chunks": None}, False),
     "umbc, gradient of all chunks, remat": ("umbc", {"gradient_chunks": None}, True),
     "deep_sets": ("deep_sets", {}, False),
+    "deep_sets, gradient of one chunk": ("deep_sets", {"gradient_chunks": 1}, False),
     "attention": ("attention", {}, False),
 }
 
@@ -63,7 +64,7 @@ def memory(elements: int, variant: str, chunk: int, tiny: bool) -> list:
     from lissom.evaluation.rows import measure
 
     encoder, settings, remat = VARIANTS[variant]
-    settings = {**settings, "chunk": chunk} if encoder == "umbc" else settings
+    settings = {**settings, "chunk": chunk} if "gradient_chunks" in settings else settings
     objective, parts = network_of(elements, encoder, settings, remat, tiny=tiny)
     one = gaussian_mixtures(size=elements, train_size=1, test_size=1).train
     batch = {name: jax.ShapeDtypeStruct((SETS, *leaf.shape[1:]), leaf.dtype) for name, leaf in one.items()}
