@@ -3,7 +3,7 @@
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (routing); Hassani et al. 2023, arXiv:2204.07143 (neighbourhoods).
 Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py \
     --vary=model.mixer=none,window,neighborhood,bilevel,attention --match=params
-Time: about a minute a run on one CPU core. Result: not measured.
+Time: a minute and a half a run on one CPU core. Result: not measured.
 The cue and its item lie at least three rows or columns apart: two layers of the window (raster order) or of the
 neighbourhood do not reach so far, but for neighbourhoods at a border, which are shifted inwards. Larger images with
 more items are slower to learn: what a match adds to the mean over the tokens is small.
@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
         }
     )
     config.optim.update({"learning_rate": 3e-3, "weight_decay": 1e-2})
-    config.train = {"steps": 1200}
+    config.train = {"steps": 2000}
     if mode(arg, ("tiny",)):
         config = tiny(config)
         config.model.update({"width": None, "depth": None, "heads": None, "patch": 1})

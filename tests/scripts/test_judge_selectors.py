@@ -24,7 +24,8 @@ def values(row) -> dict[str, float]:
 
 def test_rows_of_every_kind(tmp_path):
     files.write_byte_level(tmp_path / "checkpoint")
-    out, names = tmp_path / "out", ["oracle", "learned_gate", "per_head", "token_sparsity", "streaming_pages"]
+    plug_in = "lissom.models.selectors.pooled:Pooled"
+    out, names = tmp_path / "out", ["oracle", "learned_gate", "per_head", "token_sparsity", "streaming_pages", plug_in]
     run = lambda lengths: judge_selectors.run(str(tmp_path / "checkpoint"), out, names=names, lengths=lengths, **SMALL)
     rows = run([])
     assert rows == read_rows(out / "rows.jsonl") and (out / "table.md").is_file()
