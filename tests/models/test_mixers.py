@@ -228,6 +228,31 @@ def test_gqa_shares_by_four():
     assert GroupedQueryAttention(64, heads=16, rngs=nnx.Rngs(0)).kv_heads == 4
 
 
+def test_multi_query_is_attention_with_its_keys_repeated():
+    one, many = (Attention(WIDTH, heads=HEADS, kv_heads=k, rngs=nnx.Rngs(0)) for k in (1, HEADS))
+    for name in ("k", "v"):
+        getattr(many, name).kernel[...] = jnp.repeat(getattr(one, name).kernel[...], HEADS, 1)
+    x, context = inputs(), Context(mask=masks.Causal())
+    np.testing.assert_allclose(one(x, context)[0], many(x, context)[0], atol=2e-6)
+
+
+def test_query_key_norm_by_hand():
+    """Root mean squares of a head's entries, in front of the rotary angles; without rotary angles here. The size of a
+    projection has no effect."""
+    mixer = Attention(WIDTH, heads=HEADS, qk_norm=True, rope_theta=0.0, rngs=nnx.Rngs(0))
+    mixer.q_norm.scale[...] = jnp.array([1.0, 2.0, 0.5, 1.5])
+    x, context = inputs(), Context(mask=masks.Causal())
+    y = mixer(x, context)[0]
+    q, k, v = (jnp.einsum("btm,mhd->bhtd", x, layer.kernel[...]) for layer in (mixer.q, mixer.k, mixer.v))
+    q, k = (part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-6) for part in (q, k))
+    logits = jnp.einsum("bhtd,bhsd->bhts", q * mixer.q_norm.scale[...], k) / np.sqrt(D)
+    weights = jax.nn.softmax(jnp.where(np.tri(23, dtype=bool), logits, -jnp.inf))
+    want = mixer.o(jnp.einsum("bhts,bhsd->bthd", weights, v).reshape(2, 23, WIDTH))
+    np.testing.assert_allclose(y, want, atol=2e-5)
+    mixer.k.kernel[...] *= 30
+    np.testing.assert_allclose(mixer(x, context)[0], y, atol=1e-4)
+
+
 def test_partial_rotary_turns_the_first_entries():
     """Positions 0 and 5: the last entries of q and k are those of a mixer without positions."""
     mixer = mixer_of("attention", {"rope_dim": 2})
