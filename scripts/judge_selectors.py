@@ -55,8 +55,6 @@ def settings_of(name: str, strength: float, length: int, block: int, kv_heads: i
         return {"tau": strength, "recent": block}
     if name == "page_bounds":
         return {"pages": max(1, round(strength * blocks / 2))}
-    if ":" in name:  # of another package
-        return {"density": strength}
     raise UserError(f"--selectors={name}: there are {', '.join(JUDGED)}")
 
 
@@ -193,7 +191,8 @@ def selections(subject: Subject, wanted, length: int, count: int, layer: int | N
                         raise UserError(f"--densities={density:g} for per_head: {error}") from error
                     found.append({"assignment": assignment})
                 heads = collections.Counter(pattern for of in found for pattern, _ in of["assignment"])
-                yield label, density, Selection(name, {"heads": dict(heads)}, of_layers=found)
+                said = ", ".join(f"{pattern} {count}" for pattern, count in sorted(heads.items()))
+                yield label, density, Selection(name, {"heads": said}, of_layers=found)
             elif name == "streaming_pages":
                 settings = fit("page_bounds")
                 # As many blocks a query as the other heads rank for it.
@@ -251,8 +250,8 @@ def judge(model, text, selection, heads: Mapping[int, tuple], block: int, skip: 
 
 
 def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """({label: Latency}, {label: density}) of one layer's selection and attention on the `Heads` of texts, dense
-    attention among them, in turns. `cases` are selections for that layer alone.
+    """({label: Latency}, {label: density of the program}) of one layer's selection and attention on the `Heads` of
+    texts, dense attention among them, in turns. `cases` are selections for that layer alone.
 
     A program has room for the largest selection: that of `token_sparsity`, whose number of tokens follows the text, is
     cut at the share whose square is the density that was asked for."""
@@ -276,7 +275,8 @@ def latency(inputs: Sequence, cases: Sequence, block: int, repeats: int) -> tupl
 
         programs[label] = jax.jit(run)
         count = jax.jit(lambda q, k, raw, selector=selector: selector(q, k, 0, None, raw)[1]["density"])
-        densities[label] = sum(float(count(of.q, of.k, of.raw)) for of in inputs) / len(inputs)
+        listed = sum(float(count(of.q, of.k, of.raw)) for of in inputs) / len(inputs)
+        densities[label] = density if selection.name == "token_sparsity" else listed  # it computes its whole room
     times = measure_interleaved({name: (run, inputs) for name, run in programs.items()}, repeats=repeats)
     return times, densities
 
@@ -506,7 +506,15 @@ def share(text: str) -> float:
 
 
 def known(name: str) -> str:
-    if name not in JUDGED and ":" not in name:
+    if ":" in name:
+        from lissom.models.registry import check_settings, resolve
+        from lissom.models.selectors import SELECTORS
+
+        try:
+            check_settings(resolve(SELECTORS, name, "selector"), {"density": 0.5}, f"selector {name!r}")
+        except ValueError as error:
+            raise UserError(f"--selectors={name}: {error}") from error
+    elif name not in JUDGED:
         raise UserError(f"--selectors={name}: there are {', '.join(JUDGED)}")
     return name
 

@@ -23,9 +23,9 @@ VERDICTS = ("shown", "not separated", "refuted at this size", UNMEASURED)
 BEGIN, END = "<!-- table: begin, written by scripts/render_docs.py -->", "<!-- table: end -->"
 RESULT = "results/mnist1d_transformer"
 NOTES_ON_TECHNIQUES = """\
-A verdict needs a ceiling in the table, which text and `mnist1d` do not have: the intervals of such tables say more than
-*not separated* ([evaluation.md](evaluation.md)). A recipe is run by `uv run train.py --config=RECIPE`, a script by
-`uv run SCRIPT`; `RUN` is the directory of a finished run."""
+A verdict of a model needs a ceiling in the table, which text and `mnist1d` do not have: the intervals of such tables
+say more than *not separated* ([evaluation.md](evaluation.md)). A recipe is run by `uv run train.py --config=RECIPE`,
+a script by `uv run SCRIPT`; `RUN` is the directory of a finished run."""
 NOTES_ON_COLUMNS = """\
 `compiled`: read from the program; `modelled`: from a formula; all else measured. `+ int8_weights`: the same runs with
 their weights rounded to 8 bits, exported and reloaded. A dash is what is unknown, or has no meaning for the row."""
@@ -125,16 +125,20 @@ def measured_table(folder: pathlib.Path, name: str) -> str:
 
 def results_page(root: pathlib.Path) -> str:
     """docs/results.md: a section a folder of results/ that holds a table, with what its recipe says of itself."""
-    from lissom.eval import SHOWN
     from lissom.evaluation.metrics import METRICS
     from lissom.evaluation.rows import read_rows
 
+    folders = sorted(file.parent for file in (root / "results").glob("*/table.md"))
+    tables = [(folder / "table.md").read_text().strip() for folder in folders]
     lines = ["# Results", "", "Written by `scripts/render_docs.py` from the tables in `results/`.", ""]
     lines += ["How it is measured, and what a claim needs: [evaluation.md](evaluation.md).", ""]
     lines += ["| column | meaning |", "|---|---|"]
-    lines += [f"| {name.replace('_', ' ')} | {METRICS[name].meaning} |" for name in SHOWN]
+    columns = {cell.strip() for text in tables for line in text.splitlines()[:8] for cell in line.split("|")}
+    titles = {name.replace("_", " "): metric.meaning for name, metric in METRICS.items()}
+    lines += [f"| {title} | {meaning} |" for title, meaning in titles.items()
+              if any(column.startswith((f"{title} [", f"{title},")) for column in columns)]  # fmt: skip
     lines += ["", NOTES_ON_COLUMNS, ""]
-    for folder in sorted(file.parent for file in (root / "results").glob("*/table.md")):
+    for folder, table in zip(folders, tables, strict=True):
         rows = read_rows(folder / "rows.jsonl")
         recipe = next(row.identity.recipe for row in rows if row.identity.role == "variant").partition(":")[0]
         said = (ast.get_docstring(ast.parse((root / recipe).read_text())) or "").splitlines()[:1]
@@ -147,7 +151,7 @@ def results_page(root: pathlib.Path) -> str:
             f"[{recipe}](../{recipe}){_settings(rows)}; commit {commits}.",
             "",
         ]
-        lines += [(folder / "table.md").read_text().strip().replace("## ", "### "), ""]
+        lines += [table.replace("## ", "### "), ""]
         for file, words in (("table.csv", "All columns"), ("pareto.png", "Plot")):
             if (folder / file).is_file():
                 path = f"../results/{folder.name}/{file}"
@@ -163,10 +167,8 @@ def _settings(rows: Sequence[Any]) -> str:
     text = f" with {', '.join(said)}" if said else ""
     rates = {identity.label: identity.overrides.get("optim.learning_rate") for identity in variants}
     if len(set(rates.values())) > 1:
-        from lissom.training.config import load_recipe
-
-        recipe = load_recipe(next(identity.recipe for identity in variants)).optim.learning_rate
-        text += "; learning rates: " + ", ".join(f"{label} {rate or recipe:g}" for label, rate in rates.items())
+        default = "the recipe's"
+        text += "; learning rates: " + ", ".join(f"{label} {rate or default}" for label, rate in rates.items())
     return text
 
 

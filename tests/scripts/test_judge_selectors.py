@@ -15,7 +15,7 @@ from scripts import judge_selectors
 from tests.models import pretrained_files as files
 
 pytest.importorskip("tokenizers")
-SMALL = {"length": 128, "count": 2, "densities": [0.3], "block": 16, "steps": 4, "repeats": 2}
+SMALL = {"length": 128, "count": 2, "densities": [0.4], "block": 16, "steps": 4, "repeats": 2}
 
 
 def values(row) -> dict[str, float]:
@@ -25,12 +25,16 @@ def values(row) -> dict[str, float]:
 def test_rows_of_every_kind(tmp_path):
     files.write_byte_level(tmp_path / "checkpoint")
     plug_in = "lissom.models.selectors.pooled:Pooled"
-    out, names = tmp_path / "out", ["oracle", "learned_gate", "per_head", "token_sparsity", "streaming_pages", plug_in]
+    out = tmp_path / "out"
+    names = ["oracle", "learned_gate", "per_head", "token_sparsity", "page_bounds", "streaming_pages", "pooled"]
+    names = [*names, plug_in]
     run = lambda lengths: judge_selectors.run(str(tmp_path / "checkpoint"), out, names=names, lengths=lengths, **SMALL)
     rows = run([])
     assert rows == read_rows(out / "rows.jsonl") and (out / "table.md").is_file()
     found = {(row.identity.label, row.identity.seed): values(row) for row in rows}
-    assert set(found) == {(label, seed) for label in ("dense", *(f"{n} 0.3" for n in names)) for seed in (0, 1)}
+    assert set(found) == {(label, seed) for label in ("dense", *(f"{n} 0.4" for n in names)) for seed in (0, 1)}
+    assert found[f"{plug_in} 0.4", 0] == found["pooled 0.4", 0] != found["oracle 0.4", 0]
+    assert found["streaming_pages 0.4", 0]["loss"] != found["page_bounds 0.4", 0]["loss"]
     for (label, seed), numbers in found.items():
         if label == "dense":
             assert numbers["density"] == 1 and set(numbers) == {"loss", "density"}
@@ -41,7 +45,9 @@ def test_rows_of_every_kind(tmp_path):
     again = run([128])
     assert again[: len(rows)] == rows
     times = {row.identity.label: values(row) for row in again[len(rows) :]}
-    assert set(times) == {"dense", *(f"{n} 0.3" for n in names)}
+    assert set(times) == {"dense", *(f"{n} 0.4" for n in names)}
+    assert all(0 < numbers["density"] <= 1 for numbers in times.values())
+    assert times["dense"]["density"] == 1 > times["oracle 0.4"]["density"]
     with pytest.raises(UserError, match="has other times of 128 tokens"):
         judge_selectors.run(str(tmp_path / "checkpoint"), out, names=["oracle", "random"], lengths=[128], **SMALL)
     assert times["dense"]["speedup"] == 1 and all(numbers["latency_p50"] > 0 for numbers in times.values())
@@ -65,6 +71,7 @@ def test_bad_flags():
     command = [sys.executable, "scripts/judge_selectors.py"]
     for flag, words in (
         ("--selectors=poled", "--selectors=poled: there are random"),
+        ("--selectors=lissom.models.selectors.static:Strided", "has no setting 'density'"),
         ("--densities=2", "--densities=2 must be numbers above 0 and at most 1"),
         ("--latency=x", "--latency=x must be a whole number of at least 128"),
         ("--checkpoint=nowhere", "no checkpoint 'nowhere'"),
