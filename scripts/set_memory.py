@@ -1,7 +1,7 @@
 """What the encoders of sets hold in memory, and how far the estimated gradient of UMBC lies from the gradient.
 
     uv run scripts/set_memory.py [--sizes=64,256,1024,4096,16384] [--chunk=64] [--draws=200] [--seeds=3] [--tiny]
-        [--out=results/set_memory/rows.jsonl]
+        [--out=results/set_memory]
 
 Networks of the recipe configs/sets/gaussian_mixtures.py, at their initial values. Memory (compiled): temporaries, and
 with arguments and results the peak, of the gradient of a training batch of 8 sets, for each set size and each of UMBC
@@ -13,7 +13,7 @@ g of the gradient G of the parameters in front of the sums.
     gradient_bias    |mean g - G| / |G|; beside it (modelled) gradient_noise / sqrt(draws), which it is on average where
                      there is no bias; and with `scaled` False that of estimates without the factor N / n
 
---tiny checks the script itself; it writes to a given --out only.
+--out gets rows.jsonl and the table. --tiny checks the script itself; it writes to a given --out only.
 """
 
 import pathlib
@@ -28,7 +28,8 @@ from lissom.training.errors import UserError, one_sentence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPE = "configs/sets/gaussian_mixtures.py"
-OUT = ROOT / "results" / "set_memory" / "rows.jsonl"
+OUT = ROOT / "results" / "set_memory"
+SHOWN = ("train_peak_memory", "gradient_noise", "gradient_bias")
 SETS = 8
 VARIANTS = {
     "umbc": ("umbc", {"gradient_chunks": 1}, False),
@@ -137,13 +138,14 @@ def run(
         raise UserError(f"--sizes={','.join(map(str, sizes))} must hold one number or more, each at least 1")
     from lissom.eval import check_writable
     from lissom.evaluation.rows import Identity, Row, provenance, write_rows
+    from lissom.evaluation.tables import write_report
 
     elements = 32 if tiny else 1024
     if chunk * 2 > elements:
         raise UserError(f"--chunk={chunk} must be at most {elements // 2}: the gradient is that of {elements} points")
     out = OUT if out is None and not tiny else out
     if out is not None:
-        check_writable(out.parent, "--out")
+        check_writable(out, "--out")
     here, rows = provenance(), []
 
     def add(variant, seed, measurements):
@@ -157,12 +159,14 @@ def run(
         )
         print(f"{variant}: {said}")
         if out is not None:  # after each: what a run that is stopped has measured is kept
-            write_rows(out, rows)
+            write_rows(out / "rows.jsonl", rows)
 
     for variant in VARIANTS:
         add(variant, None, [m for size in sizes for m in memory(size, variant, chunk, tiny)])
     for seed in range(seeds):
         add("umbc", seed, bias(elements, chunk, draws, seed, tiny))
+    if out is not None:
+        write_report(rows, out, plot=False, shown=SHOWN)
     return rows
 
 
@@ -173,7 +177,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("draws", 200, "estimates of the gradient for each share of chunks")
     flags.DEFINE_integer("seeds", 3, "networks and batches that the gradient is estimated of")
     flags.DEFINE_bool("tiny", False, "the smallest network")
-    flags.DEFINE_string("out", None, f"the file of the rows, by default {OUT.relative_to(ROOT)}")
+    flags.DEFINE_string("out", None, f"the directory of the rows and the table, by default {OUT.relative_to(ROOT)}")
     with one_sentence():
         if command_line.parse(argv, recipe=False):
             raise UserError("--config is no flag of set_memory.py, which takes no recipe")

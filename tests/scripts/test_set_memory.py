@@ -12,9 +12,9 @@ from scripts import set_memory
 
 def test_tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(set_memory, "VARIANTS", {name: set_memory.VARIANTS[name] for name in ("umbc", "deep_sets")})
-    out = tmp_path / "rows.jsonl"
-    set_memory.run([16, 64], chunk=8, draws=40, seeds=1, tiny=True, out=out)
-    umbc, deep_sets, gradient = read_rows(out)
+    set_memory.run([16, 64], chunk=8, draws=40, seeds=1, tiny=True, out=tmp_path)
+    umbc, deep_sets, gradient = read_rows(tmp_path / "rows.jsonl")
+    assert "train peak memory, batch 8, elements 64" in (tmp_path / "table.md").read_text()
     held = {
         row.identity.variant: [m.value for m in row.measurements if m.name == "train_temporaries"]
         for row in (umbc, deep_sets)
@@ -51,7 +51,7 @@ def test_wrong_flags_give_a_sentence(settings, words):
 
 
 def test_the_command_line(tmp_path):
-    command = [sys.executable, "scripts/set_memory.py", "--tiny", f"--out={tmp_path / 'rows.jsonl'}"]
+    command = [sys.executable, "scripts/set_memory.py", "--tiny", f"--out={tmp_path}"]
     done = subprocess.run([*command, "--config.seed=1"], capture_output=True, text=True)
     assert done.returncode == 2 and "takes no recipe" in done.stderr
     subprocess.run([*command, "--sizes=16,32", "--draws=4", "--seeds=1"], capture_output=True, text=True, check=True)
