@@ -12,7 +12,7 @@ results/gaussian_mixtures: uv run scripts/compare.py --config=configs/sets/gauss
     --vary=model.encoder=deep_sets,umbc,attention --tune=optim.learning_rate=1e-3,3e-3,9e-3 --config.train.steps=1000 \
     --config.data.batch_size=32 --config.evaluation.batch_size=100 --config.evaluation.latency_batches="(1,16)" \
     --config.evaluation.data="({'size':64},{'size':1024,'test_size':500},{'size':4096,'test_size':100})"
-Memory of a training step for sets of 64 to 16,384 points, and the bias of the estimated gradient: scripts/set_memory.py.
+Memory of a step for sets of 64 to 16,384 points, and the bias of the estimated gradient: scripts/set_memory.py.
 Sweep: model.encoder=umbc,deep_sets,attention
     model.encoder_kwargs.umbc.gradient_chunks=1,2,4,8 (of 8 chunks of 32 points: the last is the gradient itself)
     model.encoder_kwargs.umbc.weight=softmax,sigmoid,slot_sigmoid,slot_softmax
