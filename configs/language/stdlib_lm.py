@@ -9,9 +9,11 @@ do after 300,000 steps.
 results/stdlib_lm: uv run scripts/compare.py --config=configs/language/stdlib_lm.py --config.train.steps=300 \
     --vary=model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse --match=params \
     --tune=optim.learning_rate=7e-4,2e-3,6e-3,1.8e-2
-Of attention so trained: rotary positions 3.03, none 3.41, learned 3.46, both 2.97 (300 steps are few for a table).
-results/stdlib_positions: as above with --tune=optim.learning_rate=2e-3,6e-3,1.8e-2 and in place of the mixers
-    --vary=model.mixer_kwargs.attention.rope_theta=10000.0,0.0 --vary=model.learned_positions=0,128
+Of attention so trained: rotary positions 3.03, none 3.41, learned 3.46, both 2.97 (300 steps are few for a table);
+with qk_norm 2.82.
+results/stdlib_positions, results/stdlib_qk_norm: with --tune=optim.learning_rate=2e-3,6e-3,1.8e-2, no transforms, and
+    --vary=model.mixer_kwargs.attention.rope_theta=10000.0,0.0 --vary=model.learned_positions=0,128, or
+    --vary=model.mixer_kwargs.attention.qk_norm=False,True
 Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimination,meta_tokens,none
     model.mixer_kwargs.block_sparse.selector=
     strided,a_shape,random,page_bounds,pooled,oracle,learned_gate,vertical_slash,representative_heads,token_sparsity
