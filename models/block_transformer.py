@@ -13,6 +13,7 @@ from lissom.models.language import LanguageModel
 from lissom.models.linear import Embedding, Linear
 from lissom.models.mixers.caches import advanced, chosen
 from lissom.models.transformer import Transformer
+from lissom.models.variables import Param
 from lissom.ops.attention import masks
 
 PAD = -1  # stands where a block has no token
@@ -79,9 +80,7 @@ class BlockTransformer(LanguageModel):
         self.block_decoder = Transformer(width=width, depth=lower, **both)
         self.lookup = Embedding(vocab_size, width // block_length, dtype=dtype, rngs=rngs)
         self.expand = Linear(width, (prefix, width), axes=("embed", None, "mlp"), dtype=dtype, rngs=rngs)
-        learned = lambda size, scale: nnx.Param(
-            scale * jax.random.normal(rngs.params(), (size,)), out_sharding=("embed",)
-        )
+        learned = lambda size, scale: Param(scale * jax.random.normal(rngs.params(), (size,)), out_sharding=("embed",))
         self.pad = learned(width // block_length, 0.02)
         self.token_pad = learned(width, 0.02) if random_padding else None
         self.begin = learned(width, 1.0) if random_padding else None

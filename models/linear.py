@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import lissom.models.variables  # noqa: F401  switches flax's eager sharding off, also for who builds a layer alone
+from lissom.models.variables import Param
 
 KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -33,8 +33,8 @@ class Linear(nnx.Module):
         for size in shape:
             flat *= size
         kernel = init(rngs.params(), (inputs, flat), jnp.float32).reshape(inputs, *shape)
-        self.kernel = nnx.Param(kernel, out_sharding=axes)
-        self.bias = nnx.Param(jnp.zeros(shape), out_sharding=axes[1:]) if bias else None
+        self.kernel = Param(kernel, out_sharding=axes)
+        self.bias = Param(jnp.zeros(shape), out_sharding=axes[1:]) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ class Embedding(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.table = nnx.Param(scale * jax.random.normal(rngs.params(), (vocab, width)), out_sharding=axes)
+        self.table = Param(scale * jax.random.normal(rngs.params(), (vocab, width)), out_sharding=axes)
         self.dtype = dtype
 
     def __call__(self, index: jax.Array) -> jax.Array:
@@ -84,8 +84,8 @@ class Conv(nnx.Module):
         # whose batch, input and output channels lay on three axes (jax 0.11.2, CPU; tests/training/test_loop.py).
         axes = (*("spatial",) * len(kernel), None, "channels")
         init = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
-        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
-        self.bias = nnx.Param(jnp.zeros(outputs), out_sharding=("channels",)) if bias else None
+        self.kernel = Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
+        self.bias = Param(jnp.zeros(outputs), out_sharding=("channels",)) if bias else None
         self.stride, self.spatial, self.dtype = stride, len(kernel), dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ class DepthwiseConv(nnx.Module):
 
     def __init__(self, channels: int, size: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         kernel = jax.random.normal(rngs.params(), (size, size, channels)) / size
-        self.kernel = nnx.Param(kernel, out_sharding=(None, None, "channels"))
+        self.kernel = Param(kernel, out_sharding=(None, None, "channels"))
         self.size, self.dtype = size, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.variables import Stat
+from lissom.models.variables import Param, Stat
 
 
 class LayerNorm(nnx.Module):
     """y = (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
 
     def __init__(self, width: int, *, epsilon: float = 1e-6, bias: bool = True, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
-        self.bias = nnx.Param(jnp.zeros(width), out_sharding=("norm",)) if bias else None
+        self.scale = Param(jnp.ones(width), out_sharding=("norm",))
+        self.bias = Param(jnp.zeros(width), out_sharding=("norm",)) if bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -29,7 +29,7 @@ class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, width: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
+        self.scale = Param(jnp.ones(width), out_sharding=("norm",))
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,8 +57,8 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(self, width: int, *, momentum: float = 0.9, epsilon: float = 1e-5, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
-        self.bias = nnx.Param(jnp.zeros(width), out_sharding=("norm",))
+        self.scale = Param(jnp.ones(width), out_sharding=("norm",))
+        self.bias = Param(jnp.zeros(width), out_sharding=("norm",))
         self.mean = Stat(jnp.zeros(width), out_sharding=("norm",))
         self.var = Stat(jnp.ones(width), out_sharding=("norm",))
         self.momentum, self.epsilon = momentum, epsilon

@@ -21,6 +21,7 @@ from lissom.models.registry import construct
 from lissom.models.set_chunks import present as counted
 from lissom.models.set_chunks import without_padding
 from lissom.models.stack import Stack
+from lissom.models.variables import Param
 from lissom.ops.attention import masks
 
 State = dict[str, jax.Array]
@@ -128,9 +129,9 @@ class UMBC(Pooling):
         # The sizes of the authors' code: Glorot's bound of learned slots, a narrow Gaussian of sampled ones.
         bound = 0.2 if sampled else (6 / (slots + width)) ** 0.5
         table = jax.random.uniform(rngs.params(), (slots, width), minval=-bound, maxval=bound)
-        self.slots = nnx.Param(table, out_sharding=("positions", "embed"))
+        self.slots = Param(table, out_sharding=("positions", "embed"))
         spread = lambda: jax.random.uniform(rngs.params(), (slots, width), minval=-5.0, maxval=-4.0)
-        self.spread = nnx.Param(spread(), out_sharding=("positions", "embed")) if sampled else None
+        self.spread = Param(spread(), out_sharding=("positions", "embed")) if sampled else None
         per_head = {"axes": ("embed", "heads", "head_dim"), "dtype": dtype, "rngs": rngs}
         self.slot_norm = construct(NORMS, norm, norm_kwargs, "norm", width=width, rngs=rngs)
         self.q, self.k, self.v = (Linear(width, (heads, width // heads), **per_head) for _ in range(3))

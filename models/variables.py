@@ -1,6 +1,6 @@
 """The three kinds of variable a module may hold, and the one split of a module into plain dicts.
 
-    nnx.Param   trained
+    Param       trained: nnx.Param
     Stat        carried from step to step without gradient: batch statistics, router bias, ranges, EMA copies, memories
     Frozen      neither differentiated nor donated, saved once: a teacher, the base of LoRA
 
@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-# Logical axes are metadata for training/sharding.py; flax must not apply them while a module is built.
+# Logical axes are metadata for training/sharding.py; flax must not apply them while a module is built. Who makes a
+# parameter imports its kind from here.
 nnx.use_eager_sharding(False)
 
 Tree = dict[Any, Any]
+
+
+Param = nnx.Param
 
 
 class Stat(nnx.Variable):

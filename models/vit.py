@@ -10,6 +10,7 @@ from lissom.models.bounds import at_least_one, shape_of
 from lissom.models.context import Context
 from lissom.models.linear import Linear
 from lissom.models.transformer import Transformer
+from lissom.models.variables import Param
 from lissom.ops.attention import masks
 
 
@@ -40,7 +41,7 @@ class VisionTransformer(Transformer):
         self.patch = patch
         self.embed = Linear(patch * patch * channels, width, axes=("channels", "embed"), dtype=dtype, rngs=rngs)
         table = 0.02 * jax.random.normal(rngs.params(), (self.grid[0] * self.grid[1], width))
-        self.positions = nnx.Param(table, out_sharding=("positions", "embed"))
+        self.positions = Param(table, out_sharding=("positions", "embed"))
         super().__init__(width=width, dtype=dtype, rngs=rngs, **settings)
         self.head = Linear(width, classes, axes=("embed", "classes"), init=nnx.initializers.zeros, rngs=rngs)
 

@@ -28,7 +28,6 @@ JUDGED = (
     *CONTROLS, "strided", "pooled", "vertical_slash", "per_head", "learned_gate", "representative_heads",
     "token_sparsity", "page_bounds", "streaming_pages",
 )  # fmt: skip
-SEARCHED = ("per_head", "streaming_pages")  # settings of their own for each layer
 RECIPE = "scripts/judge_selectors.py"
 GATE_STEPS, GATE_RATE = 150, 1e-3
 CALIBRATION_TEXTS = 4  # for gates; settings are fitted and assignments searched on the first
@@ -69,11 +68,15 @@ def fitted(name: str, density: float, calibration: Sequence, block: int) -> dict
     q, k = calibration[0].q, calibration[0].k
     facts = {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "block": block}
 
-    def measured(strength: float) -> tuple[float, dict]:
-        settings = settings_of(name, strength, q.shape[1], block, k.shape[2])
-        selector = construct(SELECTORS, name, {name: settings}, "selector", **facts)
+    @functools.cache
+    def density_of(settings: tuple) -> float:
+        selector = construct(SELECTORS, name, {name: dict(settings)}, "selector", **facts)
         run = jax.jit(lambda q, k, raw: selector(q, k, 0, None, raw)[1]["density"])
-        return float(sum(run(of.q, of.k, of.raw) for of in calibration) / len(calibration)), settings
+        return float(sum(run(of.q, of.k, of.raw) for of in calibration) / len(calibration))
+
+    def measured(strength: float) -> tuple[float, dict]:
+        settings = settings_of(name, strength, q.shape[1], block, k.shape[2])  # near strengths may have the same
+        return density_of(tuple(settings.items())), settings
 
     low, high = 0.0, 1.0
     best = measured(1 / 64)[1]
@@ -181,10 +184,10 @@ def selections(subject: Subject, wanted, length: int, count: int, layer: int | N
                 yield label, density, Selection(name, {"density": density}, trained=trained)
             elif name == "per_head":
                 patterns = ("a_shape", "vertical_slash", "pooled")
+                around = lambda pattern, density=density: _around(pattern, density, length, block, kv_heads)
+                wide = {pattern: _distinct([fit(pattern), *around(pattern)]) for pattern in patterns}
                 found = []
                 for of in calibration:
-                    wide = {pattern: [fit(pattern), *_around(pattern, density, length, block, kv_heads)]
-                            for pattern in patterns}  # fmt: skip
                     try:
                         assignment, _ = search(of.q, of.k, of.v, density=density, block=block, candidates=wide)
                     except ValueError as error:
@@ -215,6 +218,10 @@ def _around(name: str, density: float, length: int, block: int, kv_heads: int) -
     """For heads on which the fitted settings come out sparser, or denser, than on the mean of the heads."""
     strengths = (min(1.0, density * by) for by in (2, 1.4, 0.7, 1 / 2, 1 / 8, 1 / 32))
     return [settings_of(name, strength, length, block, kv_heads) for strength in strengths]
+
+
+def _distinct(choices: Sequence[dict]) -> list[dict]:
+    return list({tuple(settings.items()): settings for settings in choices}.values())
 
 
 def _with_density(gate, density: float):

@@ -133,7 +133,8 @@ def results_page(root: pathlib.Path) -> str:
     lines = ["# Results", "", "Written by `scripts/render_docs.py` from the tables in `results/`.", ""]
     lines += ["How it is measured, and what a claim needs: [evaluation.md](evaluation.md).", ""]
     lines += ["| column | meaning |", "|---|---|"]
-    columns = {cell.strip() for text in tables for line in text.splitlines()[:8] for cell in line.split("|")}
+    heads = [line for text in tables for line in text.splitlines() if line.startswith("| variant")]
+    columns = {cell.strip() for head in heads for cell in head.split("|")}
     titles = {name.replace("_", " "): metric.meaning for name, metric in METRICS.items()}
     lines += [f"| {title} | {meaning} |" for title, meaning in titles.items()
               if any(column.startswith((f"{title} [", f"{title},")) for column in columns)]  # fmt: skip

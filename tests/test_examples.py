@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from lissom.training.errors import UserError
+
 
 def test_plug_in(tiny_run):
     name = "examples.mean_mixer:MeanMixer"
@@ -15,6 +17,11 @@ def test_plug_in(tiny_run):
         tiny_run("vision/digits_vit", "b", **{"model.mixer": name, "model.mixer_kwargs": {"MeanMixer": {"scal": 0.5}}})
     with pytest.raises(ValueError, match="has no 'MeanMixr'"):
         tiny_run("vision/digits_vit", "c", **{"model.mixer": "examples.mean_mixer:MeanMixr"})
+
+
+def test_a_mixer_without_a_causal_form_is_refused_by_a_decoder(tiny_run):
+    with pytest.raises(UserError, match="MeanMixer reads all tokens: it has no causal form"):
+        tiny_run("language/recall_lm", **{"model.mixer": "examples.mean_mixer:MeanMixer"})
 
 
 def test_the_examples_of_ops_run_as_they_stand():

@@ -3,11 +3,10 @@
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (routing); Hassani et al. 2023, arXiv:2204.07143 (neighbourhoods).
 Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py \
     --vary=model.mixer=none,window,neighborhood,bilevel,attention --match=params
-Time: a minute and a half a run on one CPU core. Result: not measured.
+Time: not measured. Result: not measured.
 The cue and its item lie at least three rows or columns apart: two layers of the window (raster order) or of the
 neighbourhood do not reach so far, but for neighbourhoods at a border, which are shifted inwards, and for a window at
-the end of a row, which goes on in the next. Larger images with
-more items are slower to learn: what a match adds to the mean over the tokens is small.
+the end of a row, which goes on in the next.
 Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,9 (of 9 regions)
 """
 

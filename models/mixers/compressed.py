@@ -11,6 +11,7 @@ from lissom.models.context import Context
 from lissom.models.linear import Linear
 from lissom.models.mixers import caches
 from lissom.models.mixers.attention import Attention, head_size
+from lissom.models.variables import Param
 from lissom.ops.attention import masks
 
 
@@ -85,14 +86,14 @@ class CompressedAttention(Attention):
             normal = lambda fan_in, *shape: jax.random.normal(rngs.params(), shape) * fan_in**-0.5
             channel = normal(first, first, all_heads, head_dim)
             mixed = normal(second * head_dim, second, all_heads, head_dim, head_dim)
-            self.channel_conv = nnx.Param(channel, out_sharding=(None, None, "head_dim"))
-            self.head_conv = nnx.Param(mixed, out_sharding=(None, None, None, "head_dim"))
+            self.channel_conv = Param(channel, out_sharding=(None, None, "head_dim"))
+            self.head_conv = Param(mixed, out_sharding=(None, None, None, "head_dim"))
         if value_shift:
             kinds = {"axes": ("embed", "latent"), "bias": False, "dtype": dtype, "rngs": rngs}
             self.v = Linear(width, values - values // 2, **kinds)
             self.v_previous = Linear(width, values // 2, **kinds)
         if norm:
-            self.temperature = nnx.Param(jnp.ones(self.kv_heads), out_sharding=(None,))
+            self.temperature = Param(jnp.ones(self.kv_heads), out_sharding=(None,))
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the cache for `batch` sequences of at most `length` tokens."""

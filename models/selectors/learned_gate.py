@@ -9,6 +9,7 @@ from lissom.models.linear import KERNEL_INIT
 from lissom.models.positions import rotate
 from lissom.models.selectors import scores
 from lissom.models.selectors.base import Choice, Selector, fraction, geometry, reach, top_share
+from lissom.models.variables import Param
 
 
 class LearnedGate(Selector):
@@ -62,8 +63,8 @@ class LearnedGate(Selector):
         init = lambda heads, inputs: jnp.stack(
             [KERNEL_INIT(rngs.params(), (inputs, size), jnp.float32) for _ in range(heads)]
         )
-        self.q = nnx.Param(init(self.heads, self.head_dim), out_sharding=("heads", "head_dim", None))
-        self.k = nnx.Param(init(self.kv_heads, 3 * self.head_dim), out_sharding=("kv_heads", "head_dim", None))
+        self.q = Param(init(self.heads, self.head_dim), out_sharding=("heads", "head_dim", None))
+        self.k = Param(init(self.kv_heads, 3 * self.head_dim), out_sharding=("kv_heads", "head_dim", None))
         self.density, self.threshold, self.rope_theta, self.weight = density, threshold, rope_theta, weight
 
     def gate(self, q: jax.Array, k: jax.Array, offset=0) -> jax.Array:
