@@ -1,7 +1,8 @@
 """Trains variants of one recipe with several seeds, measures all, and prints one table.
 
     uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py --vary=model.mixer=attention,window,none
-        [--seeds=3] [--match=params|flops|bytes] [--tune=optim.learning_rate=7e-4,2e-3,6e-3] [--shard=0/4] [--merge]
+        [--seeds=3] [--match=params|flops|bytes] [--tune=optim.learning_rate=7e-4,2e-3,6e-3]
+        [--shard=0/4 [--nomeasure]] [--merge]
 
 Runs are interleaved (all variants of a seed, then the next seed) and lie under --workdir, by default
 runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid.
@@ -344,9 +345,10 @@ def compare(
     tune: Sequence[str] = (),
     shard: tuple[int, int] = (0, 1),
     merge: bool = False,
+    measure: bool = True,
 ) -> list:
     """Trains what is missing and returns the rows of all variants and seeds (of this shard; none where there are more
-    shards than runs). With `merge` nothing is trained, and a missing run is an error."""
+    shards than runs, or without `measure`). With `merge` nothing is trained, and a missing run is an error."""
     from lissom.training import processes
 
     check_axes(variants, seeds, match, tune)
@@ -385,6 +387,8 @@ def compare(
             _trained(final, run)
         runs.append(run)
         labels[str(run)] = variant.label
+    if not measure:
+        return []
     return evaluate(runs, variants=labels, notes={run: notes[label] for run, label in labels.items()})
 
 
@@ -421,6 +425,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_multi_string("tune", [], "field=value,value: tuned for each variant first, at half the length")
     flags.DEFINE_string("shard", "0/1", "i/n: this process's share of the runs")
     flags.DEFINE_bool("merge", False, "train nothing: join what the shards have finished")
+    flags.DEFINE_bool("measure", True, "measure what is trained; --nomeasure where a --merge will")
     flags.DEFINE_string("workdir", None, "where the runs lie; runs/compare/<recipe> if not given")
     flags.DEFINE_string("out", None, "where rows.jsonl, table.md, table.csv and pareto.png go; --workdir if not given")
     with one_sentence():
@@ -429,6 +434,8 @@ def main(argv: list[str]) -> None:
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
         variants, shard = grid(given.vary), shard_of(given.shard)
         out = pathlib.Path(given.out or workdir)
+        if given.merge and not given.measure:
+            raise UserError("--merge measures what the shards have trained: it does not go with --nomeasure")
         if shard[1] > 1 and not given.merge:  # the table of a share must not stand where that of all runs will
             out = out / "shards" / f"{shard[0]}_of_{shard[1]}"
         check_writable(workdir, "--workdir")
@@ -442,6 +449,7 @@ def main(argv: list[str]) -> None:
             tune=given.tune,
             shard=shard,
             merge=given.merge,
+            measure=given.measure,
         )
         if not rows:
             return

@@ -14,6 +14,7 @@ Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimina
 
 from lissom.configs.base import base, mode, tiny
 
+RECALL = {"length": 32, "vocab_size": 32, "pairs": 4, "train_size": 100_000}
 SELECTORS = {
     "strided": {},
     "a_shape": {"sink": 1, "window": 2},
@@ -31,7 +32,7 @@ def get_config(arg: str = ""):
         {
             "name": "sequences",
             "batch_size": 64,
-            "kwargs": {"sequences": {"task": "recall", "length": 64, "vocab_size": 64, "pairs": 8}},
+            "kwargs": {"sequences": {"task": "recall", **RECALL}},
         }
     )
     config.model.update(
@@ -40,11 +41,11 @@ def get_config(arg: str = ""):
             "size": "",
             "width": 64,
             "depth": 2,
-            "heads": 2,
+            "heads": 4,
             "mixer": "attention",
             "mixer_kwargs": {
                 "attention": {},
-                "gqa": {},
+                "gqa": {"kv_heads": 2},
                 "mla": {},
                 "cca": {},
                 "ccgqa": {"query_compression": 1, "cache_compression": 2},
@@ -66,9 +67,10 @@ def get_config(arg: str = ""):
     )
     config.objective = "language_modelling"
     config.optim.update({"learning_rate": 3e-3, "weight_decay": 1e-2})
-    config.train = {"steps": 3000}
+    config.train = {"steps": 1500}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})
     if mode(arg, ("tiny",)):
         config = tiny(config)
+        config.data.kwargs.sequences.train_size = 2000
         config.model.update({"width": None, "depth": None, "heads": None})
     return config

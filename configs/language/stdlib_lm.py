@@ -51,7 +51,7 @@ def get_config(arg: str = ""):
             "mixer": "attention",
             "mixer_kwargs": {
                 "attention": {},
-                "gqa": {},
+                "gqa": {"kv_heads": 2},
                 "mla": {},
                 "cca": {},
                 "ccgqa": {},

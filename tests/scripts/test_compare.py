@@ -54,11 +54,11 @@ def test_match_is_within_one_percent(what):
 
 def test_compare(tmp_path):
     variants = script.grid(["model.mixer=attention,none"])
-    # Two shards do half of the runs each; the join trains nothing and finds all.
-    script.compare(config(), variants, tmp_path, seeds=2, shard=(0, 2))
+    # Two shards do half of the runs each; the join trains nothing and finds all, exported by a shard or not.
+    assert len(script.compare(config(), variants, tmp_path, seeds=2, shard=(0, 2))) == 4  # a transform doubles them
     with pytest.raises(UserError, match="is not finished"):
         script.compare(config(), variants, tmp_path, seeds=2, merge=True)
-    script.compare(config(), variants, tmp_path, seeds=2, shard=(1, 2))
+    assert script.compare(config(), variants, tmp_path, seeds=2, shard=(1, 2), measure=False) == []
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
     assert len(written) == 4
     rows = script.compare(config(), variants, tmp_path, seeds=2, merge=True)
@@ -225,6 +225,7 @@ WRONG = [
     ("--tune=optim.learning_rate=1e-3,1e-3", "none twice"),
     ("--tune=optim.learning_rat=1e-3,1e-2", "did you mean 'learning_rate'"),
     ("--tune=optim.learning_rate=1e-3,fast", "learning_rate='fast' is not a number"),
+    ("--merge --nomeasure", "--merge measures what the shards have trained"),
     ("--out=file", "--out=file must be a directory"),
     ("--out=file/deep", "--out=file/deep must be a directory"),
     ("--workdir=file", "--workdir=file must be a directory"),
