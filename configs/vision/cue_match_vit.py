@@ -5,8 +5,8 @@ Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py \
     --vary=model.mixer=none,window,neighborhood,bilevel,attention --match=params
 Time: not measured. Result: not measured.
 The cue and its item lie at least three rows or columns apart. One layer suffices for who sees so far (two learn it
-only at some seeds); the window (raster order) and the neighbourhood do not reach it, but for neighbourhoods at a border,
-which are shifted inwards, and for a window at the end of a row, which goes on in the next.
+only at some seeds); the window (raster order) and the neighbourhood do not reach it, but for a window at the end of a
+row, which goes on in the next.
 Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,9 (of 9 regions)
 """
 
