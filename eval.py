@@ -288,6 +288,7 @@ def _subject(run: pathlib.Path, config, entry: dict, dataset, further, blank, ti
         vocab_size=dataset.info.get("meta_token", dataset.info.get("vocab_size")),  # of the text
         latency_batches=tuple(config.evaluation.latency_batches),
         repeats=config.evaluation.latency_repeats,
+        decode_length=config.evaluation.decode_length,
         artefact_bytes=artefact_bytes(directory),
         times=times,
         floor=bool(config.evaluation.floor),

@@ -43,6 +43,7 @@ class Subject:
     repeats: int
     artefact_bytes: int
     times: Mapping[str, float]
+    decode_length: int = 0  # tokens behind which decoding is timed; 0: as many as the examples have
     floor: bool = False  # whether it wants the trivial methods beside it
     further: Sequence[tuple[Mapping[str, Any], Callable[[], Iterable[dict]]]] = ()  # test sets of other settings
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
@@ -139,14 +140,15 @@ def latencies(subjects: Sequence[Subject]) -> None:
 
 def decoding(subjects: Sequence[Subject]) -> None:
     """Time of one more token behind the tokens of test examples but the last, for subjects that keep a cache,
-    interleaved, at each batch size, and tokens a second at its median. The cache is donated from call to call, as
-    decoding does it, and tokens are written to the same places each time. Where the cost of a step depends on its place
-    (`network.period`), a sample is the mean of the steps of the last period."""
+    interleaved, at each batch size, and tokens a second at its median. With `decode_length` the sequences have that
+    many tokens: test examples are joined, or cut. The cache is donated from call to call, as decoding does it, and
+    tokens are written to the same places each time. Where the cost of a step depends on its place (`network.period`),
+    a sample is the mean of the steps of the last period."""
     for batch in sorted({size for subject in subjects for size in subject.latency_batches}):
         candidates, lengths, steps = {}, {}, {}
         for number, subject in enumerate(subjects):
             if batch in subject.latency_batches and subject.decodes:
-                inputs = _batches_of(subject.examples, batch)
+                inputs = _batches_of(subject.examples, batch, subject.decode_length)
                 lengths[number] = length = inputs[0][0].shape[1]
                 steps[number] = max(min(subject.period, length - 1), 1)
                 tokens = [(_last(arrays, steps[number]),) for arrays in inputs]
@@ -212,10 +214,17 @@ def _with_lengths(cache: Any, lengths: list[jax.Array]) -> Any:
 LENGTH = jax.tree_util.DictKey("length")
 
 
-def _batches_of(examples: Sequence[dict], batch: int) -> list[tuple[jax.Array, ...]]:
-    """Of each batch its inputs, and the places of their meta-tokens where the data has some."""
+def _batches_of(examples: Sequence[dict], batch: int, length: int = 0) -> list[tuple[jax.Array, ...]]:
+    """Of each batch its inputs, and the places of their meta-tokens where the data has some; with `length`, sequences
+    of so many tokens, made of as many examples in a row as it takes."""
     names = [name for name in ("inputs", "meta") if name in examples[0]]
-    rows = lambda start, name: [examples[i % len(examples)][name] for i in range(start * batch, (start + 1) * batch)]
+    joined = -(-length // len(examples[0]["inputs"])) if length else 1
+
+    def row(number: int, name: str) -> np.ndarray:
+        parts = [examples[i % len(examples)][name] for i in range(number * joined, (number + 1) * joined)]
+        return np.concatenate(parts)[:length] if length else parts[0]
+
+    rows = lambda start, name: [row(number, name) for number in range(start * batch, (start + 1) * batch)]
     return [tuple(jnp.asarray(np.stack(rows(start, name))) for name in names) for start in range(ROTATED)]
 
 

@@ -41,6 +41,15 @@ EARLY = [
     ((VIT, "--config.model.dtype=floaty"), ["dtype='floaty'", "bfloat16"]),
     ((VIT, "--config.optim.decay=["), ["optim.decay='['", "no pattern"]),
     ((VIT, "--config.optim.warmup=3"), ["warmup=3.0", "at most 1"]),
+    ((VIT, "--config.evaluation.decode_length=-1"), ["decode_length", "at least 0"]),
+    (
+        (
+            "--config=configs/language/recall_lm.py:tiny",
+            "--config.evaluation.decode_length=65",
+            "--config.model.learned_positions=64",
+        ),
+        ["decode_length=65", "at most", "learned_positions=64"],
+    ),
     ((VIT, "--config.evaluation.latency_batches=0,1"), ["latency_batches holds 0", "at least 1"]),
     ((VIT, "--config.checkpoint.keep=0"), ["keep=0", "at least 1"]),
     ((VIT, "--config.train.steps=2", "--config.train.epochs=1"), ["train.steps", "train.epochs", "contradict"]),

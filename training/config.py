@@ -196,6 +196,12 @@ def _check_one(config: ml_collections.ConfigDict) -> None:
         value = config.model.get(field)
         for name in (value,) if isinstance(value, str) else value or ():
             check_name(table, name, field)
+    learned, decoded = config.model.get("learned_positions"), config.evaluation.decode_length
+    if learned and decoded > learned:
+        raise UserError(
+            f"config.evaluation.decode_length={decoded} must be at most config.model.learned_positions={learned}: the "
+            "table has no position beyond"
+        )
     check_name(OBJECTIVES, config.objective, "objective")
     check_name(OPTIMIZERS, config.optim.name, "optimizer")
     check_name(SCHEDULES, config.optim.schedule, "schedule")

@@ -71,6 +71,7 @@ FIELDS = {
     "evaluation.data": Field(tuple, entry=Mapping),
     "evaluation.latency_batches": Field(tuple, 1, entry=int),
     "evaluation.latency_repeats": Field(int, 2),
+    "evaluation.decode_length": Field(int, 0),
     "evaluation.floor": Field(bool),
 }
 OPEN = ("model",)  # groups whose further fields are checked elsewhere

@@ -100,6 +100,19 @@ def test_decoding_takes_the_steps_of_a_period_in_turn():
     assert list(found) == ["decode_p50", "decode_p90", "decode_throughput"]
     assert found["decode_throughput"].value == 2 / found["decode_p50"].value
     assert found["decode_p50"].conditions == {"batch": 2, "length": 8}
+    for length in (20, 5):
+        longer = dataclasses.replace(subject, decode_length=length, measurements=[])
+        measuring.decoding([longer])
+        assert [m.conditions["length"] for m in longer.measurements] == [length] * 3
+
+
+def test_sequences_to_decode_are_examples_joined_or_cut():
+    examples = [{"inputs": np.arange(3) + 10 * number} for number in range(5)]
+    inputs = lambda length: [batch[0].tolist() for batch in measuring._batches_of(examples, 2, length)]
+    assert inputs(0)[:2] == [[[0, 1, 2], [10, 11, 12]], [[20, 21, 22], [30, 31, 32]]]
+    assert inputs(2)[0] == [[0, 1], [10, 11]]
+    # Two examples a row, four a batch, and behind the last of the five comes the first.
+    assert inputs(5)[:2] == [[[0, 1, 2, 10, 11], [20, 21, 22, 30, 31]], [[40, 41, 42, 0, 1], [10, 11, 12, 20, 21]]]
 
 
 def test_iid_inputs_are_independent_and_as_asked():
