@@ -196,20 +196,21 @@ def test_meta_tokens_are_of_the_method_and_lengths_are_of_the_row(tiny_run):
     assert len({row.identity.task for row in rows}) == 1
     assert [row.identity.transform for row in rows] == [None, "yarn", "zero_meta_positions"] * 2
     found = {(m.name, m.conditions.get("length")): m.value for m in rows[0].measurements}
-    assert {("token_accuracy", None), ("token_accuracy", 64), ("loss", None), ("loss", 64)} <= set(found)
-    assert found["loss", None] != found["loss", 64]
-    assert ("cache_bytes", 32 + 6 + 4) in found and ("decode_p50", 32 + 6 + 4) in found
+    assert {("token_accuracy", None), ("token_accuracy", 30), ("loss", None), ("loss", 30)} <= set(found)
+    assert found["loss", None] != found["loss", 30]
+    # 15 tokens, a meta-token behind each of 3 lists and one in front of each of 2 questions.
+    assert ("cache_bytes", 15 + 3 + 2) in found and ("decode_p50", 15 + 3 + 2) in found
     plain = {(m.name, m.conditions.get("length")): m.value for m in rows[3].measurements}
-    assert ("cache_bytes", 32) in plain and plain["flops", None] < found["flops", None]
-    assert "token accuracy, length 64, tokens 256 [%]" in render(rows)
+    assert ("cache_bytes", 15) in plain and plain["flops", None] < found["flops", None]
+    assert "token accuracy, length 30, tokens 128 [%]" in render(rows)
 
 
 def test_learned_positions_as_many_as_the_data_has(tiny_run):
     few = {"data.kwargs.sequences.train_size": 64, "data.kwargs.sequences.test_size": 64}
-    _, run = tiny_run("language/recall_lm", **few, **{"model.learned_positions": 64})
+    _, run = tiny_run("language/recall_lm", **few, **{"model.learned_positions": 32})
     found = values(evaluate([run], floors=False)[0])
     # Lengths of two layers and of the network stand beside.
-    assert found["cache_bytes"] == 64 * found["cache_bytes_per_token"] + 3 * 4 and found["decode_p50"] > 0
+    assert found["cache_bytes"] == 32 * found["cache_bytes_per_token"] + 3 * 4 and found["decode_p50"] > 0
 
 
 def test_layers_without_a_form_are_said_in_a_sentence(tiny_run):
@@ -225,10 +226,10 @@ def test_a_test_set_for_another_network_is_refused(tiny_run):
     from lissom.training.errors import UserError
 
     other = ({"vocab_size": 80},)
-    with pytest.raises(UserError, match="vocab_size 81; the network is for 65"):
+    with pytest.raises(UserError, match="vocab_size 81; the network is for 25"):
         tiny_run("language/meta_tokens_lm", **{"evaluation.data": other})
-    with pytest.raises(UserError, match=r"holds \{'length': 64\} twice"):
-        tiny_run("language/meta_tokens_lm", **{"evaluation.data": ({"length": 64}, {"length": 64})})
+    with pytest.raises(UserError, match=r"holds \{'length': 30\} twice"):
+        tiny_run("language/meta_tokens_lm", **{"evaluation.data": ({"length": 30}, {"length": 30})})
 
 
 def damage_checkpoint(run):
