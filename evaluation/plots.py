@@ -114,7 +114,7 @@ def _draw(axis, panel: Panel) -> None:
     axis.grid(True, which="major", color="#e4e4e4", lw=0.7, zorder=0)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"{panel.title}\n{panel.subtitle}", fontsize=11, loc="left")
+    axis.set_title(f"{panel.title}\n{panel.subtitle}", fontsize=11, loc="left", wrap=True)
     _legend(axis, panel, largest)
 
 

@@ -202,6 +202,15 @@ def test_losses_over_decades_have_a_log_axis(low, direction, scale):
     assert axis.get_yscale() == scale
 
 
+def test_a_long_title_stays_on_the_page(tmp_path):
+    """Ink in the last columns would be a title that is cut off there."""
+    points = (plots.Point("a", 1.0, 2.0), plots.Point("b", 2.0, 3.0))
+    for title in ("task", "cue_match(dims=2, " + "length=36, " * 12 + "): accuracy against latency"):
+        plots.pareto_plot([plots.Panel(title, "machine", "x", "y", points)], tmp_path / "plot.png")
+        image = imread(tmp_path / "plot.png")[..., :3]
+        assert (image[:, -3:] == 1).all() and (image[:3] == 1).all()
+
+
 def test_labels_that_cannot_fit_are_refused(tmp_path):
     panel = plots.Panel("task", "machine", "x", "y", (plots.Point("long " * 60, 1.0, 2.0),))
     with pytest.raises(ValueError, match="shorten the variant labels"):
