@@ -8,7 +8,7 @@ seeds: cca 2.53, ccgqa 2.54, gqa (of four heads: multi-query) 2.89, window 2.91,
 do after 300,000 steps.
 results/stdlib_lm: uv run scripts/compare.py --config=configs/language/stdlib_lm.py --config.train.steps=300 \
     --vary=model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse --match=params \
-    --tune=optim.learning_rate=7e-4,2e-3,6e-3,1.8e-2
+    --tune=optim.learning_rate=7e-4,2e-3,6e-3,1.8e-2 --config.model.mixer_kwargs.gqa.kv_heads=1
 Of attention so trained: rotary positions 3.03, none 3.41, learned 3.46, both 2.97 (300 steps are few for a table);
 with qk_norm 2.82.
 results/stdlib_positions, results/stdlib_qk_norm: with --tune=optim.learning_rate=2e-3,6e-3,1.8e-2, no transforms, and

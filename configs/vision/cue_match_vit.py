@@ -7,8 +7,8 @@ Time: about 50 seconds a run on a CPU core that others shared. Result (results/c
 seeds, 5,000 images; chance 25 %, a linear classifier 32.5): attention 98.4 %, none, window, neighborhood and bilevel
 with 2 of 9 regions 24.3 to 25.0.
 results/cue_match_top_k: --config.model.mixer=bilevel --vary=model.mixer_kwargs.bilevel.top_k=9,4,2,1 gives 99.4 % with
-all regions, 45.7 +- 36 with four (one seed of three learns it), 24.7 and 24.4 with two and one. Which regions are chosen
-gets no gradient: the link must be found by those that happen to be let through.
+all regions, 45.7 +- 36 with four (one seed of three learns it), 24.7 and 24.4 with two and one. Which regions are
+chosen gets no gradient: the link must be found by those that happen to be let through.
 The cue and its item lie at least three rows or columns apart. One layer suffices for who sees so far (two learn it
 only at some seeds); the window (raster order) and the neighbourhood do not reach it, but for a window at the end of a
 row, which goes on in the next.
