@@ -38,8 +38,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One task. `directions` say which way of x and y is better; `levels` are (name, y) of lines without an
-    x."""
+    """One task. `directions` say which way of x and y is better; `levels` are (name, y) of lines without an x; `most`
+    is the largest y that there can be (100 of a percentage, and then 0 is the least): no interval is drawn beyond."""
 
     title: str
     subtitle: str
@@ -49,6 +49,7 @@ class Panel:
     directions: tuple[str, str] = ("lower", "higher")
     size_name: str = ""
     levels: tuple[tuple[str, float], ...] = ()
+    most: float | None = None
 
 
 def pareto_plot(panels: Sequence[Panel], path: str | os.PathLike) -> list[list[Bbox]]:
@@ -94,6 +95,8 @@ def _draw(axis, panel: Panel) -> None:
     for index, p in enumerate(points):
         color = BLUE if index in front else GREY
         x_error, y_error = _interval(p.x, p.x_error), _interval(p.y, p.y_error) if decades else p.y_error
+        if panel.most is not None and p.y_error is not None:
+            y_error = [[min(p.y_error, p.y)], [min(p.y_error, panel.most - p.y)]]
         axis.errorbar(p.x, p.y, xerr=x_error, yerr=y_error, fmt="none", ecolor=color, elinewidth=1, alpha=0.7)
         face = color if p.size is not None else "white"
         area = marker_area(p.size, largest)

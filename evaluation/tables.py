@@ -366,4 +366,6 @@ def _panel(table: Table, x_column: Column, y_column: Column) -> plots.Panel | No
     directions = tuple(metric(c.name).direction or "lower" for c in (x_column, y_column))
     size_name = header(table, size_column).partition(" [")[0] if size_column else ""
     labels = header(table, x_column), header(table, y_column)
-    return plots.Panel(title, subtitle, *labels, tuple(points), directions, size_name, levels)
+    # An error, relative to the norm of what it is the error of, may exceed 1.
+    most = y_factor if metric(y_column.name).unit == "fraction" and directions[1] == "higher" else None
+    return plots.Panel(title, subtitle, *labels, tuple(points), directions, size_name, levels, most)

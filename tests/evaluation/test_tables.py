@@ -202,6 +202,14 @@ def test_losses_over_decades_have_a_log_axis(low, direction, scale):
     assert axis.get_yscale() == scale
 
 
+def test_no_interval_of_a_share_leaves_0_to_100():
+    axis = Figure().subplots()
+    points = (plots.Point("a", 1.0, 98.0, y_error=5.0), plots.Point("b", 2.0, 3.0, y_error=40.0))
+    plots._draw(axis, plots.Panel("task", "machine", "x", "y", points, ("lower", "higher"), most=100.0))
+    ends = [segment[:, 1].tolist() for bars in axis.collections[::2] for segment in bars.get_segments()]
+    assert ends == [[93.0, 100.0], [0.0, 43.0]]
+
+
 def test_a_long_title_stays_on_the_page(tmp_path):
     """Ink in the last columns would be a title that is cut off there."""
     points = (plots.Point("a", 1.0, 2.0), plots.Point("b", 2.0, 3.0))
