@@ -14,6 +14,10 @@ with qk_norm 2.82.
 results/stdlib_positions, results/stdlib_qk_norm: with --tune=optim.learning_rate=2e-3,6e-3,1.8e-2, no transforms, and
     --vary=model.mixer_kwargs.attention.rope_theta=10000.0,0.0 --vary=model.learned_positions=0,128, or
     --vary=model.mixer_kwargs.attention.qk_norm=False,True
+Of four heads with four, two, one for the keys: 3.02, 3.00, 2.90 (not separated), with 4,096, 2,048, 1,088 bytes cached
+a token.
+results/stdlib_gqa: with --tune=optim.learning_rate=2e-3,6e-3,1.8e-2, no transforms, --config.model.mixer=gqa and
+    --vary=model.mixer_kwargs.gqa.kv_heads=4,2,1
 Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimination,meta_tokens,none
     model.mixer_kwargs.block_sparse.selector=
     strided,a_shape,random,page_bounds,pooled,oracle,learned_gate,vertical_slash,representative_heads,token_sparsity
