@@ -46,7 +46,7 @@ def base() -> ml_collections.ConfigDict:
         "data": (),  # settings of the dataset; each is one more test set
         "latency_batches": (1, 64),
         "latency_repeats": 30,
-        "decode_length": 0,  # tokens behind which decoding is timed; 0: as many as the test examples have
+        "decode_length": 0,  # tokens of a sequence whose last one is timed; 0: as many as the test examples have
         "floor": True,  # the trivial method's row
     }
     return config

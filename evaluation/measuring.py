@@ -43,7 +43,7 @@ class Subject:
     repeats: int
     artefact_bytes: int
     times: Mapping[str, float]
-    decode_length: int = 0  # tokens behind which decoding is timed; 0: as many as the examples have
+    decode_length: int = 0  # tokens of a sequence whose last one is timed; 0: as many as the examples have
     floor: bool = False  # whether it wants the trivial methods beside it
     further: Sequence[tuple[Mapping[str, Any], Callable[[], Iterable[dict]]]] = ()  # test sets of other settings
     measurements: list[Measurement] = dataclasses.field(default_factory=list)

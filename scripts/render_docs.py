@@ -48,7 +48,7 @@ def problems(entry: Mapping[str, Any], root: pathlib.Path) -> list[str]:
     if (entry["verdict"] == UNMEASURED) != (not entry["rows"]):
         found.append(f"{name}: the verdict is {UNMEASURED!r} exactly where there are no rows")
     recipe, *flags = entry["recipe"].split() or [""]
-    paths = {"module": entry["module"], "recipe": recipe, "test": entry["test"].partition("::")[0]}
+    paths = {"module": entry["module"], "recipe": recipe.partition(":")[0], "test": entry["test"].partition("::")[0]}
     if entry["rows"]:
         paths["rows"] = entry["rows"]
     for field, path in paths.items():

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 VIT = "--config=configs/vision/digits_vit.py:tiny"
+LM = "--config=configs/language/recall_lm.py:tiny"
 SETS = "--config=configs/sets/gaussian_mixtures.py:tiny"
 
 
@@ -42,12 +43,13 @@ EARLY = [
     ((VIT, "--config.optim.decay=["), ["optim.decay='['", "no pattern"]),
     ((VIT, "--config.optim.warmup=3"), ["warmup=3.0", "at most 1"]),
     ((VIT, "--config.evaluation.decode_length=-1"), ["decode_length", "at least 0"]),
+    ((LM, "--config.evaluation.decode_length=1"), ["decode_length=1 must be 0 or at least 2"]),
     (
-        (
-            "--config=configs/language/recall_lm.py:tiny",
-            "--config.evaluation.decode_length=65",
-            "--config.model.learned_positions=64",
-        ),
+        (LM, "--config.evaluation.decode_length=4", "--config.model.name=block_transformer"),
+        ["decode_length=4 must be 0 or at least 5"],
+    ),
+    (
+        (LM, "--config.evaluation.decode_length=65", "--config.model.learned_positions=64"),
         ["decode_length=65", "at most", "learned_positions=64"],
     ),
     ((VIT, "--config.evaluation.latency_batches=0,1"), ["latency_batches holds 0", "at least 1"]),

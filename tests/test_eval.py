@@ -190,6 +190,7 @@ def test_meta_tokens_are_of_the_method_and_lengths_are_of_the_row(tiny_run):
     """With and without in one table; what was judged at another length says so; decoding and FLOPs are of whole
     sequences, meta-tokens among them."""
     few = {"data.kwargs.sequences.train_size": 64, "data.kwargs.sequences.test_size": 64}
+    few |= {"evaluation.decode_length": 45}
     _, one = tiny_run("language/meta_tokens_lm", "one", **few)
     _, two = tiny_run("language/meta_tokens_lm", "two", **few, **{"data.meta_tokens": "none"})
     rows = evaluate([one, two])
@@ -199,7 +200,7 @@ def test_meta_tokens_are_of_the_method_and_lengths_are_of_the_row(tiny_run):
     assert {("token_accuracy", None), ("token_accuracy", 30), ("loss", None), ("loss", 30)} <= set(found)
     assert found["loss", None] != found["loss", 30]
     # 15 tokens, a meta-token behind each of 3 lists and one in front of each of 2 questions.
-    assert ("cache_bytes", 15 + 3 + 2) in found and ("decode_p50", 15 + 3 + 2) in found
+    assert ("cache_bytes", 15 + 3 + 2) in found and ("decode_p50", 45) in found
     plain = {(m.name, m.conditions.get("length")): m.value for m in rows[3].measurements}
     assert ("cache_bytes", 15) in plain and plain["flops", None] < found["flops", None]
     assert "token accuracy, length 30, tokens 128 [%]" in render(rows)

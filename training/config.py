@@ -196,15 +196,33 @@ def _check_one(config: ml_collections.ConfigDict) -> None:
         value = config.model.get(field)
         for name in (value,) if isinstance(value, str) else value or ():
             check_name(table, name, field)
-    learned, decoded = config.model.get("learned_positions"), config.evaluation.decode_length
-    if learned and decoded > learned:
+    _check_decode_length(config)
+    check_name(OBJECTIVES, config.objective, "objective")
+    check_name(OPTIMIZERS, config.optim.name, "optimizer")
+    check_name(SCHEDULES, config.optim.schedule, "schedule")
+
+
+def _check_decode_length(config: ml_collections.ConfigDict) -> None:
+    decoded = config.evaluation.decode_length
+    if not decoded:
+        return
+    settings = {**SIZES.get(config.model.name, {}).get(config.model.size, {}), **_given(config.model)}
+    learned, period = settings.get("learned_positions", 0), settings.get("block_length", 1)
+    if decoded <= period:
+        raise UserError(
+            f"config.evaluation.decode_length={decoded} must be 0 or at least {period + 1}: a token in front, and "
+            f"{period} to be timed"
+        )
+    if 0 < learned < decoded:
         raise UserError(
             f"config.evaluation.decode_length={decoded} must be at most config.model.learned_positions={learned}: the "
             "table has no position beyond"
         )
-    check_name(OBJECTIVES, config.objective, "objective")
-    check_name(OPTIMIZERS, config.optim.name, "optimizer")
-    check_name(SCHEDULES, config.optim.schedule, "schedule")
+
+
+def _given(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What is set: None leaves a field to the named size."""
+    return {key: value for key, value in model.items() if value is not None}
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:

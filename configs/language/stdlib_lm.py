@@ -16,6 +16,8 @@ results/stdlib_positions, results/stdlib_qk_norm: with --tune=optim.learning_rat
     --vary=model.mixer_kwargs.attention.qk_norm=False,True
 Of four heads with four, two, one for the keys: 3.02, 3.00, 2.90 (not separated), with 4,096, 2,048, 1,088 bytes cached
 a token.
+results/stdlib_gqa: as results/stdlib_lm, with --tune=optim.learning_rate=2e-3,6e-3,1.8e-2, no transforms,
+    --config.model.mixer=gqa and --vary=model.mixer_kwargs.gqa.kv_heads=4,2,1
 block_transformer against language, 200 steps of 8 x 256 bytes: 3.313 and 3.312 bits a byte, and 15,900 and 2,100 tokens
 a second in 32 sequences of 2,048 tokens.
 results/block_transformer: uv run scripts/compare.py --config=configs/language/stdlib_lm.py --config.train.steps=200 \
@@ -23,8 +25,6 @@ results/block_transformer: uv run scripts/compare.py --config=configs/language/s
     --config.evaluation.latency_batches="(1,32)" --config.evaluation.latency_repeats=10 \
     --config.evaluation.decode_length=2048 --vary=model.name=language,block_transformer \
     --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
-results/stdlib_gqa: with --tune=optim.learning_rate=2e-3,6e-3,1.8e-2, no transforms, --config.model.mixer=gqa and
-    --vary=model.mixer_kwargs.gqa.kv_heads=4,2,1
 Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimination,meta_tokens,none
     model.mixer_kwargs.block_sparse.selector=
     strided,a_shape,random,page_bounds,pooled,oracle,learned_gate,vertical_slash,representative_heads,token_sparsity

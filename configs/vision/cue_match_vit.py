@@ -3,15 +3,14 @@
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (routing); Hassani et al. 2023, arXiv:2204.07143 (neighbourhoods).
 Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py --match=params \
     --vary=model.mixer=attention,none,window,neighborhood,bilevel --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
-Time: about 50 seconds a run on a CPU core that others shared. Result (results/cue_match_vit: equal parameters, three
+Time: 50 to 75 seconds a run on a CPU core that others shared. Result (results/cue_match_vit: equal parameters, three
 seeds, 5,000 images; chance 25 %, a linear classifier 32.5): attention 98.4 %, none, window, neighborhood and bilevel
 with 2 of 9 regions 24.3 to 25.0.
-results/cue_match_top_k: --config.model.mixer=bilevel --vary=model.mixer_kwargs.bilevel.top_k=9,4,2,1 gives 99.4 % with
-all regions, 45.7 +- 36 with four (one seed of three learns it), 24.7 and 24.4 with two and one. Which regions are
-chosen gets no gradient: the link must be found by those that happen to be let through.
-The cue and its item lie at least three rows or columns apart. One layer suffices for who sees so far (two learn it
-only at some seeds); the window (raster order) and the neighbourhood do not reach it, but for a window at the end of a
-row, which goes on in the next.
+results/cue_match_top_k: with --config.model.mixer=bilevel --vary=model.mixer_kwargs.bilevel.top_k=9,4,2,1 in place of
+that --vary, 99.4 % with all regions, 45.7 +- 36 with four (one seed of three learns it), 24.7 with two, 24.4 with one.
+Which regions are chosen gets no gradient: the link must be found by those that happen to be let through.
+The cue and its item lie at least three rows or columns apart. One layer suffices for who sees so far; the window
+(raster order) and the neighbourhood do not reach it, but for a window at the end of a row, which goes on in the next.
 Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,9 (of 9 regions)
 """
 

@@ -3,9 +3,9 @@
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (two stages, for small pictures).
 Command: uv run scripts/compare.py --config=configs/vision/glyphs_biformer.py \
     --vary=model.mixer=none,window,neighborhood,bilevel,attention --match=params
-Time: about a minute a run on one CPU core, and one to draw the letters. Result: not measured.
-Letters of 16 x 16 pixels (data.kwargs.glyphs.size=32 takes four times as long): regions of 4 x 4, then of 2 x 2 tokens.
-Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,8,16
+Time: not measured. Result: not measured.
+Letters of 24 x 24 pixels are 12 x 12, then 6 x 6 tokens, and their 9 regions 4 x 4, then 2 x 2 of them.
+Sweep: model.mixer=none,window,neighborhood,bilevel,attention  model.mixer_kwargs.bilevel.top_k=1,2,4,9 (of 9 regions)
 """
 
 from lissom.configs.base import base, mode, tiny
@@ -14,7 +14,7 @@ from lissom.configs.base import base, mode, tiny
 def get_config(arg: str = ""):
     config = base()
     held_out = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
-    glyphs = {"size": 16, "classes": 100, "test_fonts": held_out}
+    glyphs = {"size": 24, "classes": 100, "test_fonts": held_out}
     config.data.update({"name": "glyphs", "batch_size": 64, "kwargs": {"glyphs": glyphs}})
     config.model.update(
         {
@@ -25,7 +25,7 @@ def get_config(arg: str = ""):
                 "attention": {"rope_theta": 0.0},
                 "window": {"window": 9, "rope_theta": 0.0},
                 "neighborhood": {"window": 5, "rope_theta": 0.0},
-                "bilevel": {"regions": 4, "top_k": 4},
+                "bilevel": {"regions": 3, "top_k": 2},
             },
             "ffn": "mlp",
             "ffn_kwargs": {},
