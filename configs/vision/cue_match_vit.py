@@ -3,8 +3,8 @@
 Paper: Zhu et al. 2023, BiFormer, arXiv:2303.08810 (routing); Hassani et al. 2023, arXiv:2204.07143 (neighbourhoods).
 Command: uv run scripts/compare.py --config=configs/vision/cue_match_vit.py --match=params \
     --vary=model.mixer=attention,none,window,neighborhood,bilevel --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
-Time: 50 to 75 seconds a run on a CPU core that others shared. Result (results/cue_match_vit: equal parameters, three
-seeds, 5,000 images; chance 25 %, a linear classifier 32.5): attention 98.4 %, none, window, neighborhood and bilevel
+Time: 50 to 75 seconds a run on a CPU core that others shared. Result: (results/cue_match_vit, equal parameters, three
+seeds, 5,000 images; chance 25 %, a linear classifier 32.5) attention 98.4 %, none, window, neighborhood and bilevel
 with 2 of 9 regions 24.3 to 25.0.
 results/cue_match_top_k: with --config.model.mixer=bilevel --vary=model.mixer_kwargs.bilevel.top_k=9,4,2,1 in place of
 that --vary, 99.4 % with all regions, 45.7 +- 36 with four (one seed of three learns it), 24.7 with two, 24.4 with one.
