@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from lissom.compression.artefacts import structure_of
 from lissom.compression.transforms import build_transforms
-from lissom.models import MODELS, NORMS, SIZES
+from lissom.models import MODELS, NORMS
 from lissom.models.mixers import MIXERS
 from lissom.models.pretrained import llama, read
 from lissom.models.pretrained.errors import CheckpointError
 from lissom.models.registry import resolve, settings_of
 from lissom.models.variables import Parts, flatten, merge, split
+from lissom.training.config import model_settings
 from lissom.training.errors import UserError
 from lissom.training.runs import KINDS, load_network, read_config
 from lissom.training.stages import final_config
@@ -44,7 +45,7 @@ def starting_network(config, data: Iterable[dict] = ()) -> Parts:
         else:
             theirs = final_config(read_config(path))
             parts, had = load_network(path, structure_of), _plain(theirs.transforms)
-            _check_readings(config, path, _settings(theirs))
+            _check_readings(config, path, model_settings(theirs))
         if has[: len(had)] != had:
             raise UserError(
                 f"config.init_from: {path} was trained with the transforms {_names(had)}, which are not the first of "
@@ -92,12 +93,6 @@ def _names(entries: tuple[dict, ...]) -> str:
     return ", ".join(entry.get("name", "?") for entry in entries) or "none"
 
 
-def _settings(config) -> dict[str, Any]:
-    """What is said of a config's model: its named size, and fields that are set on top."""
-    given = {key: value for key, value in config.model.to_dict().items() if value is not None}
-    return {**SIZES.get(config.model.name, {}).get(config.model.get("size"), {}), **given}
-
-
 def _pretrained(config, path: str) -> Parts:
     try:
         checkpoint = read(path.removeprefix(PRETRAINED))
@@ -109,7 +104,7 @@ def _pretrained(config, path: str) -> Parts:
 
 def _check_readings(config, path: str, theirs: Mapping[str, Any]) -> None:
     """UserError where the config's model would read values otherwise than the model that they were trained in."""
-    ours, defaults = _settings(config), settings_of(resolve(MODELS, config.model.name, "model"))
+    ours, defaults = model_settings(config), settings_of(resolve(MODELS, config.model.name, "model"))
     for kind, (registry, keys) in READINGS.items():
         if kind not in theirs or kind not in defaults:  # a network without that choice
             continue

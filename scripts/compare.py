@@ -23,7 +23,7 @@ from absl import flags
 
 from lissom.eval import check_writable, read_metrics
 from lissom.training import flags as command_line
-from lissom.training.config import check, default_workdir, overridden, to_json
+from lissom.training.config import check, default_workdir, model_settings, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
 
 MATCHES = ("params", "flops", "bytes")
@@ -114,12 +114,7 @@ def size_of(config, facts: Mapping[str, Any], what: str) -> float:
 
 def solvable(config, what: str) -> dict[str, Any]:
     """The settings of the config's model, among which there must be a width to solve for."""
-    from lissom.models import SIZES
-
-    settings = {
-        **SIZES.get(config.model.name, {}).get(config.model.size, {}),
-        **{key: value for key, value in config.model.to_dict().items() if value is not None},
-    }
+    settings = model_settings(config)
     if "width" not in settings:
         raise UserError(f"--match={what} solves model.width, which model {config.model.name!r} does not have")
     return settings

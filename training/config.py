@@ -206,7 +206,7 @@ def _check_decode_length(config: ml_collections.ConfigDict) -> None:
     decoded = config.evaluation.decode_length
     if not decoded:
         return
-    settings = {**SIZES.get(config.model.name, {}).get(config.model.size, {}), **_given(config.model)}
+    settings = model_settings(config)
     learned, period = settings.get("learned_positions", 0), settings.get("block_length", 1)
     if decoded <= period:
         raise UserError(
@@ -220,9 +220,10 @@ def _check_decode_length(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _given(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What is set: None leaves a field to the named size."""
-    return {key: value for key, value in model.items() if value is not None}
+def model_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The settings of the model's named size, and what is set on top: None leaves a field to the size."""
+    given = {key: value for key, value in config.model.to_dict().items() if value is not None}
+    return {**SIZES.get(config.model.name, {}).get(config.model.get("size"), {}), **given}
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
