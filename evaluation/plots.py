@@ -94,9 +94,10 @@ def _draw(axis, panel: Panel) -> None:
     axis.plot([points[i].x for i in front], [points[i].y for i in front], color=BLUE, alpha=0.5, lw=1.5, zorder=1)
     for index, p in enumerate(points):
         color = BLUE if index in front else GREY
-        x_error, y_error = _interval(p.x, p.x_error), _interval(p.y, p.y_error) if decades else p.y_error
-        if panel.most is not None and p.y_error is not None:
-            y_error = [[min(p.y_error, p.y)], [min(p.y_error, panel.most - p.y)]]
+        # What reaches below 0 cannot be drawn on a log axis: it ends just above.
+        least, most = (-math.inf, math.inf) if panel.most is None else (0.0, panel.most)
+        x_error = _interval(p.x, p.x_error, 0.1 * p.x, math.inf)
+        y_error = _interval(p.y, p.y_error, 0.1 * p.y if decades else least, most)
         axis.errorbar(p.x, p.y, xerr=x_error, yerr=y_error, fmt="none", ecolor=color, elinewidth=1, alpha=0.7)
         face = color if p.size is not None else "white"
         area = marker_area(p.size, largest)
@@ -121,9 +122,9 @@ def _draw(axis, panel: Panel) -> None:
     _legend(axis, panel, largest)
 
 
-def _interval(value: float, error: float | None) -> list[list[float]] | None:
-    """Lengths below and above; what reaches below 0 cannot be drawn on a log axis: it ends just above."""
-    return None if error is None else [[min(error, 0.9 * value)], [error]]
+def _interval(value: float, error: float | None, least: float, most: float) -> list[list[float]] | None:
+    """Lengths below and above, of which neither leaves least .. most."""
+    return None if error is None else [[min(error, value - least)], [min(error, most - value)]]
 
 
 def _limits(axis, points: Sequence[Point]) -> None:

@@ -47,13 +47,16 @@ def problems(entry: Mapping[str, Any], root: pathlib.Path) -> list[str]:
             found.append(f"{name}: {field} {entry[field]!r} is none of {', '.join(known)}")
     if (entry["verdict"] == UNMEASURED) != (not entry["rows"]):
         found.append(f"{name}: the verdict is {UNMEASURED!r} exactly where there are no rows")
-    recipe, *flags = entry["recipe"].split() or [""]
-    paths = {"module": entry["module"], "recipe": recipe.partition(":")[0], "test": entry["test"].partition("::")[0]}
+    named, *flags = entry["recipe"].split() or [""]
+    recipe, _, mode = named.partition(":")
+    paths = {"module": entry["module"], "recipe": recipe, "test": entry["test"].partition("::")[0]}
     if entry["rows"]:
         paths["rows"] = entry["rows"]
     for field, path in paths.items():
         if not (path and (root / path).is_file()):
             found.append(f"{name}: {field} {path!r} does not exist")
+    if mode and (root / recipe).is_file() and f'"{mode}"' not in (root / recipe).read_text():
+        found.append(f"{name}: {recipe} names no mode {mode!r}")
     own = "--" if recipe.startswith("scripts/") else "--config."
     if any(not flag.startswith(own) for flag in flags):
         found.append(f"{name}: behind the recipe stand {own}field=value only")

@@ -27,6 +27,11 @@ def test_generated_pages_are_fresh():
     [
         ("module", "models/gone.py", "module 'models/gone.py' does not exist"),
         ("recipe", "configs/gone.py", "recipe 'configs/gone.py' does not exist"),
+        (
+            "recipe",
+            "configs/language/meta_tokens_lm.py:copyy",
+            "meta_tokens_lm.py names no mode 'copyy'",
+        ),
         ("recipe", "configs/vision/digits_vit.py mixer=none", "--config.field=value only"),
         ("test", "tests/test_recipes.py::test_gone", "no test tests/test_recipes.py::test_gone"),
         ("rows", "results/gone/rows.jsonl", "does not exist"),
