@@ -3,7 +3,7 @@
 One TFDS builder serves all generated sets. No TensorFlow: images are encoded with Pillow and handed over as
 PNG bytes (a builder that yields numpy images needs TensorFlow to encode them), everything else as Tensor
 features in the `bytes` encoding, which numpy reads back directly. Measured on 2 busy cores: writing 0.15 ms,
-reading 0.03 ms an example.
+reading in order 0.1 ms an example.
 
 A directory is named by a hash of the settings, the version of the generating code and the facts it depends
 on. A file lock lets one process prepare while the others wait; TFDS writes into a temporary folder and
@@ -27,6 +27,7 @@ from lissom.data.errors import DataError
 
 # A split at most this large is decoded into memory when it is loaded: a batch is then one gather.
 IN_MEMORY_BYTES = 200e6
+AT_ONCE = 10_000  # records of one reading
 DEFAULT_DATA_DIR = "~/.cache/lissom/datasets"
 
 
@@ -68,7 +69,7 @@ def open_split(builder, split: str, kind: str):
     first = source.stored(0)
     if len(source) * sum(array.nbytes for array in first.values()) > IN_MEMORY_BYTES:
         return source
-    rows = [source.stored(index) for index in range(len(source))]
+    rows = [source.decoded(record) for record in in_order(source.records)]
     return ArraySource(kind, {name: np.stack([row[name] for row in rows]) for name in first})
 
 
@@ -85,7 +86,10 @@ class RecordSource:
 
     def stored(self, index: int) -> Example:
         """Example `index` as it was given to the builder."""
-        record = self.records[int(index)]
+        return self.decoded(self.records[int(index)])
+
+    def decoded(self, record: Example) -> Example:
+        """A record as it was given to the builder."""
         return {
             name: decode_image(value) if name in self.images else np.asarray(value) for name, value in record.items()
         }
@@ -107,6 +111,12 @@ def data_source(builder, split: str, images: list[str]):
 
     decoders = {name: tfds.decode.SkipDecoding() for name in images}
     return builder.as_data_source(split, decoders=decoders or None)
+
+
+def in_order(records) -> Iterator[Example]:
+    """Every record of a split, read many at a time: alone each costs the search for its chunk (0.45 ms against 0.1)."""
+    for start in range(0, len(records), AT_ONCE):
+        yield from records.__getitems__(range(start, min(start + AT_ONCE, len(records))))
 
 
 def decode_image(encoded: bytes) -> np.ndarray:

@@ -12,7 +12,14 @@ import numpy as np
 
 from lissom.data.dataset import ArraySource, Dataset, Example
 from lissom.data.errors import DataError, nearest, require
-from lissom.data.preparation import IN_MEMORY_BYTES, data_directory, data_source, decode_image, image_features
+from lissom.data.preparation import (
+    IN_MEMORY_BYTES,
+    data_directory,
+    data_source,
+    decode_image,
+    image_features,
+    in_order,
+)
 
 # Their test split is published without labels (-1 everywhere): the validation split is what papers report.
 UNLABELLED_TEST = ("imagenet2012", "imagenet_v2", "places365_small")
@@ -78,7 +85,9 @@ class ImageRecords:
 
     def stored(self, index: int) -> Example:
         """uint8 image [H, W, C] and its label."""
-        record = self.records[int(index)]
+        return self.decoded(self.records[int(index)])
+
+    def decoded(self, record: Example) -> Example:
         image = decode_image(record["image"]) if self.encoded else np.asarray(record["image"])
         image = image if self.size is None else square(image, self.size)
         return {"inputs": image, "labels": np.asarray(record["label"], np.int32)}
@@ -187,5 +196,5 @@ def _in_memory(source, kind: str):
     first = source.stored(0)
     if first["inputs"].dtype != np.uint8 or first["inputs"].nbytes * len(source) > IN_MEMORY_BYTES:
         return source
-    rows = [source.stored(index) for index in range(len(source))]
+    rows = [source.decoded(record) for record in in_order(source.records)]
     return ArraySource(kind, {field: np.stack([row[field] for row in rows]) for field in first})
