@@ -36,8 +36,8 @@ def get_config(arg: str = ""):
             "remat": False,
         }
     )
-    config.optim.update({"learning_rate": 2e-3, "weight_decay": 5e-2})
-    config.train = {"steps": 600}
+    config.optim.update({"learning_rate": 6e-3, "weight_decay": 5e-2})
+    config.train = {"steps": 400}
     if mode(arg, ("tiny",)):
         config = tiny(config)
         config.data.kwargs.glyphs.update({"train_size": 200, "test_size": 100})
