@@ -43,8 +43,8 @@ class BlockTransformer(LanguageModel):
     two branches of `cond`, both run where some sequences end one and others do not): decode sequences of one phase
     together, which `padding` can give prompts of different lengths.
 
-    Chosen here: a norm behind each decoder; how the learned vectors begin (pads as the tables, c normal, as a norm
-    leaves it); positions are the mixers', of blocks below, and within a prefix and its block above.
+    Chosen here: a norm behind each decoder; how the learned vectors begin (pads as rows of the tables, c normal, as
+    a norm leaves it); positions are the mixers', of blocks below, and within a prefix and its block above.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class BlockTransformer(LanguageModel):
         norm: str = "rmsnorm",
         tied: bool = True,
         learned_positions: int = 0,
+        embedding_multiplier: float | None = None,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
         **settings,
@@ -76,13 +77,15 @@ class BlockTransformer(LanguageModel):
             raise ValueError(f"model.learned_positions={learned_positions} must be 0: positions are those of mixers")
         both = {"mixer": mixer, "ffn": ffn, "norm": norm, "dtype": dtype, "rngs": rngs, **settings}
         # The token decoder is this network's own stack and ends.
-        super().__init__(vocab_size=vocab_size, width=width, depth=depth - lower, tied=tied, **both)
+        ends = {"tied": tied, "embedding_multiplier": embedding_multiplier}
+        super().__init__(vocab_size=vocab_size, width=width, depth=depth - lower, **ends, **both)
         self.block_decoder = Transformer(width=width, depth=lower, **both)
-        self.lookup = Embedding(vocab_size, width // block_length, dtype=dtype, rngs=rngs)
+        part = width // block_length
+        self.lookup = Embedding(vocab_size, part, multiplier=embedding_multiplier, dtype=dtype, rngs=rngs)
         self.expand = Linear(width, (prefix, width), axes=("embed", None, "mlp"), dtype=dtype, rngs=rngs)
         learned = lambda size, scale: Param(scale * jax.random.normal(rngs.params(), (size,)), out_sharding=("embed",))
-        self.pad = learned(width // block_length, 0.02)
-        self.token_pad = learned(width, 0.02) if random_padding else None
+        self.pad = learned(part, self.lookup.multiplier * part**-0.5)
+        self.token_pad = learned(width, self.embed.multiplier * width**-0.5) if random_padding else None
         self.begin = learned(width, 1.0) if random_padding else None
         self.width, self.block_length, self.prefix = width, block_length, prefix
         self.random_padding = random_padding

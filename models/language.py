@@ -1,5 +1,7 @@
 """Decoder language model, with its cache."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,9 +18,11 @@ class LanguageModel(Transformer):
 
     `tied` shares the embedding with the last product (Press & Wolf 2016, arXiv:1608.05859). Positions are the
     mixer's affair (rotary angles in `attention`), unless `learned_positions` > 0 asks for a learned table of so many,
-    which is added to the embedding (sequences can be no longer then). `extend` continues sequences through a cache,
-    `branch` lets several continuations share one. `meta` bool [B, T] says which tokens are meta-tokens: mixers read it
-    in their context. `zero_meta_positions` leaves the learned position of those tokens out at inference.
+    which is added to the embedding (sequences can be no longer then). Rows of both tables are multiplied by
+    `embedding_multiplier` (None: sqrt(width), see `Embedding`; 1 in networks of the Llama family). `extend` continues
+    sequences through a cache, `branch` lets several continuations share one. `meta` bool [B, T] says which tokens are
+    meta-tokens: mixers read it in their context. `zero_meta_positions` leaves the learned position of those tokens out
+    at inference.
     """
 
     period = 1  # decoding costs the same again after so many tokens
@@ -32,13 +36,17 @@ class LanguageModel(Transformer):
         norm: str = "rmsnorm",
         tied: bool = True,
         learned_positions: int = 0,
+        embedding_multiplier: float | None = None,
         zero_meta_positions: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
         **settings,
     ):
         at_least_one("model", width=width)
-        self.embed = Embedding(vocab_size, width, dtype=dtype, rngs=rngs)
+        if embedding_multiplier is not None and not 0 < embedding_multiplier < math.inf:
+            raise ValueError(f"model.embedding_multiplier={embedding_multiplier} must be above 0, or None: sqrt(width)")
+        rows = {"multiplier": embedding_multiplier, "dtype": dtype, "rngs": rngs}
+        self.embed = Embedding(vocab_size, width, **rows)
         if learned_positions < 0:
             raise ValueError(f"model.learned_positions={learned_positions} must be 0 or the greatest length")
         if zero_meta_positions and not learned_positions:
@@ -49,9 +57,7 @@ class LanguageModel(Transformer):
         self.zero_meta_positions = zero_meta_positions
         self.learned_positions = learned_positions
         self.table = (
-            Embedding(learned_positions, width, axes=("positions", "embed"), dtype=dtype, rngs=rngs)
-            if learned_positions
-            else None
+            Embedding(learned_positions, width, axes=("positions", "embed"), **rows) if learned_positions else None
         )
         super().__init__(width=width, ffn=ffn, norm=norm, dtype=dtype, rngs=rngs, **settings)
         self.head = (

@@ -43,7 +43,13 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Table[vocab, width]; rows by index, and logits[..., vocab] = x[..., width] Table^T when tied."""
+    """Table[vocab, width]: `multiplier` x rows by index, and logits[..., vocab] = x[..., width] Table^T when tied.
+
+    Entries begin normal with standard deviation 1 / sqrt(width), so that tied logits of a normed x have unit variance.
+    multiplier None is sqrt(width) (Vaswani et al. 2017, arXiv:1706.03762, section 3.4): the stream begins with unit
+    variance, like what layers add to it. Far below that, layers behind the first do not see which token they stand on
+    until training has made the table large.
+    """
 
     def __init__(
         self,
@@ -51,15 +57,16 @@ class Embedding(nnx.Module):
         width: int,
         *,
         axes: tuple = ("vocab", "embed"),
-        scale: float = 0.02,
+        multiplier: float | None = None,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.table = Param(scale * jax.random.normal(rngs.params(), (vocab, width)), out_sharding=axes)
+        self.table = Param(width**-0.5 * jax.random.normal(rngs.params(), (vocab, width)), out_sharding=axes)
+        self.multiplier = width**0.5 if multiplier is None else multiplier
         self.dtype = dtype
 
     def __call__(self, index: jax.Array) -> jax.Array:
-        return self.table[...].astype(self.dtype)[index]
+        return self.table[...].astype(self.dtype)[index] * self.multiplier
 
     def logits(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("...m,vm->...v", x.astype(self.dtype), self.table[...].astype(self.dtype))

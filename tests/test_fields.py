@@ -23,6 +23,7 @@ CHANGED = {
     "remat": True,
     "tied": False,
     "learned_positions": 64,
+    "embedding_multiplier": 2.0,
     "causal": True,
     "positions": False,
     "patch": 2,
@@ -195,6 +196,7 @@ def test_field_of_the_block_transformer_changes_the_program():
         "prefix": 1,
         "block_depth": 1,
         "random_padding": False,
+        "embedding_multiplier": 2.0,
         "tied": False,
         "stack": "scan",
     }

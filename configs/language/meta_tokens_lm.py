@@ -48,6 +48,7 @@ def get_config(arg: str = ""):
             "norm": "rmsnorm",
             "norm_kwargs": {},
             "tied": True,
+            "embedding_multiplier": None,
             "learned_positions": 0,
             "dropout": 0.0,
             "stack": None,

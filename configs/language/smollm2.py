@@ -38,6 +38,7 @@ def get_config(arg: str = ""):
             "norm": "rmsnorm",
             "norm_kwargs": {"rmsnorm": {"epsilon": 1e-5}},
             "tied": True,
+            "embedding_multiplier": 1.0,
             "dropout": 0.0,
             # Layer by layer, as transforms want it.
             "stack": "loop",

@@ -45,6 +45,7 @@ def language_settings(settings: Settings) -> dict[str, Any]:
         "depth": settings.depth,
         "heads": settings.heads,
         "tied": settings.tied,
+        "embedding_multiplier": 1.0,
         "mixer": mixer,
         "mixer_kwargs": {mixer: attention},
         "ffn": "swiglu",

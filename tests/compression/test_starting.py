@@ -90,7 +90,7 @@ def pretrained(folder, **changes):
     config = files.config_of("tied") | changes  # as many tokens as the recipe
     files.write_folder(folder, config, files.random_tensors(config))
     return {
-        "model.width": 64, "model.depth": 2, "model.heads": 4,
+        "model.width": 64, "model.depth": 2, "model.heads": 4, "model.embedding_multiplier": 1.0,
         "model.mixer_kwargs": {"attention": {"rope_theta": 300.0}},
         "model.ffn_kwargs": {"swiglu": {"expansion": 2.25}}, "model.norm_kwargs": {"rmsnorm": {"epsilon": 1e-5}},
         "init_from": (f"pretrained:{folder}",),
@@ -117,6 +117,11 @@ def test_a_checkpoint_that_would_be_another_function(tiny_run, tmp_path):
             r"has rope_theta 300.0, and config.model.mixer_kwargs.attention.rope_theta is 10000",
         ),
         ("model.norm_kwargs", {}, r"has epsilon 1e-05, and config.model.norm_kwargs.rmsnorm.epsilon is 1e-06"),
+        (
+            "model.embedding_multiplier",
+            None,
+            r"has embedding_multiplier 1.0, and config.model.* is None",
+        ),
         ("model.width", 32, r"config.init_from: pretrained:.* has no .* of the shape that this model needs"),
         ("init_from", ("pretrained:nowhere",), r"config.init_from: no checkpoint 'nowhere'"),
     ):
@@ -149,7 +154,7 @@ def test_what_reads_values_otherwise(ours, theirs, words):
         for field, value in ours.items():
             *path, last = field.split(".")
             functools.reduce(getattr, path, config.model)[last] = value
-    theirs = {"mixer": "attention", **theirs}
+    theirs = {"mixer": "attention", "embedding_multiplier": None, **theirs}
     if not words:
         _check_readings(config, "there", theirs)
         return

@@ -107,3 +107,20 @@ def test_no_cache_is_longer_than_learned_positions():
     network.init_cache(1, 8)
     with pytest.raises(ValueError, match=r"a cache of 9 tokens is longer than model\.learned_positions=8"):
         network.init_cache(1, 9)
+
+
+def test_the_stream_begins_with_unit_variance():
+    """So do tied logits; `embedding_multiplier` says otherwise, of tokens and learned positions alike."""
+    make = lambda **settings: LanguageModel(vocab_size=512, width=64, depth=1, heads=2, rngs=nnx.Rngs(0), **settings)
+    x = jnp.arange(512)[None]
+    network = make()
+    np.testing.assert_allclose(np.std(network.embed(x)), 1, rtol=0.02)
+    np.testing.assert_allclose(np.std(network(x)[0]), 1, rtol=0.1)
+    rows = network.embed.table[...]
+    np.testing.assert_allclose(make(embedding_multiplier=2.5).embed(x)[0], 2.5 * rows, rtol=1e-6)
+    np.testing.assert_array_equal(make(embedding_multiplier=1.0).embed(x)[0], rows)
+    placed = make(learned_positions=512, embedding_multiplier=3.0)
+    np.testing.assert_allclose(placed.table(x)[0], 3 * placed.table.table[...], rtol=1e-6)
+    for bad in (0.0, -1.0, float("inf")):
+        with pytest.raises(ValueError, match="must be above 0, or None"):
+            make(embedding_multiplier=bad)
