@@ -126,7 +126,7 @@ def test_names():
     # What the recipe has no entry for is named as it was given.
     deep = overridden(config, [("model.mixer_kwargs.window.window", "7")])
     assert overrides_of(deep) == {"model.width": 96, "model.mixer_kwargs.window.window": 7}
-    assert task_name(config) == "sequences(length=32, pairs=4, task=recall, train_size=100000, vocab_size=32)"
+    assert task_name(config) == "sequences(length=64, pairs=8, task=recall, train_size=50000, vocab_size=64)"
 
 
 def test_profile(tmp_path):

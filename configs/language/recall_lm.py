@@ -16,7 +16,7 @@ Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimina
 
 from lissom.configs.base import base, mode, tiny
 
-RECALL = {"length": 32, "vocab_size": 32, "pairs": 4, "train_size": 100_000}
+RECALL = {"length": 64, "vocab_size": 64, "pairs": 8, "train_size": 50_000}
 SELECTORS = {
     "strided": {},
     "a_shape": {"sink": 1, "window": 2},
@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
     config.data.update(
         {
             "name": "sequences",
-            "batch_size": 64,
+            "batch_size": 32,
             "kwargs": {"sequences": {"task": "recall", **RECALL}},
         }
     )
@@ -70,7 +70,7 @@ def get_config(arg: str = ""):
     )
     config.objective = "language_modelling"
     config.optim.update({"learning_rate": 3e-3, "weight_decay": 1e-2})
-    config.train = {"steps": 1500}
+    config.train = {"steps": 1000}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})
     if mode(arg, ("tiny",)):
         config = tiny(config)

@@ -87,7 +87,7 @@ def test_half_a_network_is_refused(tiny_run):
 
 def pretrained(folder, **changes):
     folder.mkdir()
-    config = files.config_of("tied") | changes  # as many tokens as the recipe
+    config = files.config_of("tied") | {"vocab_size": 64, **changes}  # as many tokens as the recipe
     files.write_folder(folder, config, files.random_tensors(config))
     return {
         "model.width": 64, "model.depth": 2, "model.heads": 4, "model.embedding_multiplier": 1.0,
