@@ -105,12 +105,14 @@ def _pretrained(config, path: str) -> Parts:
 def _check_readings(config, path: str, theirs: Mapping[str, Any]) -> None:
     """UserError where the config's model would read values otherwise than the model that they were trained in."""
     ours, defaults = model_settings(config), settings_of(resolve(MODELS, config.model.name, "model"))
-    key = "embedding_multiplier"
-    if key in defaults and ours.get(key, defaults[key].default) != theirs[key]:
-        raise UserError(
-            f"config.init_from: {path} has {key} {theirs[key]}, and config.model.{key} is {ours.get(key)}: its values "
-            "would mean another function"
-        )
+    if "embedding_multiplier" in defaults:
+        usual = defaults["embedding_multiplier"].default
+        here, wanted = (settings.get("embedding_multiplier", usual) for settings in (ours, theirs))
+        if here != wanted:
+            raise UserError(
+                f"config.init_from: {path} has embedding_multiplier {wanted}, and config.model.embedding_multiplier is "
+                f"{here}: its values would mean another function"
+            )
     for kind, (registry, keys) in READINGS.items():
         if kind not in theirs or kind not in defaults:  # a network without that choice
             continue

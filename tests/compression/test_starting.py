@@ -154,7 +154,7 @@ def test_what_reads_values_otherwise(ours, theirs, words):
         for field, value in ours.items():
             *path, last = field.split(".")
             functools.reduce(getattr, path, config.model)[last] = value
-    theirs = {"mixer": "attention", "embedding_multiplier": None, **theirs}
+    theirs = {"mixer": "attention", **theirs}
     if not words:
         _check_readings(config, "there", theirs)
         return
