@@ -2,13 +2,13 @@
 
 Paper: Arora et al. 2023, Zoology, arXiv:2312.04927 (the task).
 Command: uv run train.py --config=configs/language/recall_lm.py
-Time: not measured. Result: not measured at these settings.
-Measured at eight pairs in 64 tokens (1,200 steps, equal parameters, three seeds, 40,000 answers): attention 15.1 %
-(guessing one of the eight values that stand there: 12.5), window 8.5, none 3.2 (chance 3.1): not solved yet.
-results/recall_lm: uv run scripts/compare.py --config=configs/language/recall_lm.py --config.train.steps=1200 \
-    --config.data.kwargs.sequences.length=64 --config.data.kwargs.sequences.pairs=8 \
-    --config.data.kwargs.sequences.vocab_size=64 --config.data.kwargs.sequences.train_size=20000 \
-    --vary=model.mixer=attention,window,none --match=params --tune=optim.learning_rate=1e-3,3e-3,9e-3
+Time: about a minute on one CPU core. Result: answers after 1,000 steps, equal parameters, three seeds, 40,000 answers
+(guessing one of the eight values that stand there 12.5 %, chance 3.1): attention, mla, cca, ccgqa and block_sparse
+(strided, 54 % of the scores) 99.97 to 99.98 %, gqa (one key head) the same at two seeds and 14 at the third, window (8
+tokens) 7.3. With embeddings of 0.02, as before commit e1b117f, attention had 15.1 after 1,200 steps of twice the batch.
+results/recall_lm: uv run scripts/compare.py --config=configs/language/recall_lm.py --config.evaluation.transforms="()" \
+    --vary=model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse --match=params \
+    --tune=optim.learning_rate=1e-3,3e-3,9e-3
 Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimination,meta_tokens,none
     model.mixer_kwargs.block_sparse.selector=strided,a_shape,random,page_bounds,pooled,oracle,learned_gate
     data.kwargs.sequences.pairs  data.meta_tokens=none,random (for meta_tokens, which is attention without)
