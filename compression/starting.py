@@ -111,7 +111,7 @@ def _check_readings(config, path: str, theirs: Mapping[str, Any]) -> None:
         if here != wanted:
             raise UserError(
                 f"config.init_from: {path} has embedding_multiplier {wanted}, and config.model.embedding_multiplier is "
-                f"{here}: its values would mean another function"
+                f"{here} (None: the root of the width): its values would mean another function"
             )
     for kind, (registry, keys) in READINGS.items():
         if kind not in theirs or kind not in defaults:  # a network without that choice

@@ -27,7 +27,7 @@ from lissom.data.errors import DataError
 
 # A split at most this large is decoded into memory when it is loaded: a batch is then one gather.
 IN_MEMORY_BYTES = 200e6
-AT_ONCE = 10_000  # records of one reading
+AT_ONCE = 1000  # records of one reading; still encoded, they are in memory together
 DEFAULT_DATA_DIR = "~/.cache/lissom/datasets"
 
 

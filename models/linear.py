@@ -46,9 +46,9 @@ class Embedding(nnx.Module):
     """Table[vocab, width]: `multiplier` x rows by index, and logits[..., vocab] = x[..., width] Table^T when tied.
 
     Entries begin normal with standard deviation 1 / sqrt(width), so that tied logits of a normed x have unit variance.
-    multiplier None is sqrt(width) (Vaswani et al. 2017, arXiv:1706.03762, section 3.4): the stream begins with unit
-    variance, like what layers add to it. Far below that, layers behind the first do not see which token they stand on
-    until training has made the table large.
+    multiplier None is sqrt(width) (Vaswani et al. 2017, arXiv:1706.03762, section 3.4): rows enter the stream with unit
+    variance, like what layers add to it, whose kernels have variance 1 / fan_in. Rows far below that stand behind the
+    first layer's output as little beside much; docs/attention.md has what it costs.
     """
 
     def __init__(

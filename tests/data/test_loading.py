@@ -94,6 +94,18 @@ def test_large_sets_are_read_record_by_record_with_the_same_examples(monkeypatch
             np.testing.assert_array_equal(array, large.train[index][name])
 
 
+def test_a_split_read_many_at_a_time_is_the_split_read_one_by_one(monkeypatch):
+    monkeypatch.setattr(prep, "AT_ONCE", 7)  # 30 and 10 are no multiples
+    whole = load("sequences", **SMALL)
+    monkeypatch.setattr(prep, "IN_MEMORY_BYTES", 0)
+    single = load("sequences", **SMALL)
+    for ours, records in ((whole.train, single.train), (whole.test, single.test)):
+        assert len(ours) == len(records)
+        for index in range(len(ours)):
+            for name, value in records[index].items():
+                np.testing.assert_array_equal(ours[index][name], value)
+
+
 def test_images_survive_storage_as_png(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), dtype=np.uint8)
     arrays = {"inputs": images, "labels": np.arange(3, dtype=np.int32)}

@@ -82,7 +82,8 @@ def test_other_blocks_are_seen_through_the_context_only():
 
 def test_a_block_is_its_tokens_side_by_side():
     network = model()
-    table, pad = network.lookup.table[...], network.pad[...]
+    assert network.lookup.multiplier == 2  # sqrt(16 / 4)
+    table, pad = 2 * network.lookup.table[...], network.pad[...]
     found = network._vectors(jnp.array([[[PAD, PAD, PAD, 7], [3, 1, 4, 1]]]))
     np.testing.assert_array_equal(found[0, 0], jnp.concatenate([pad, pad, pad, table[7]]))
     np.testing.assert_array_equal(found[0, 1], jnp.concatenate([table[3], table[1], table[4], table[1]]))
