@@ -208,10 +208,10 @@ def test_meta_tokens_are_of_the_method_and_lengths_are_of_the_row(tiny_run):
 
 def test_learned_positions_as_many_as_the_data_has(tiny_run):
     few = {"data.kwargs.sequences.train_size": 64, "data.kwargs.sequences.test_size": 64}
-    _, run = tiny_run("language/recall_lm", **few, **{"model.learned_positions": 32})
+    _, run = tiny_run("language/recall_lm", **few, **{"model.learned_positions": 64})
     found = values(evaluate([run], floors=False)[0])
     # Lengths of two layers and of the network stand beside.
-    assert found["cache_bytes"] == 32 * found["cache_bytes_per_token"] + 3 * 4 and found["decode_p50"] > 0
+    assert found["cache_bytes"] == 64 * found["cache_bytes_per_token"] + 3 * 4 and found["decode_p50"] > 0
 
 
 def test_layers_without_a_form_are_said_in_a_sentence(tiny_run):
