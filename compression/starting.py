@@ -108,11 +108,7 @@ def _check_readings(config, path: str, theirs: Mapping[str, Any]) -> None:
     if "embedding_multiplier" in defaults:
         usual = defaults["embedding_multiplier"].default
         here, wanted = (settings.get("embedding_multiplier", usual) for settings in (ours, theirs))
-        if here != wanted:
-            raise UserError(
-                f"config.init_from: {path} has embedding_multiplier {wanted}, and config.model.embedding_multiplier is "
-                f"{here} (None: the root of the width): its values would mean another function"
-            )
+        _check_reading(path, "embedding_multiplier", wanted, "config.model.embedding_multiplier", here)
     for kind, (registry, keys) in READINGS.items():
         if kind not in theirs or kind not in defaults:  # a network without that choice
             continue
@@ -122,11 +118,15 @@ def _check_readings(config, path: str, theirs: Mapping[str, Any]) -> None:
             name, wanted = named[number % len(named)], there[number % len(there)]
             here = _read(registry, kind, name, ours, keys)
             for key in here.keys() & wanted.keys():
-                if here[key] != wanted[key]:
-                    raise UserError(
-                        f"config.init_from: {path} has {key} {wanted[key]}, and config.model.{kind}_kwargs.{name}."
-                        f"{key} is {here[key]}: its values would mean another function"
-                    )
+                _check_reading(path, key, wanted[key], f"config.model.{kind}_kwargs.{name}.{key}", here[key])
+
+
+def _check_reading(path: str, key: str, wanted: Any, field: str, here: Any) -> None:
+    if here != wanted:
+        raise UserError(
+            f"config.init_from: {path} has {key} {wanted}, and {field} is {here}: its values would mean another "
+            "function"
+        )
 
 
 def _several(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ class ImageRecords:
         return self.decoded(self.records[int(index)])
 
     def decoded(self, record: Example) -> Example:
+        """A record as `stored` gives it."""
         image = decode_image(record["image"]) if self.encoded else np.asarray(record["image"])
         image = image if self.size is None else square(image, self.size)
         return {"inputs": image, "labels": np.asarray(record["label"], np.int32)}
