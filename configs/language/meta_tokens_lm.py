@@ -65,6 +65,6 @@ def get_config(arg: str = ""):
     config.evaluation.update({"data": ({"length": 2 * length},), "transforms": (yarn, {"name": "zero_meta_positions"})})
     if chosen == "tiny":
         config = tiny(config)
-        config.data.kwargs.sequences.train_size = 2000
+        config.data.kwargs.sequences.update({"train_size": 500, "test_size": 500})
         config.model.update({"width": None, "depth": None, "heads": None})
     return config
