@@ -100,6 +100,42 @@ def torch_softmax(inputs, options):
     return sets, lambda x: (torch.softmax(x, -1, out=out),), options["device"]
 
 
+def torch_grouped_mm(inputs, options):
+    """Rows of x [m, k] in groups, each times its matrix of w [g, k, n]; inputs x, w, sizes, and with options.backward
+    the cotangent, when gradients are wanted too. On a GPU torch.nn.functional.grouped_mm, on a CPU (where that is no
+    faster than a loop) a product a group, into a place that is used again."""
+    import torch
+    import torch.nn.functional as F
+
+    device, backward = options["device"], options["backward"]
+    sets = []
+    for x, w, sizes, *dy in inputs:
+        ends = np.cumsum(load(sizes)).astype(np.int32)
+        x, w = (tensor(a, device).requires_grad_(backward) for a in (x, w))
+        sets.append((x, w, torch.from_numpy(ends).to(device), [tensor(a, device) for a in dy]))
+
+    def by_group(x, w, ends):
+        starts = [0, *ends.tolist()[:-1]]
+        return torch.cat([x[a:b] @ w[j] for j, (a, b) in enumerate(zip(starts, ends.tolist()))])
+
+    out = None if backward else torch.zeros(sets[0][0].shape[0], sets[0][1].shape[2], dtype=sets[0][0].dtype)
+
+    def run(x, w, ends, dy):
+        if device != "cpu":
+            y = F.grouped_mm(x, w, offs=ends)
+        elif backward:
+            y = by_group(x, w, ends)
+        else:
+            start = 0
+            for j, end in enumerate(ends.tolist()):
+                torch.matmul(x[start:end], w[j], out=out[start:end])
+                start = end
+            return (out,)
+        return (y, *torch.autograd.grad(y, (x, w), dy[0])) if backward else (y,)
+
+    return sets, run, device
+
+
 def torch_sdpa(inputs, options):
     """torch.nn.functional.scaled_dot_product_attention.
 
@@ -246,6 +282,7 @@ CASES = {
     "torch_matmul": torch_matmul,
     "torch_scale": torch_scale,
     "torch_softmax": torch_softmax,
+    "torch_grouped_mm": torch_grouped_mm,
     "torch_sdpa": torch_sdpa,
     "torch_flex_attention": torch_flex_attention,
     "transformers_logits": transformers_logits,

@@ -3,6 +3,7 @@
 ENTRIES = {
     "attention": "lissom.evaluation.benchmarks.attention",
     "decode_attention": "lissom.evaluation.benchmarks.decode_attention",
+    "grouped_matmul": "lissom.evaluation.benchmarks.grouped_matmul",
     "softmax": "lissom.evaluation.benchmarks.softmax",
 }
 """Op -> the module of its problems."""

@@ -15,10 +15,12 @@ from jax.sharding import SingleDeviceSharding
 from lissom.ops import testing
 from lissom.ops.attention import BlockSparse, Causal, KeyColumns, Neighbourhood, attention
 from lissom.ops.decode_attention import decode_attention
+from lissom.ops.grouped_matmul import grouped_matmul
 from lissom.ops.softmax import softmax
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-OPS = {name: importlib.import_module(f"lissom.ops.{name}").OP for name in ("attention", "decode_attention", "softmax")}
+NAMES = ("attention", "decode_attention", "grouped_matmul", "softmax")
+OPS = {name: importlib.import_module(f"lissom.ops.{name}").OP for name in NAMES}
 
 LIST = np.zeros((1, 1, 2, 1), np.int32)
 MASKS = {
@@ -32,6 +34,12 @@ MASKS = {
 def attend(mask, name, x):
     f = lambda q, k, v: attention(q, k, v, mask=mask, implementation=name).astype(jnp.float32).sum()
     return jax.grad(f, argnums=(0, 1, 2))(x, x, x)
+
+
+def product(name, x):
+    w, sizes = jnp.ones((4, 256, 128), x.dtype), jnp.array([10, 0, 30, 24])
+    f = lambda x, w: grouped_matmul(x, w, sizes, implementation=name).astype(jnp.float32).sum()
+    return jax.grad(f, argnums=(0, 1))(x, w)
 
 
 PROGRAMS = {
@@ -48,6 +56,7 @@ PROGRAMS = {
             x[:2, :, :2], x, x, lengths=jnp.array([3, 60]), block_table=jnp.arange(16).reshape(2, 8), implementation=n
         ),
     ),
+    "groups": ("grouped_matmul", (64, 256), product),
     "softmax": ("softmax", (64, 256), lambda n, x: jax.grad(lambda x: softmax(x, implementation=n)[0].sum())(x)),
 }  # fmt: skip
 
