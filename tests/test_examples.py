@@ -28,10 +28,11 @@ def test_the_examples_of_ops_run_as_they_stand():
     """Pasted one after the other, and the masks of the first are those that its comments say."""
     text = (pathlib.Path(__file__).parent.parent / "docs" / "ops.md").read_text()
     blocks, names = re.findall(r"```python\n(.*?)```", text, re.DOTALL), {}
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     union = names["BlockSparse"](names["blocks"], names["count"]) | names["KeyColumns"](names["columns"])
     seen = union.dense(256, 256)[0, 0].sum(1)
     assert seen[0] == 128 and seen[255] == 256
     assert not (names["ids"][0, 192:] >= 0).any()
+    assert names["y"].shape == (6, 8)
