@@ -10,9 +10,10 @@ once and a kernel as nothing, so it serves as a check on the unrolled form only.
 
 A loop over blocks of several kinds (`scan` over a constant list, `cond` on its entries, as in blocked
 attention) counts each block as its own kind; any other `cond` counts its largest branch. A jitted function
-named `fallback`, for inputs that no sound program gives (NaN in padding), counts nothing. What cannot be known
-(a `while` with products in it, a kernel without cost estimate, a foreign call) makes the whole count None and
-is listed by name: never 0.
+named `fallback`, for inputs that no sound program gives (NaN in padding), counts nothing, and one named `products_N`
+counts N: loops whose lengths depend on values, and whose sum does not (a grouped matmul). What cannot be known (a
+`while` with products in it, a kernel without cost estimate, a foreign call) makes the whole count None and is listed by
+name: never 0.
 """
 
 import math
@@ -136,6 +137,8 @@ class _Counter:
             return {name: PRODUCTS[name](equation)}, []
         if name == "jit" and params["name"] == "fallback":
             return {}, []
+        if name == "jit" and params["name"].startswith("products_"):
+            return {"products": int(params["name"].removeprefix("products_"))}, []
         if name in CALLS:
             return self.jaxpr(params[CALLS[name]], live, [_value(v, known) for v in equation.invars])
         if name == "scan":

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from lissom.evaluation.costs import count
+from lissom.ops.grouped_matmul import grouped_matmul
 
 
 def shape(*dimensions, dtype=jnp.float32):
@@ -235,3 +236,14 @@ def test_causal_attention_counts_its_triangle():
     assert flops[masks.Full()] == full
     assert full / 2 < flops[masks.Causal()] < 0.6 * full
     assert full * 256 / 4096 < flops[masks.Window(255, 0)] < 2 * full * 256 / 4096
+
+
+def test_a_grouped_matmul_counts_its_rows_and_no_more():
+    """Whatever the sizes: 2 m k n forward, and twice as much for the gradients, of which each is one more."""
+    x, w, sizes = jnp.ones((40, 6)), jnp.ones((3, 6, 5)), jnp.array([7, 0, 33])
+    product = lambda x, w: grouped_matmul(x, w, sizes, implementation="xla")
+    assert count(product, x, w).flops == 2 * 40 * 6 * 5
+    assert count(lambda x, w: jax.vjp(product, x, w)[1](jnp.ones((40, 5))), x, w).flops == 2 * 2 * 40 * 6 * 5
+    both = jax.value_and_grad(lambda x, w: (product(x, w) ** 2).sum(), argnums=(0, 1))
+    assert count(both, x, w).flops == 3 * 2 * 40 * 6 * 5
+    assert count(jax.vmap(product, (0, None)), jnp.ones((4, 40, 6)), w).flops == 4 * 2 * 40 * 6 * 5
