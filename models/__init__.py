@@ -32,6 +32,7 @@ NORMS = {
 FFNS = {
     "mlp": "lissom.models.ffn:MLP",
     "swiglu": "lissom.models.ffn:SwiGLU",
+    "moe": "lissom.models.moe.layer:MoE",
     "none": "lissom.models.ffn:NoFFN",
 }
 

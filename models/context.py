@@ -13,7 +13,7 @@ FULL = masks.Full()
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segments", "mask", "meta"],
+    data_fields=["positions", "segments", "mask", "meta", "tokens"],
     meta_fields=["train", "grid"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Context:
     """positions: int32 [B, T] or None (then 0..T-1); segments: int32 [B, T] or None; mask: which keys a query may
     see, an object of `lissom.ops.attention.masks`; train: whether dropout and batch statistics are live (static);
     grid: the image's token grid (rows, columns), None for sequences (static); meta: bool [B, T], which tokens are
-    meta-tokens (put there by `data/meta_tokens.py`), None where there are none."""
+    meta-tokens (put there by `data/meta_tokens.py`), None where there are none; tokens: int32 [B, T], the numbers of
+    the tokens, None in networks that read none."""
 
     positions: jax.Array | None = None
     segments: jax.Array | None = None
@@ -29,3 +30,4 @@ class Context:
     train: bool = False
     grid: tuple[int, ...] | None = None
     meta: jax.Array | None = None
+    tokens: jax.Array | None = None

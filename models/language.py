@@ -76,7 +76,7 @@ class LanguageModel(Transformer):
         key: jax.Array | None = None,
     ):
         x = self._embedded(inputs, jnp.arange(inputs.shape[1])[None], None if train else meta)
-        x, aux = self.features(x, Context(mask=masks.Causal(), train=train, meta=meta), key)
+        x, aux = self.features(x, Context(mask=masks.Causal(), train=train, meta=meta, tokens=inputs), key)
         return self.logits(x), aux
 
     def _embedded(self, inputs: jax.Array, positions: jax.Array, meta: jax.Array | None) -> jax.Array:
@@ -118,5 +118,5 @@ class LanguageModel(Transformer):
         `inference/` checks it before it compiles."""
         length = cache["length"]
         positions = length[:, None] + jnp.arange(inputs.shape[1])
-        x, layers = self.continued(self._embedded(inputs, positions, meta), cache["layers"], length, meta)
+        x, layers = self.continued(self._embedded(inputs, positions, meta), cache["layers"], length, meta, inputs)
         return self.logits(x), {"layers": layers, "length": length + inputs.shape[1]}

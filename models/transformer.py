@@ -69,11 +69,16 @@ class Transformer(nnx.Module):
         return self.norm(x), aux
 
     def continued(
-        self, x: jax.Array, caches: list, at: jax.Array, meta: jax.Array | None = None
+        self,
+        x: jax.Array,
+        caches: list,
+        at: jax.Array,
+        meta: jax.Array | None = None,
+        tokens: jax.Array | None = None,
     ) -> tuple[jax.Array, list]:
         """The t next tokens [B, t, M] of sequences of which the caches hold `at` [B] -> (normed features [B, t, M],
-        caches). Causal, and never in training. `meta`: as in `Context`."""
+        caches). Causal, and never in training. `meta`, `tokens`: as in `Context`."""
         positions = at[:, None] + jnp.arange(x.shape[1])
-        context = Context(positions=positions, mask=masks.Causal(offset=at), meta=meta)
+        context = Context(positions=positions, mask=masks.Causal(offset=at), meta=meta, tokens=tokens)
         x, caches, _ = self.blocks(x, context, caches=caches)
         return self.norm(x), caches

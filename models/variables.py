@@ -27,6 +27,22 @@ class Stat(nnx.Variable):
     """State that training carries from step to step without a gradient."""
 
 
+class StepSum(Stat):
+    """A sum over all micro-batches of a step that each of them needs: `total(own)`, to be called once in training.
+
+    Between steps it is 0. Where a step has micro-batches, training/step.py runs all of them forward first, which adds
+    up, and hands the negative sum to those that are differentiated; so the sign says which of the two is running. Where
+    it has one, its own addend is the sum.
+    """
+
+    def total(self, own: jax.Array) -> jax.Array:
+        """The sum of the step's addends, as far as it is known; adds `own` where sums are being taken."""
+        found, own = self[...], jax.lax.stop_gradient(own)
+        is_known = (found < 0).any()
+        self[...] = jax.numpy.where(is_known, found, found + own)
+        return jax.numpy.where(is_known, -found, found + own)
+
+
 class Frozen(nnx.Variable):
     """An array that is neither trained nor updated."""
 
@@ -77,7 +93,7 @@ def logical_axes(module: nnx.Module) -> dict[tuple, tuple]:
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         names = variable.get_metadata().get("out_sharding")
         if names is None:
-            names = (None,) * len(jax.numpy.shape(variable[...]))
+            names = (None,) * len(jax.numpy.shape(variable.get_value()))
             if isinstance(variable, nnx.Param) and names:
                 raise ValueError(f"parameter {'/'.join(map(str, path))} names no logical axes")
         axes[path] = tuple(names)

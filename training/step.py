@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from lissom.models.bounds import UnsupportedForm
-from lissom.models.variables import Parts, merge
+from lissom.models.variables import Parts, StepSum, Tree, flatten, map_paths, merge, path_name
 from lissom.ops import dispatch
 from lissom.training.building import Assembly, shardings_of
 from lissom.training.errors import UserError
@@ -20,9 +21,12 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
     """step(state without frozen, frozen, batch, key) -> (state, metrics).
 
     With `accumulate` > 1 the batch is split into that many micro-batches, scanned over inside the one step:
-    gradients and metrics are their mean by the objective's `weight`, statistics pass from one to the next.
+    gradients and metrics are their mean by the objective's `weight`, statistics pass from one to the next. Where the
+    module has a `StepSum`, all of them run forward once before.
     """
     objective, graph, optimizer = assembly.objective, assembly.graph, assembly.optimizer
+    module = merge(Parts(graph, *(assembly.shapes[name] for name in ("params", "stats", "frozen"))))
+    sums = frozenset(path_name(path) for path, _ in nnx.to_flat_state(nnx.state(module, StepSum)))
 
     def step(state: dict[str, Any], frozen: Any, batch: dict, key: jax.Array):
         key = jax.random.fold_in(key, state["step"])
@@ -32,7 +36,15 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
         if accumulate == 1:
             grads, stats, metrics = gradients(state["stats"], batch, key)
         else:
-            grads, stats, metrics = _accumulated(objective, gradients, state["stats"], batch, key, accumulate)
+            micro, keys = _micro_batches(batch, accumulate), jax.random.split(key, accumulate)
+            stats = state["stats"]
+            if sums:
+                forward = lambda stats, batch, key: objective.statistics(
+                    graph, state["params"], stats, frozen, batch, key, state["step"]
+                )
+                stats = _with_sums(sums, stats, forward, micro, keys)
+            grads, stats, metrics = _accumulated(objective, gradients, stats, micro, keys)
+        stats = _of(sums, jnp.zeros_like, stats) if sums else stats
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics["gradient_norm"] = optax.tree.norm(grads)
@@ -62,11 +74,26 @@ def trace_step(assembly: Assembly, accumulate: int, batch: Any, key: jax.Array, 
         raise UserError(str(refusal)) from refusal
 
 
-def _accumulated(objective: Objective, gradients: Callable, stats: Any, batch: dict, key: jax.Array, parts: int):
-    # Every micro-batch takes each parts-th row, so that rows stay on the device that holds them.
-    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+def _micro_batches(batch: dict, parts: int) -> dict:
+    """With a leading axis of `parts`; each takes every parts-th row, so that rows stay on the device that has them."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _of(names: frozenset[str], function: Callable, stats: Tree) -> Tree:
+    """`stats`, with `function` of those that have the names."""
+    return map_paths(lambda name, leaf: function(leaf) if name in names else leaf, stats)
+
+
+def _with_sums(names: frozenset[str], stats: Tree, forward: Callable, micro: dict, keys: jax.Array) -> Tree:
+    """`stats`, in which those that have the names are minus what all micro-batches add to them (`StepSum`)."""
+    after, _ = jax.lax.scan(lambda stats, over: (forward(stats, *over), None), stats, (micro, keys))
+    found = flatten(after)
+    return map_paths(lambda name, leaf: -found[name] if name in names else leaf, stats)
+
+
+def _accumulated(objective: Objective, gradients: Callable, stats: Any, micro: dict, keys: jax.Array):
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(gradients, stats, first, key)
+    shapes = jax.eval_shape(gradients, stats, first, keys[0])
     zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
     def body(carry, over):
@@ -77,7 +104,7 @@ def _accumulated(objective: Objective, gradients: Callable, stats: Any, batch: d
         return (add(total, new), stats, add(metrics, values), weights + weight), None
 
     start = (zeros(shapes[0]), stats, zeros(shapes[2]), jnp.zeros(()))
-    (total, stats, metrics, weights), _ = jax.lax.scan(body, start, (micro, jax.random.split(key, parts)))
+    (total, stats, metrics, weights), _ = jax.lax.scan(body, start, (micro, keys))
     mean = lambda tree: jax.tree.map(lambda leaf: leaf / jnp.maximum(weights, 1e-30).astype(leaf.dtype), tree)
     return mean(total), stats, mean(metrics)
 

@@ -90,8 +90,9 @@ def _activated(forms: Forms, activation: str, dtype, x, w, sizes):
 
 
 def _activated_forward(forms, activation, dtype, x, w, sizes):
-    z = _rows(forms, False, jnp.promote_types(x.dtype, jnp.float32) if dtype != x.dtype else dtype, x, w, sizes)
-    return ACTIVATIONS[activation](z).astype(dtype), (x, w, sizes, z)
+    # The activation of the sum as it is, and not of a rounded one; what is kept may be rounded.
+    z = _rows(forms, False, jnp.promote_types(x.dtype, jnp.float32), x, w, sizes)
+    return ACTIVATIONS[activation](z).astype(dtype), (x, w, sizes, z.astype(x.dtype))
 
 
 def _activated_backward(forms, activation, dtype, saved, dy):

@@ -52,9 +52,10 @@ def test_equals_reference(name, implementation, dtype, small_blocks):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("implementation", FORMS)
 def test_activations(implementation, activation, small_blocks):
-    x, w, _, of = inputs(TINY["short"])
-    rows = lambda i, x, w: grouped_matmul(x, w, of, activation=activation, implementation=i)
-    testing.check_case(OP, rows, {"x": x, "w": w}, implementation, np.float32, transform=jax.checkpoint)
+    for dtype in (np.float32, jnp.bfloat16):
+        x, w, _, of = inputs(TINY["short"], dtype)
+        rows = lambda i, x, w, of=of: grouped_matmul(x, w, of, activation=activation, implementation=i)
+        testing.check_case(OP, rows, {"x": x, "w": w}, implementation, dtype, transform=jax.checkpoint)
 
 
 @settings(max_examples=20, deadline=None)

@@ -81,6 +81,14 @@ class Objective:
         gradients, (stats, metrics) = jax.grad(scalar, has_aux=True)(params)
         return gradients, stats, metrics
 
+    def statistics(
+        self, graph: Any, params: Tree, stats: Tree, frozen: Tree, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> Tree:
+        """The new stats of `gradients`, without gradients: what fills a `StepSum` of micro-batches beforehand."""
+        module = merge(Parts(graph, params, stats, frozen))
+        self.loss(module, batch, key, step)
+        return stats_of(module)
+
 
 def auxiliary(aux: dict) -> jax.Array:
     """The sum of the losses that layers ask for, weighted by themselves already."""

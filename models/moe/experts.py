@@ -1,0 +1,172 @@
+"""The experts: feed-forward layers whose kernels lie in one stack, and the ways of bringing tokens to them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from lissom.models.bounds import UnsupportedForm
+from lissom.models.linear import KERNEL_INIT
+from lissom.models.moe.routing import Choices, Everyone, Picks, Routing, Slots
+from lissom.models.variables import Param
+from lissom.ops.grouped_matmul import grouped_matmul, permutation, permute, unpermute
+
+BATCH = ("data", "fsdp")
+
+
+class Kernels(NamedTuple):
+    """up [E, M, F], down [E, F, M], and gate [E, M, F] of gated experts, else None."""
+
+    gate: jax.Array | None
+    up: jax.Array
+    down: jax.Array
+
+
+class Experts(nnx.Module):
+    """E feed-forward layers without biases: (silu(x Wg) * (x Wu)) Wd if `gated`, else gelu(x Wu) Wd."""
+
+    def __init__(self, width: int, hidden: int, *, experts: int, gated: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def stacked(inputs: int, outputs: int, axes: tuple) -> Param:
+            keys = jax.random.split(rngs.params(), experts)
+            kernels = jax.vmap(lambda key: KERNEL_INIT(key, (inputs, outputs), jnp.float32))(keys)
+            return Param(kernels, out_sharding=("experts", *axes))
+
+        self.gate = stacked(width, hidden, ("embed", "mlp")) if gated else None
+        self.up = stacked(width, hidden, ("embed", "mlp"))
+        self.down = stacked(hidden, width, ("mlp", "embed"))
+        self.dtype = dtype
+
+    @property
+    def kernels(self) -> Kernels:
+        cast = lambda kernel: None if kernel is None else kernel[...].astype(self.dtype)
+        return Kernels(cast(self.gate), cast(self.up), cast(self.down))
+
+    def __call__(self, x: jax.Array, routing: Routing, capacity: float | None) -> tuple[jax.Array, dict]:
+        """x [B, T, M] -> (y [B, T, M], metrics). `capacity`: of `Choices`, an expert takes so many times its even share
+        and drops the rest; None drops nothing."""
+        x, count = x.astype(self.dtype), self.up.shape[0]
+        if isinstance(routing, Choices):
+            if capacity is None:
+                return over_devices(_dropless, self.kernels, x, routing), {"dropped": jnp.zeros(())}
+            choices, dropped = with_capacity(routing, count, capacity)
+            return over_devices(_dropless, self.kernels, x, choices), {"dropped": dropped}
+        if isinstance(routing, Everyone):
+            return over_devices(_everyone, self.kernels, x, routing), {"dropped": jnp.zeros(())}
+        form = _picked if isinstance(routing, Picks) else _mixed
+        return form(self.kernels, x, routing), {"dropped": jnp.zeros(())}
+
+
+def with_capacity(choices: Choices, experts: int, capacity: float) -> tuple[Choices, jax.Array]:
+    """(choices of which each expert has at most ceil(capacity x N k / E), the rest named no expert; their share).
+
+    First choices of all tokens come before second ones, and of these earlier tokens before later ones (GShard, Lepikhin
+    et al. 2020, arXiv:2006.16668). Weights stay as they are: a token whose choice is dropped gets less.
+    """
+    batch, length, k = choices.experts.shape
+    room = -(-int(capacity * batch * length * k) // experts) or 1
+    ranked = jnp.moveaxis(choices.experts.reshape(-1, k), 1, 0).reshape(-1)
+    one_hot = ranked[:, None] == jnp.arange(experts)
+    place = jnp.where(one_hot, jnp.cumsum(one_hot, 0) - 1, 0).sum(1)
+    named = one_hot.any(1)
+    kept = jnp.moveaxis((named & (place < room)).reshape(k, -1), 0, 1).reshape(batch, length, k)
+    dropped = 1 - kept.sum() / jnp.maximum(named.sum(), 1)
+    return choices._replace(experts=jnp.where(kept, choices.experts, experts)), dropped.astype(jnp.float32)
+
+
+def hidden(kernels: Kernels, product: Callable[..., jax.Array]) -> jax.Array:
+    """`product(kernel, activation)` is the input times a kernel, through an activation of `grouped_matmul`."""
+    if kernels.gate is None:
+        return product(kernels.up, "gelu")
+    return product(kernels.gate, "silu") * product(kernels.up, None)
+
+
+def _dropless(kernels: Kernels, x: jax.Array, choices: Choices) -> jax.Array:
+    """Rows sorted by expert, through grouped matmuls: every choice is computed, and nothing else."""
+    rows, (k, width) = x.reshape(-1, x.shape[-1]), (choices.experts.shape[-1], x.shape[-1])
+    by = permutation(choices.experts.reshape(-1, k), len(kernels.up))
+    sorted_rows = permute(rows, by)
+    inner = hidden(kernels, lambda kernel, f: grouped_matmul(sorted_rows, kernel, by.group_sizes, activation=f))
+    y = grouped_matmul(inner, kernels.down, by.group_sizes)
+    return unpermute(y, by, choices.weights.reshape(-1, k)).reshape(*x.shape[:-1], width)
+
+
+def _everyone(kernels: Kernels, x: jax.Array, routing: Everyone) -> jax.Array:
+    """Every expert on every token: sum_e w_e f_e(x)."""
+    act = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, None: lambda h: h}
+    inner = hidden(kernels, lambda kernel, f: act[f](jnp.einsum("btm,emf->btef", x, kernel)))
+    return jnp.einsum("btef,efm->btm", inner * routing.weights[..., None].astype(x.dtype), kernels.down)
+
+
+def _slotted(kernels: Kernels, x: jax.Array) -> jax.Array:
+    """x [E, c, M], each expert's own tokens."""
+    act = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, None: lambda h: h}
+    inner = hidden(kernels, lambda kernel, f: act[f](jnp.einsum("ecm,emf->ecf", x, kernel)))
+    return jnp.einsum("ecf,efm->ecm", inner, kernels.down)
+
+
+def _picked(kernels: Kernels, x: jax.Array, picks: Picks) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    y = _slotted(kernels, rows[picks.tokens]) * picks.weights[..., None].astype(x.dtype)
+    return jnp.zeros_like(rows).at[picks.tokens.reshape(-1)].add(y.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+def _mixed(kernels: Kernels, x: jax.Array, slots: Slots) -> jax.Array:
+    rows, (n, _, experts, s) = x.reshape(-1, x.shape[-1]), slots.dispatch.shape
+    groups = rows[slots.tokens]
+    taken = jnp.einsum("ngm,nges->ensm", groups, slots.dispatch.astype(x.dtype))
+    y = _slotted(kernels, taken.reshape(experts, n * s, -1)).reshape(experts, n, s, -1)
+    back = jnp.einsum("ensm,nges->ngm", y, slots.combine.astype(x.dtype))
+    return jnp.zeros_like(rows).at[slots.tokens.reshape(-1)].set(back.reshape(rows.shape)).reshape(x.shape)
+
+
+def over_devices(form: Callable, kernels: Kernels, x: jax.Array, routing: Choices | Everyone) -> jax.Array:
+    """`form(kernels, x, routing)` on every device of the mesh in force: its own sequences, its own experts (axis
+    `expert`), its part of their hidden width (axis `tensor`), and the sum over both.
+
+    The compiler cannot split what sorts rows, and sizes of groups are a device's own. Tokens lie on every device of the
+    `expert` axis, so each computes the choices of its experts, and one sum brings them together.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = () if mesh.empty else tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    split = {name: mesh.shape[name] for name in (*BATCH, "expert", "tensor") if name in free and mesh.shape[name] > 1}
+    if not split:
+        return form(kernels, x, routing)
+    experts, _, width = kernels.up.shape
+    if experts % split.get("expert", 1):
+        raise UnsupportedForm(
+            f"ffn.experts={experts} must be a multiple of the {split['expert']} devices of mesh.expert"
+        )
+    if width % split.get("tensor", 1):
+        split.pop("tensor")
+    if len(x) % (split.get("data", 1) * split.get("fsdp", 1)):
+        split = {name: size for name, size in split.items() if name not in BATCH}
+    of = lambda name: name if name in split else None
+    rows = PartitionSpec(tuple(name for name in BATCH if name in split) or None)
+    inner = PartitionSpec(of("expert"), None, of("tensor"))
+    specs = Kernels(None if kernels.gate is None else inner, inner, PartitionSpec(of("expert"), of("tensor"), None))
+    summed = tuple(name for name in ("expert", "tensor") if name in split)
+
+    def local(kernels, x, routing):
+        if "expert" in split:
+            routing = _of_device(routing, jax.lax.axis_index("expert") * len(kernels.up), len(kernels.up))
+        y = form(kernels, x, routing)
+        return jax.lax.psum(y, summed) if summed else y
+
+    return jax.shard_map(
+        local,
+        mesh=None if mesh.manual_axes else mesh,
+        in_specs=(specs, rows, rows),
+        out_specs=rows,
+        axis_names=frozenset(free),
+        check_vma=False,
+    )(kernels, x, routing)
+
+
+def _of_device(routing: Choices | Everyone, first: jax.Array, count: int) -> Choices | Everyone:
+    """The routing by the numbers of a device's own experts; those of others are no experts."""
+    if isinstance(routing, Everyone):
+        return Everyone(jax.lax.dynamic_slice_in_dim(routing.weights, first, count, -1))
+    return routing._replace(experts=routing.experts - first)

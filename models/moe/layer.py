@@ -1,0 +1,73 @@
+"""The feed-forward layer "moe"."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models.bounds import at_least_one, rate
+from lissom.models.context import Context
+from lissom.models.ffn import MLP, SwiGLU
+from lissom.models.linear import dropout as dropped_out
+from lissom.models.moe import GATES
+from lissom.models.moe.experts import Experts
+from lissom.models.registry import construct, resolve, settings_of
+
+
+class MoE(nnx.Module):
+    """y = sum_e w_e(x) f_e(x) + shared(x): a gate brings each token to some of E feed-forward layers.
+
+    gate, gate_kwargs: a name of `models.moe.GATES`, settings under its name. k: experts a token (of `expert_choice` on
+        average; `soft` has `slots`).
+    experts, expansion, gated: E layers of hidden width expansion x M (x 2/3 if gated, as `SwiGLU`), without biases.
+        Fine-grained experts (Dai et al. 2024, DeepSeekMoE, arXiv:2401.06066) are more and narrower, with a larger k.
+    shared: so many more experts that every token has, as one layer (the same paper).
+    capacity: None drops no choice; c lets an expert take ceil(c N k / E) of the batch's N k choices. The rest is
+        dropped (`dropped` is its share), by `with_capacity`.
+
+    The gate computes in float32. aux: the gate's losses, weighted; metrics load_entropy, max_load, dropped and the
+    gate's own. Shazeer et al. 2017, arXiv:1701.06538; without dropping: Gale et al. 2022, arXiv:2211.15841.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        gate: str = "top_k",
+        gate_kwargs: Mapping | None = None,
+        experts: int = 8,
+        k: int = 2,
+        expansion: float = 4.0,
+        gated: bool = True,
+        shared: int = 0,
+        capacity: float | None = None,
+        dropout: float = 0.0,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        at_least_one("ffn", experts=experts, k=k)
+        rate("ffn", dropout=dropout)
+        if shared < 0:
+            raise ValueError(f"ffn.shared={shared} must be at least 0")
+        if capacity is not None and not 0 < capacity < math.inf:
+            raise ValueError(f"ffn.capacity={capacity} must be above 0, or None: nothing is dropped")
+        hidden = round(expansion * width * 2 / 3 if gated else expansion * width)
+        if hidden < 1:
+            raise ValueError(f"ffn.expansion={expansion} of a width of {width} leaves no hidden feature")
+        given = {"k": k} if "k" in settings_of(resolve(GATES, gate, "gate")) else {}
+        self.gate = construct(GATES, gate, gate_kwargs, "gate", width=width, experts=experts, rngs=rngs, **given)
+        self.experts = Experts(width, hidden, experts=experts, gated=gated, dtype=dtype, rngs=rngs)
+        always = SwiGLU if gated else MLP
+        self.shared = always(width, expansion=shared * expansion, dtype=dtype, rngs=rngs) if shared else None
+        self.capacity, self.dropout = capacity, dropout
+
+    def __call__(self, x: jax.Array, context: Context, key: jax.Array | None = None):
+        gate_key, drop_key = (None, None) if key is None else jax.random.split(key)
+        routing, aux = self.gate(x.astype(jnp.float32), context, gate_key)
+        y, metrics = self.experts(x, routing, self.capacity)
+        if self.shared is not None:
+            y = y + self.shared(x, context)[0]
+        y = dropped_out(y, self.dropout, drop_key, context.train)
+        return y, {"losses": aux["losses"], "metrics": {**aux["metrics"], **metrics}}
