@@ -215,24 +215,23 @@ def _rows(x_ref, w_ref, entries_ref, blocks_ref, y_ref, *, tile, height, transpo
                     _multiply(acc_ref, filled, end, operands, ready, free)
                     return acc_ref[...]
 
-                acc = pl.run_scoped(product, plgpu.ACC((ROWS, columns), jnp.float32))
+                new = f(pl.run_scoped(product, plgpu.ACC((ROWS, columns), jnp.float32))).astype(out.dtype)
                 # What was written before has left shared memory.
                 pl.when(visit == 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
                 is_whole = (low <= 0) & (high >= lines)
 
                 @pl.when(is_whole)
                 def _():
-                    for piece in _pieces(columns):
-                        out[:, piece] = f(acc[:, piece.start : piece.start + PIECE]).astype(out.dtype)
+                    out[...] = new
 
                 @pl.when(~is_whole)
                 def _():
                     # Rows before the group are of earlier visits, those behind it for later ones or of no group.
                     row = _row_of(ROWS)
                     for piece in _pieces(columns):
-                        new = f(acc[:, piece.start : piece.start + PIECE]).astype(out.dtype)
                         before = plgpu.load(out.at[:, piece], layout=plgpu.Layout.WGMMA)
-                        out[:, piece] = jnp.where(row < low, before, jnp.where(row < high, new, 0.0))
+                        own = new[:, piece.start : piece.start + PIECE]
+                        out[:, piece] = jnp.where(row < low, before, jnp.where(row < high, own, 0.0))
 
                 return end
 
