@@ -10,6 +10,9 @@ from lissom.ops.attention import OP as ATTENTION
 from lissom.ops.attention import BlockSparse, Causal, Full, Neighbourhood, Segments, Window, attention
 from lissom.ops.decode_attention import OP as DECODE
 from lissom.ops.decode_attention import decode_attention
+from lissom.ops.grouped_matmul import OP as GROUPED
+from lissom.ops.grouped_matmul import grouped_matmul, transposed_grouped_matmul
+from lissom.ops.grouped_matmul.cases import Case, sizes
 from lissom.ops.softmax import OP as SOFTMAX
 from lissom.ops.softmax import softmax
 
@@ -84,3 +87,27 @@ def test_softmax(implementation, shape):
     arrays = {"x": testing.normal(2, shape, dtype=BF16)[0]}
     call = lambda i, x: softmax(4 * x, implementation=i)
     asked(lambda: testing.check_case(SOFTMAX, call, arrays, implementation, BF16))
+
+
+GROUPS = {
+    "equal": Case(2048, 256, 768, 8, "equal", "whole blocks"),
+    "random": Case(1999, 320, 192, 7, "random", "blocks of several groups"),
+    "decode": Case(300, 512, 256, 64, "zipf", "a few rows a group"),
+    "short": Case(777, 128, 320, 5, "short", "rows of no group"),
+}
+
+
+@pytest.mark.parametrize("implementation", [n for n in GROUPED.runs_on("cuda") if n != "reference"])
+@pytest.mark.parametrize("form", ["rows", "activated", "sums"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_matmul(name, form, implementation):
+    on_gpu()
+    case = GROUPS[name]
+    of = jnp.asarray(sizes(case))
+    other = (case.m, case.n) if form == "sums" else (case.g, case.k, case.n)
+    arrays = dict(zip(("x", "other"), testing.normal(3, (case.m, case.k), other, dtype=BF16)))
+    f = transposed_grouped_matmul if form == "sums" else grouped_matmul
+    options = {"activation": "gelu"} if form == "activated" else {}
+    call = lambda i, x, other: f(x, other, of, implementation=i, **options)
+    check = testing.check_forward if form == "activated" else testing.check_case
+    asked(lambda: check(GROUPED, call, arrays, implementation, BF16))
