@@ -54,6 +54,10 @@ FLOPS, BANDWIDTH, STEP = 197e12, 819e9, 0.35e-6
 PASSES = 6
 
 
+# A word of `Items`: two numbers of rows, of at most 2**11 - 1, and two flags.
+HIGH_AT, FIRST_AT, LAST_AT = 11, 22, 23
+
+
 class Blocks(NamedTuple):
     """Sizes of a block, each the whole axis or a multiple of a tile."""
 
@@ -63,24 +67,20 @@ class Blocks(NamedTuple):
 
 
 class Items(NamedTuple):
-    """int32 tables, in SMEM. Item t is of block `block[t]` and group `group[t]`, whose rows are start <= row < end;
-    items from `count[0]` on do not exist. written: the block of the result of `rows`."""
+    """int32 tables [room], in SMEM, of the items; those behind the last one stay where it is, without rows."""
 
-    block: jax.Array  # [items]
-    written: jax.Array  # [items]
-    group: jax.Array  # [items]
-    start: jax.Array  # [g]
-    end: jax.Array  # [g]
-    count: jax.Array  # [1]
+    word: jax.Array  # as `Item` says
+    block: jax.Array  # of rows of the operands
+    group: jax.Array
+    written: jax.Array  # block of the result, in `rows`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static in a call. k: the length of x's rows. room: of the tables."""
+    """What is static in a call of `rows`. k: the length of x's rows."""
 
     blocks: Blocks
     k: int
-    room: int
     transposed: bool = False
     activation: Callable | None = None
 
@@ -91,7 +91,7 @@ def check(x, other, group_sizes, *, form: str, activation: str | None, dtype) ->
             raise NotImplementedError(f"{name} is {given}; this kernel takes float32 and bfloat16.")
     # With the smallest blocks, since those of a backward pass are others.
     g = group_sizes.shape[0]
-    numbers = 3 * _most_items(x.shape[0], g, min(ROWS)) + 2 * g + 1
+    numbers = len(Items._fields) * _most_items(x.shape[0], g, min(ROWS))
     if 4 * numbers > SMEM_BYTES:
         raise NotImplementedError(
             f"group_sizes: tables for {x.shape[0]} rows in {g} groups take {numbers / 2**18:.2f} MB; scalar memory has "
@@ -106,40 +106,47 @@ def run(x, other, group_sizes, **options) -> jax.Array:
 def _rows(x, w, sizes, transposed: bool, activation, dtype) -> jax.Array:
     (m, k), (g, n) = x.shape, (w.shape[0], w.shape[1 if transposed else 2])
     blocks = rows_blocks(m, k, n, g, x.dtype, jnp.dtype(dtype))
-    plan = Plan(blocks, k, _most_items(m, g, blocks.m), transposed, activation)
-    items = _items(sizes, m, blocks.m, plan.room, with_empty=False)
+    items = _items(sizes, m, blocks.m, of_groups=False)
     parts = pl.cdiv(k, blocks.k)
 
-    def part_of(t, part, items: Items):
-        # Of what does not exist nothing is copied: it stays at the last part of the item before.
-        return jnp.where(t < items.count[0], part, parts - 1)
+    def at(index: Callable) -> Callable:
+        """index(column, part, block, group, written) as Pallas calls it."""
 
-    def w_index(column, t, part, *tables):
-        items = Items(*tables)
-        place = part_of(t, part, items), column
-        return items.group[t], *(reversed(place) if transposed else place)
+        def called(column, t, part, *tables):
+            items = Items(*tables)
+            # Of what has no rows nothing is copied: it stays at the last part, where the item before it is.
+            part = jnp.where(_item(items.word[t]).has_rows, part, parts - 1)
+            return index(column, part, items.block[t], items.group[t], items.written[t])
 
+        return called
+
+    if transposed:
+        w_spec = pl.BlockSpec(
+            (None, blocks.n, blocks.k), at(lambda column, part, block, group, _: (group, column, part))
+        )
+    else:
+        w_spec = pl.BlockSpec(
+            (None, blocks.k, blocks.n), at(lambda column, part, block, group, _: (group, part, column))
+        )
+    result = jax.ShapeDtypeStruct((m, n), dtype)
     return pl.pallas_call(
-        functools.partial(_rows_kernel, plan=plan),
+        functools.partial(_rows_kernel, plan=Plan(blocks, k, transposed, activation)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(items),
-            grid=(pl.cdiv(n, blocks.n), plan.room, parts),
+            grid=(pl.cdiv(n, blocks.n), len(items.word), parts),
             in_specs=(
-                pl.BlockSpec(
-                    (blocks.m, blocks.k),
-                    lambda column, t, part, *tables: (Items(*tables).block[t], part_of(t, part, Items(*tables))),
-                ),
-                pl.BlockSpec((None, *((blocks.n, blocks.k) if transposed else (blocks.k, blocks.n))), w_index),
+                pl.BlockSpec((blocks.m, blocks.k), at(lambda column, part, block, *_: (block, part))),
+                w_spec,
             ),
             out_specs=pl.BlockSpec(
-                (blocks.m, blocks.n), lambda column, t, part, *tables: (Items(*tables).written[t], column)
+                (blocks.m, blocks.n), at(lambda column, part, block, group, written: (written, column))
             ),
             scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)] if parts > 1 else [],
         ),
-        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+        out_shape=result,
         # One core of the two of a v5p may take other columns, not other items.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=_cost(x, w, jax.ShapeDtypeStruct((m, n), dtype), m * k * n, 0 if activation is None else m * n),
+        cost_estimate=_cost(x, w, result, m * k * n, 0 if activation is None else m * n),
         interpret=pltpu.InterpretParams() if is_interpreting() else False,
         name="grouped_matmul_rows",
     )(*items, x, w)
@@ -148,28 +155,28 @@ def _rows(x, w, sizes, transposed: bool, activation, dtype) -> jax.Array:
 def _sums(x, y, sizes, dtype) -> jax.Array:
     m, k, n, g = *x.shape, y.shape[1], sizes.shape[0]
     blocks = sums_blocks(m, k, n, g, x.dtype, jnp.dtype(dtype))
-    plan = Plan(blocks, k, _most_items(m, g, blocks.m))
-    items = _items(sizes, m, blocks.m, plan.room, with_empty=True)
+    items = _items(sizes, m, blocks.m, of_groups=True)
+    result = jax.ShapeDtypeStruct((g, k, n), dtype)
     return pl.pallas_call(
-        functools.partial(_sums_kernel, plan=plan),
+        _sums_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(items),
-            grid=(pl.cdiv(k, blocks.k), pl.cdiv(n, blocks.n), plan.room),
+            num_scalar_prefetch=3,
+            grid=(pl.cdiv(k, blocks.k), pl.cdiv(n, blocks.n), len(items.word)),
             in_specs=(
-                pl.BlockSpec((blocks.m, blocks.k), lambda row, column, t, *tables: (Items(*tables).block[t], row)),
-                pl.BlockSpec((blocks.m, blocks.n), lambda row, column, t, *tables: (Items(*tables).block[t], column)),
+                pl.BlockSpec((blocks.m, blocks.k), lambda row, column, t, word, block, group: (block[t], row)),
+                pl.BlockSpec((blocks.m, blocks.n), lambda row, column, t, word, block, group: (block[t], column)),
             ),
             out_specs=pl.BlockSpec(
-                (None, blocks.k, blocks.n), lambda row, column, t, *tables: (Items(*tables).group[t], row, column)
+                (None, blocks.k, blocks.n), lambda row, column, t, word, block, group: (group[t], row, column)
             ),
             scratch_shapes=[pltpu.VMEM((blocks.k, blocks.n), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((g, k, n), dtype),
+        out_shape=result,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(x, y, jax.ShapeDtypeStruct((g, k, n), dtype), m * k * n, 0),
+        cost_estimate=_cost(x, y, result, m * k * n, 0),
         interpret=pltpu.InterpretParams() if is_interpreting() else False,
         name="grouped_matmul_sums",
-    )(*items, x, y)
+    )(items.word, items.block, items.group, x, y)
 
 
 FORMS = differentiable.Forms(_rows, _sums)
@@ -188,8 +195,9 @@ def _most_items(m: int, g: int, block: int) -> int:
     return pl.cdiv(m, block) + g - 1
 
 
-def _items(sizes: jax.Array, m: int, block: int, room: int, with_empty: bool) -> Items:
-    """The pairs that meet, of blocks of `block` rows and groups; with_empty: an item for each empty group, too.
+def _items(sizes: jax.Array, m: int, block: int, of_groups: bool) -> Items:
+    """The pairs that meet, of blocks of `block` rows and groups. of_groups: what is first and last is judged by group,
+    each of which has an item; else by block of the result.
 
     With first_j the block in which group j begins, and the items of the groups before it in before_j, item t of group j
     is of block first_j + t - before_j.
@@ -198,119 +206,119 @@ def _items(sizes: jax.Array, m: int, block: int, room: int, with_empty: bool) ->
     end = jnp.cumsum(sizes)
     start, end = jnp.minimum(end - sizes, m), jnp.minimum(end, m)
     first = start // block
-    met = jnp.where(end > start, (end - 1) // block - first + 1, 1 if with_empty else 0)
-    behind = jnp.cumsum(met)
-    count = behind[-1]
-    t = jnp.arange(room, dtype=jnp.int32)
-    exists = jnp.minimum(t, jnp.maximum(count - 1, 0))
-    # Behind the last group where there are no items at all.
-    group = jnp.minimum(jnp.searchsorted(behind, exists, side="right", method="compare_all"), g - 1)
-    # An empty group may begin at m.
-    at = jnp.minimum((first - (behind - met))[group] + exists, blocks - 1)
-    used = pl.cdiv(end[-1], block)
-    written = jnp.where(t < count, at, jnp.minimum(used + t - count, blocks - 1))
-    return Items(*(table.astype(jnp.int32) for table in (at, written, group, start, end, count[None])))
+    met = jnp.where(end > start, (end - 1) // block - first + 1, 1 if of_groups else 0)
+    before = jnp.cumsum(met) - met
+    count = before[-1] + met[-1]
+    number = jnp.arange(_most_items(m, g, block), dtype=jnp.int32)
+    exists = number < count
+    t = jnp.minimum(number, jnp.maximum(count - 1, 0))
+    group = jnp.searchsorted(before + met, t, side="right", method="compare_all")
+    group = jnp.minimum(group, g - 1)  # there may be no items at all
+    at = jnp.minimum((first - before)[group] + t, blocks - 1)  # an empty group may begin at m
+    low, high = (jnp.where(exists, jnp.clip(table[group] - at * block, 0, block), 0) for table in (start, end))
+    written = jnp.where(exists, at, jnp.minimum(pl.cdiv(end[-1], block) + number - count, blocks - 1))
+    judged = group if of_groups else written
+    changes, edge = judged[1:] != judged[:-1], jnp.ones(1, bool)
+    is_first = jnp.concatenate([edge, changes])
+    is_last = exists & (jnp.concatenate([changes, edge]) | (number == count - 1))
+    word = low + (high << HIGH_AT) + (is_first << FIRST_AT) + (is_last << LAST_AT)
+    return Items(*(table.astype(jnp.int32) for table in (word, at, group, written)))
 
 
 class Item(NamedTuple):
-    """Scalars. exists, and has rows; whole: all rows of its block are of its group; begins: the block's first row."""
+    """A word, unpacked: scalars. Rows low <= row < high of the item's block are of its group."""
 
-    exists: jax.Array
-    whole: jax.Array
-    begins: jax.Array
-    start: jax.Array
-    end: jax.Array
+    low: jax.Array
+    high: jax.Array
+    is_first: jax.Array
+    is_last: jax.Array
 
+    @property
+    def has_rows(self) -> jax.Array:
+        return self.low < self.high
 
-def _item(items: Items, t: jax.Array, block: int) -> Item:
-    group, begins = items.group[t], items.block[t] * block
-    start, end = items.start[group], items.end[group]
-    exists = (t < items.count[0]) & (start < end)
-    return Item(exists, exists & (start <= begins) & (begins + block <= end), begins, start, end)
+    def has_all(self, block: int) -> jax.Array:
+        return (self.high - self.low) == block
 
-
-def _own(item: Item, shape: tuple[int, int]) -> jax.Array:
-    """Bool of `shape`: which rows of the item's block are of its group."""
-    row = item.begins + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    return (item.start <= row) & (row < item.end)
+    def own(self, shape: tuple[int, int]) -> jax.Array:
+        """Bool of `shape`, that of a block: which rows are of the group."""
+        row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return (self.low <= row) & (row < self.high)
 
 
-def _changes(table, t: jax.Array) -> jax.Array:
-    """Whether entry t differs from the one before."""
-    return (t == 0) | (table[t] != table[jnp.maximum(t - 1, 0)])
+def _item(word) -> Item:
+    rows = (1 << HIGH_AT) - 1
+    return Item(word & rows, (word >> HIGH_AT) & rows, (word & 1 << FIRST_AT) != 0, (word & 1 << LAST_AT) != 0)
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
 
-def _rows_kernel(*refs, plan: Plan):
-    """refs: the tables in SMEM; x [bm, bk]; w [bk, bn] or [bn, bk]; y [bm, bn]; where k comes in parts, their sum."""
-    items, (x_ref, w_ref, y_ref, *sums) = Items(*refs[: len(Items._fields)]), refs[len(Items._fields) :]
-    t, part = pl.program_id(1), pl.program_id(2)
-    parts = pl.cdiv(plan.k, plan.blocks.k)
-    item = _item(items, t, plan.blocks.m)
+def _rows_kernel(word, block, group, written, x_ref, w_ref, y_ref, *sums, plan: Plan):
+    """x [bm, bk]; w [bk, bn], or [bn, bk] where transposed; y [bm, bn]; sums: float32 [bm, bn], where k has parts."""
+    part, parts = pl.program_id(2), pl.cdiv(plan.k, plan.blocks.k)
+    item = _item(word[pl.program_id(1)])
+    has_all = item.has_all(plan.blocks.m)
 
-    @pl.when((part == 0) & _changes(items.written, t) & ~item.whole)
+    @pl.when((part == 0) & item.is_first & ~has_all)
     def _():
         y_ref[...] = jnp.zeros_like(y_ref)
 
     def product(overhangs: bool):
         x, w, axis = x_ref[...], w_ref[...], 1 if plan.transposed else 0
         if overhangs:
-            x, w = (_cut(a, along, plan.k - (parts - 1) * plan.blocks.k) for a, along in ((x, 1), (w, axis)))
+            x, w = (_cut(a, along, plan.k % plan.blocks.k) for a, along in ((x, 1), (w, axis)))
         return _dot(x, w, 1, axis)
 
     def write(product: jax.Array):
         y = (product if plan.activation is None else plan.activation(product)).astype(y_ref.dtype)
 
-        @pl.when(item.whole)
+        @pl.when(has_all)
         def _():
             y_ref[...] = y
 
-        @pl.when(~item.whole)
+        @pl.when(~has_all)
         def _():
-            y_ref[...] = jnp.where(_own(item, y.shape), y, y_ref[...])
+            y_ref[...] = jnp.where(item.own(y.shape), y, y_ref[...])
 
     if parts == 1:
-        pl.when(item.exists)(lambda: write(product(False)))
+        pl.when(item.has_rows)(lambda: write(product(False)))
         return
     (sum_ref,) = sums
 
-    @pl.when(item.exists & (part == 0))
+    @pl.when(part == 0)
     def _():
-        sum_ref[...] = product(False)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    @pl.when(item.exists & (part > 0) & (part < parts - 1))
+    @pl.when(item.has_rows & (part < parts - 1))
     def _():
         sum_ref[...] += product(False)
 
-    @pl.when(item.exists & (part == parts - 1))
+    @pl.when(item.has_rows & (part == parts - 1))
     def _():
         write(sum_ref[...] + product(plan.k % plan.blocks.k > 0))
 
 
-def _sums_kernel(*refs, plan: Plan):
-    """refs: the tables in SMEM; x [bm, bk]; y [bm, bn]; z [bk, bn]; the sum, float32 [bk, bn]."""
-    items, (x_ref, y_ref, z_ref, sum_ref) = Items(*refs[: len(Items._fields)]), refs[len(Items._fields) :]
-    t = pl.program_id(2)
-    item = _item(items, t, plan.blocks.m)
+def _sums_kernel(word, block, group, x_ref, y_ref, z_ref, sum_ref):
+    """x [bm, bk]; y [bm, bn]; z [bk, bn]; their sum, float32 [bk, bn]."""
+    item = _item(word[pl.program_id(2)])
+    has_all = item.has_all(x_ref.shape[0])
 
-    @pl.when(_changes(items.group, t))
+    @pl.when(item.is_first)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    @pl.when(item.whole)
+    @pl.when(has_all)
     def _():
         sum_ref[...] += _dot(x_ref[...], y_ref[...], 0, 0)
 
-    @pl.when(item.exists & ~item.whole)
+    @pl.when(item.has_rows & ~has_all)
     def _():
-        x, y = (jnp.where(_own(item, ref.shape), ref[...], jnp.zeros_like(ref)) for ref in (x_ref, y_ref))
+        # Both, as the module says; x in the last block of rows may be anything behind row m.
+        x, y = (jnp.where(item.own(ref.shape), ref[...], jnp.zeros_like(ref)) for ref in (x_ref, y_ref))
         sum_ref[...] += _dot(x, y, 0, 0)
 
-    after, count = t + 1, items.count[0]
-
-    @pl.when((after == count) | ((after < count) & _changes(items.group, jnp.minimum(after, plan.room - 1))))
+    @pl.when(item.is_last)
     def _():
         z_ref[...] = sum_ref[...].astype(z_ref.dtype)
 
@@ -334,9 +342,10 @@ def rows_blocks(m: int, k: int, n: int, g: int, dtype, result_dtype) -> Blocks:
     """The sizes for `rows` that are fastest in the model, of those that fit."""
 
     def fits(b: Blocks) -> bool:
-        copied = (b.m * b.k + b.k * b.n) * dtype.itemsize + b.m * b.n * result_dtype.itemsize
+        operands = b.m * b.k + b.k * b.n
+        copied = operands * dtype.itemsize + b.m * b.n * result_dtype.itemsize
         # In float32 the product, its sum and what the activation takes.
-        return 2 * copied + 3 * 4 * b.m * b.n <= VMEM_BYTES
+        return 2 * copied + _split(operands, dtype) + 3 * 4 * b.m * b.n <= VMEM_BYTES
 
     def seconds(b: Blocks) -> float:
         blocks, parts, columns = pl.cdiv(m, b.m), pl.cdiv(k, b.k), pl.cdiv(n, b.n)
@@ -356,7 +365,7 @@ def sums_blocks(m: int, k: int, n: int, g: int, dtype, result_dtype) -> Blocks:
     def fits(b: Blocks) -> bool:
         # In the dtype of the operands what is copied, twice, and what is masked, and x transposed; in float32 the
         # product and the sum.
-        operands = (4 * b.m * b.k + 3 * b.m * b.n) * dtype.itemsize
+        operands = (4 * b.m * b.k + 3 * b.m * b.n) * dtype.itemsize + _split(b.m * b.k + b.m * b.n, dtype)
         return operands + (2 * result_dtype.itemsize + 2 * 4) * b.k * b.n <= VMEM_BYTES
 
     def seconds(b: Blocks) -> float:
@@ -365,6 +374,11 @@ def sums_blocks(m: int, k: int, n: int, g: int, dtype, result_dtype) -> Blocks:
         return _seconds(b, rows, rows * columns * (blocks + g - 1), moved, dtype)
 
     return _fastest(m, k, n, dtype, fits, seconds)
+
+
+def _split(operands: int, dtype) -> int:
+    """Bytes of the three parts in bfloat16 that the compiler makes of each number of float32 for a product."""
+    return 3 * 2 * operands if dtype == jnp.float32 else 0
 
 
 def _seconds(b: Blocks, apart: int, steps: int, moved: int, dtype) -> float:
