@@ -41,7 +41,8 @@ from lissom.ops.interpreting import is_interpreting
 LOCAL = True
 
 LANES = 128
-# Rows of a block. All of x where it has no more than the most; the least makes the longest tables.
+# Rows of a block, or all of x where it has no more than the most. With fewer than 128 the matrix unit would take longer
+# to load a part of w than to use it.
 ROWS = (128, 256, 512, 1024)
 # What a kernel may take of VMEM. The compiler's default limit is 16 MB, of the 16 to 128 MB that a chip has.
 VMEM_BYTES = 13 * 2**20
@@ -52,8 +53,6 @@ SMEM_BYTES = 3 * 2**18
 FLOPS, BANDWIDTH, STEP = 197e12, 819e9, 0.35e-6
 # Products of bfloat16 parts that make one of float32.
 PASSES = 6
-
-
 # A word of `Items`: two numbers of rows, of at most 2**11 - 1, and two flags.
 HIGH_AT, FIRST_AT, LAST_AT = 11, 22, 23
 

@@ -24,11 +24,10 @@ SMALL = Blocks(16, 4, 5)
 @pytest.fixture(autouse=True)
 def interpreted():
     # An interpreted kernel is a long program that runs once or twice.
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     with interpreting():
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def in_blocks(patch, small=SMALL):
