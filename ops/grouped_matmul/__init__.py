@@ -27,6 +27,7 @@ OP = dispatch.Op(
         "ragged_dot": "lissom.ops.grouped_matmul.ragged_dot",
         # Never run on their hardware: in no default order.
         "pallas_gpu": "lissom.ops.grouped_matmul.pallas_gpu",
+        "pallas_tpu": "lissom.ops.grouped_matmul.pallas_tpu",
     },
     # A TPU has an own lowering of `lax.ragged_dot`; elsewhere that is a dense product for each group.
     defaults={"tpu": ("ragged_dot",), "default": ("xla",)},
@@ -53,7 +54,7 @@ def grouped_matmul(
     that is differentiated writes the product as well, for the backward pass.
     preferred_element_type: the dtype of y; None is that of x. The cotangent is rounded to the dtype of x first.
     implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "xla", "ragged_dot",
-    "pallas_gpu", or a sequence. Positional arguments and results are those of `jax.lax.ragged_dot`.
+    "pallas_gpu", "pallas_tpu", or a sequence. Positional arguments and results are those of `jax.lax.ragged_dot`.
 
     The op is whole: rows are sorted by group, so that `dispatch.partition` has no axis to split. A layer that is split
     over devices calls it inside of its own `shard_map`, with the rows and sizes of a device.
