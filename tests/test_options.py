@@ -7,7 +7,7 @@ import pytest
 
 OPTIONS = {
     "model.mixer": ("attention", "window", "mla", "ccgqa", "meta_tokens", "none"),
-    "model.ffn": ("mlp", "swiglu", "none"),
+    "model.ffn": ("mlp", "swiglu", "moe", "none"),
     "model.norm": ("layernorm", "rmsnorm", "none"),
     "model.stack": ("loop", "scan"),
     "model.remat": (False, True),

@@ -1,5 +1,6 @@
 """The experts: feed-forward layers whose kernels lie in one stack, and the ways of bringing tokens to them."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,10 +19,9 @@ BATCH = ("data", "fsdp")
 
 
 class Kernels(NamedTuple):
-    """up [E, M, F], down [E, F, M], and gate [E, M, F] of gated experts, else None."""
+    """inner [E, M, h, F], h = 2 for gated experts (gate and up in one product), else 1; down [E, F, M]."""
 
-    gate: jax.Array | None
-    up: jax.Array
+    inner: jax.Array
     down: jax.Array
 
 
@@ -29,25 +29,24 @@ class Experts(nnx.Module):
     """E feed-forward layers without biases: (silu(x Wg) * (x Wu)) Wd if `gated`, else gelu(x Wu) Wd."""
 
     def __init__(self, width: int, hidden: int, *, experts: int, gated: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def stacked(inputs: int, outputs: int, axes: tuple) -> Param:
+        def stacked(inputs: int, outputs: tuple[int, ...], axes: tuple) -> Param:
             keys = jax.random.split(rngs.params(), experts)
-            kernels = jax.vmap(lambda key: KERNEL_INIT(key, (inputs, outputs), jnp.float32))(keys)
-            return Param(kernels, out_sharding=("experts", *axes))
+            shape = (inputs, math.prod(outputs))
+            kernels = jax.vmap(lambda key: KERNEL_INIT(key, shape, jnp.float32))(keys)
+            return Param(kernels.reshape(experts, inputs, *outputs), out_sharding=("experts", *axes))
 
-        self.gate = stacked(width, hidden, ("embed", "mlp")) if gated else None
-        self.up = stacked(width, hidden, ("embed", "mlp"))
-        self.down = stacked(hidden, width, ("mlp", "embed"))
+        self.inner = stacked(width, (2 if gated else 1, hidden), ("embed", None, "mlp"))
+        self.down = stacked(hidden, (width,), ("mlp", "embed"))
         self.dtype = dtype
 
     @property
     def kernels(self) -> Kernels:
-        cast = lambda kernel: None if kernel is None else kernel[...].astype(self.dtype)
-        return Kernels(cast(self.gate), cast(self.up), cast(self.down))
+        return Kernels(self.inner[...].astype(self.dtype), self.down[...].astype(self.dtype))
 
     def __call__(self, x: jax.Array, routing: Routing, capacity: float | None) -> tuple[jax.Array, dict]:
         """x [B, T, M] -> (y [B, T, M], metrics). `capacity`: of `Choices`, an expert takes so many times its even share
         and drops the rest; None drops nothing."""
-        x, count = x.astype(self.dtype), self.up.shape[0]
+        x, count = x.astype(self.dtype), self.down.shape[0]
         if isinstance(routing, Choices):
             if capacity is None:
                 return over_devices(_dropless, self.kernels, x, routing), {"dropped": jnp.zeros(())}
@@ -76,35 +75,30 @@ def with_capacity(choices: Choices, experts: int, capacity: float) -> tuple[Choi
     return choices._replace(experts=jnp.where(kept, choices.experts, experts)), dropped.astype(jnp.float32)
 
 
-def hidden(kernels: Kernels, product: Callable[..., jax.Array]) -> jax.Array:
-    """`product(kernel, activation)` is the input times a kernel, through an activation of `grouped_matmul`."""
-    if kernels.gate is None:
-        return product(kernels.up, "gelu")
-    return product(kernels.gate, "silu") * product(kernels.up, None)
+def activated(inner: jax.Array) -> jax.Array:
+    """[..., h, F] -> [..., F], as `Experts` says."""
+    return jax.nn.silu(inner[..., 0, :]) * inner[..., 1, :] if inner.shape[-2] == 2 else jax.nn.gelu(inner[..., 0, :])
 
 
 def _dropless(kernels: Kernels, x: jax.Array, choices: Choices) -> jax.Array:
     """Rows sorted by expert, through grouped matmuls: every choice is computed, and nothing else."""
-    rows, (k, width) = x.reshape(-1, x.shape[-1]), (choices.experts.shape[-1], x.shape[-1])
-    by = permutation(choices.experts.reshape(-1, k), len(kernels.up))
-    sorted_rows = permute(rows, by)
-    inner = hidden(kernels, lambda kernel, f: grouped_matmul(sorted_rows, kernel, by.group_sizes, activation=f))
-    y = grouped_matmul(inner, kernels.down, by.group_sizes)
-    return unpermute(y, by, choices.weights.reshape(-1, k)).reshape(*x.shape[:-1], width)
+    (experts, width, h, hidden), k = kernels.inner.shape, choices.experts.shape[-1]
+    by = permutation(choices.experts.reshape(-1, k), experts)
+    rows = permute(x.reshape(-1, width), by)
+    inner = grouped_matmul(rows, kernels.inner.reshape(experts, width, h * hidden), by.group_sizes)
+    y = grouped_matmul(activated(inner.reshape(-1, h, hidden)), kernels.down, by.group_sizes)
+    return unpermute(y, by, choices.weights.reshape(-1, k)).reshape(x.shape)
 
 
 def _everyone(kernels: Kernels, x: jax.Array, routing: Everyone) -> jax.Array:
     """Every expert on every token: sum_e w_e f_e(x)."""
-    act = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, None: lambda h: h}
-    inner = hidden(kernels, lambda kernel, f: act[f](jnp.einsum("btm,emf->btef", x, kernel)))
+    inner = activated(jnp.einsum("btm,emhf->btehf", x, kernels.inner))
     return jnp.einsum("btef,efm->btm", inner * routing.weights[..., None].astype(x.dtype), kernels.down)
 
 
 def _slotted(kernels: Kernels, x: jax.Array) -> jax.Array:
     """x [E, c, M], each expert's own tokens."""
-    act = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, None: lambda h: h}
-    inner = hidden(kernels, lambda kernel, f: act[f](jnp.einsum("ecm,emf->ecf", x, kernel)))
-    return jnp.einsum("ecf,efm->ecm", inner, kernels.down)
+    return jnp.einsum("ecf,efm->ecm", activated(jnp.einsum("ecm,emhf->echf", x, kernels.inner)), kernels.down)
 
 
 def _picked(kernels: Kernels, x: jax.Array, picks: Picks) -> jax.Array:
@@ -134,7 +128,7 @@ def over_devices(form: Callable, kernels: Kernels, x: jax.Array, routing: Choice
     split = {name: mesh.shape[name] for name in (*BATCH, "expert", "tensor") if name in free and mesh.shape[name] > 1}
     if not split:
         return form(kernels, x, routing)
-    experts, _, width = kernels.up.shape
+    experts, width, _ = kernels.down.shape
     if experts % split.get("expert", 1):
         raise UnsupportedForm(
             f"ffn.experts={experts} must be a multiple of the {split['expert']} devices of mesh.expert"
@@ -145,13 +139,14 @@ def over_devices(form: Callable, kernels: Kernels, x: jax.Array, routing: Choice
         split = {name: size for name, size in split.items() if name not in BATCH}
     of = lambda name: name if name in split else None
     rows = PartitionSpec(tuple(name for name in BATCH if name in split) or None)
-    inner = PartitionSpec(of("expert"), None, of("tensor"))
-    specs = Kernels(None if kernels.gate is None else inner, inner, PartitionSpec(of("expert"), of("tensor"), None))
+    specs = Kernels(
+        PartitionSpec(of("expert"), None, None, of("tensor")), PartitionSpec(of("expert"), of("tensor"), None)
+    )
     summed = tuple(name for name in ("expert", "tensor") if name in split)
 
     def local(kernels, x, routing):
         if "expert" in split:
-            routing = _of_device(routing, jax.lax.axis_index("expert") * len(kernels.up), len(kernels.up))
+            routing = _of_device(routing, jax.lax.axis_index("expert") * len(kernels.down), len(kernels.down))
         y = form(kernels, x, routing)
         return jax.lax.psum(y, summed) if summed else y
 

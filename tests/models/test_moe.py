@@ -35,8 +35,9 @@ def layer(gate="top_k", settings=None, **others):
 
 def alone(experts: Experts, number: int, x):
     """Expert `number` on x [..., M], by the equation of SwiGLU or of an MLP."""
-    gate, up, down = (None if kernel is None else kernel[number] for kernel in experts.kernels)
-    return (jax.nn.gelu(x @ up) if gate is None else jax.nn.silu(x @ gate) * (x @ up)) @ down
+    inner, down = (kernel[number] for kernel in experts.kernels)
+    first, *second = (x @ inner[:, h] for h in range(inner.shape[1]))
+    return (jax.nn.silu(first) * second[0] if second else jax.nn.gelu(first)) @ down
 
 
 def by_hand(experts: Experts, weights):
