@@ -62,7 +62,7 @@ def test_activations(implementation, activation, small_blocks):
         check(OP, rows, {"x": x, "w": w}, implementation, dtype)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     of=st.lists(st.integers(0, 13), min_size=1, max_size=5),
     behind=st.integers(0, 9),
