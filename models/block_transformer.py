@@ -10,7 +10,7 @@ from flax import nnx
 from lissom.models.bounds import at_least_one
 from lissom.models.context import Context
 from lissom.models.language import LanguageModel
-from lissom.models.linear import Embedding, Linear
+from lissom.models.linear import Embedding, Linear, needed
 from lissom.models.mixers.caches import advanced, chosen
 from lissom.models.transformer import Transformer
 from lissom.models.variables import Param
@@ -108,9 +108,7 @@ class BlockTransformer(LanguageModel):
         """`padding` int [B]: pads in front of each sequence, 0 .. L - 1 (None: L - 1, and drawn from `key` in training
         with `random_padding`)."""
         if padding is None and train and self.random_padding:
-            if key is None:
-                raise ValueError("random_padding in training needs a random key: pass key= down the call")
-            key, pad_key = jax.random.split(key)
+            key, pad_key = jax.random.split(needed(key, "random_padding"))
             padding = jax.random.randint(pad_key, inputs.shape[:1], 0, self.block_length)
         keys = (None, None) if key is None else jax.random.split(key)
         filled = self._filled(len(inputs), padding)

@@ -128,11 +128,16 @@ class DepthwiseConv(nnx.Module):
         return sum(padded[:, u : u + rows, v : v + columns] * kernel[u, v] for u, v in shifts)
 
 
+def needed(key: jax.Array | None, what: str) -> jax.Array:
+    """The key, or ValueError that says what needs one in training."""
+    if key is None:
+        raise ValueError(f"{what} in training needs a random key: pass key= down the call")
+    return key
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, train: bool) -> jax.Array:
     """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate), in training only."""
     if rate == 0.0 or not train:
         return x
-    if key is None:
-        raise ValueError("dropout in training needs a random key: pass key= down the call")
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = jax.random.bernoulli(needed(key, "dropout"), 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

@@ -12,6 +12,9 @@
 Logical axes name what a parameter's dimension *is*; `training/sharding.py` maps them to mesh axes.
 """
 
+# The mesh axes that split the batch; the rest of the mesh is the affair of training/sharding.py.
+BATCH = ("data", "fsdp")
+
 LOGICAL_AXES = (
     "layers",
     "embed",

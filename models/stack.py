@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from lissom.models.context import Context
 from lissom.models.mixers.caches import repeated
+from lissom.models.shapes import BATCH
 from lissom.models.variables import Parts, Tree, merge, split, stats_of
 
 LOOP_UP_TO = 12  # layers: beyond it, tracing and compiling the unrolled form costs more than the scan's slices
@@ -146,7 +147,7 @@ def batch_split(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "fsdp" not in mesh.axis_names:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
 
 
 def _layer_call(graph: nnx.GraphDef, remat: bool) -> Callable:

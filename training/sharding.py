@@ -15,12 +15,12 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lissom.models.shapes import BATCH
 from lissom.models.variables import Tree
 from lissom.ops import dispatch
 from lissom.training.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-BATCH = ("data", "fsdp")
 RULES = {
     "embed": "fsdp",
     "channels": "fsdp",

@@ -44,7 +44,7 @@ def make_step(assembly: Assembly, accumulate: int) -> Callable:
                 )
                 stats = _with_sums(sums, stats, forward, micro, keys)
             grads, stats, metrics = _accumulated(objective, gradients, stats, micro, keys)
-        stats = _of(sums, jnp.zeros_like, stats) if sums else stats
+        stats = _of(sums, jnp.zeros_like, stats)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics["gradient_norm"] = optax.tree.norm(grads)

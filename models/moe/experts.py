@@ -12,10 +12,9 @@ from jax.sharding import PartitionSpec
 from lissom.models.bounds import UnsupportedForm
 from lissom.models.linear import KERNEL_INIT
 from lissom.models.moe.routing import Choices, Everyone, Picks, Routing, Slots
+from lissom.models.shapes import BATCH
 from lissom.models.variables import Param
 from lissom.ops.grouped_matmul import grouped_matmul, permutation, permute, unpermute
-
-BATCH = ("data", "fsdp")
 
 
 class Kernels(NamedTuple):
@@ -46,16 +45,14 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, routing: Routing, capacity: float | None) -> tuple[jax.Array, dict]:
         """x [B, T, M] -> (y [B, T, M], metrics). `capacity`: of `Choices`, an expert takes so many times its even share
         and drops the rest; None drops nothing."""
-        x, count = x.astype(self.dtype), self.down.shape[0]
-        if isinstance(routing, Choices):
-            if capacity is None:
-                return over_devices(_dropless, self.kernels, x, routing), {"dropped": jnp.zeros(())}
-            choices, dropped = with_capacity(routing, count, capacity)
-            return over_devices(_dropless, self.kernels, x, choices), {"dropped": dropped}
-        if isinstance(routing, Everyone):
-            return over_devices(_everyone, self.kernels, x, routing), {"dropped": jnp.zeros(())}
-        form = _picked if isinstance(routing, Picks) else _mixed
-        return form(self.kernels, x, routing), {"dropped": jnp.zeros(())}
+        x, kernels, dropped = x.astype(self.dtype), self.kernels, jnp.zeros(())
+        if isinstance(routing, Choices) and capacity is not None:
+            routing, dropped = with_capacity(routing, len(kernels.down), capacity)
+        if isinstance(routing, Choices | Everyone):
+            y = over_devices(_dropless if isinstance(routing, Choices) else _everyone, kernels, x, routing)
+        else:
+            y = (_picked if isinstance(routing, Picks) else _mixed)(kernels, x, routing)
+        return y, {"dropped": dropped}
 
 
 def with_capacity(choices: Choices, experts: int, capacity: float) -> tuple[Choices, jax.Array]:
@@ -65,7 +62,7 @@ def with_capacity(choices: Choices, experts: int, capacity: float) -> tuple[Choi
     et al. 2020, arXiv:2006.16668). Weights stay as they are: a token whose choice is dropped gets less.
     """
     batch, length, k = choices.experts.shape
-    room = -(-int(capacity * batch * length * k) // experts) or 1
+    room = math.ceil(capacity * batch * length * k / experts)
     ranked = jnp.moveaxis(choices.experts.reshape(-1, k), 1, 0).reshape(-1)
     one_hot = ranked[:, None] == jnp.arange(experts)
     place = jnp.where(one_hot, jnp.cumsum(one_hot, 0) - 1, 0).sum(1)
@@ -133,6 +130,7 @@ def over_devices(form: Callable, kernels: Kernels, x: jax.Array, routing: Choice
         raise UnsupportedForm(
             f"ffn.experts={experts} must be a multiple of the {split['expert']} devices of mesh.expert"
         )
+    # What an axis does not divide is whole on each of its devices, as parameters are (training/sharding.py).
     if width % split.get("tensor", 1):
         split.pop("tensor")
     if len(x) % (split.get("data", 1) * split.get("fsdp", 1)):

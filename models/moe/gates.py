@@ -6,7 +6,7 @@ from flax import nnx
 
 from lissom.models.bounds import UnsupportedForm
 from lissom.models.context import Context
-from lissom.models.linear import Linear
+from lissom.models.linear import Linear, needed
 from lissom.models.moe.routing import Choices, Routing, counts_of, load_metrics
 from lissom.models.variables import Stat, StepSum
 
@@ -118,7 +118,7 @@ class TopK(Balanced):
 
     def __call__(self, x, context, key):
         if self.jitter and context.train:
-            x = x * jax.random.uniform(_needed(key, "jitter"), x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+            x = x * jax.random.uniform(needed(key, "jitter"), x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
         scores = self.router(x)
         probabilities = jax.nn.softmax(scores)
         weights, experts = top_k(probabilities, self.k)
@@ -150,7 +150,7 @@ class NoisyTopK(Gate):
         clean = self.router(x)
         scores, spread = clean, jax.nn.softplus(self.noise(x)) + 1e-2  # a spread of 0 has no probability
         if context.train:
-            scores = clean + spread * jax.random.normal(_needed(key, "noisy_top_k"), clean.shape)
+            scores = clean + spread * jax.random.normal(needed(key, "noisy_top_k"), clean.shape)
         kept, experts = top_k(scores, self.k)
         weights = jax.nn.softmax(kept)
         losses = {}
@@ -228,9 +228,3 @@ def _hashed(numbers: jax.Array, seed: int) -> jax.Array:
 def _variation(values: jax.Array) -> jax.Array:
     """variance / mean^2."""
     return values.var() / (jnp.square(values.mean()) + 1e-10)
-
-
-def _needed(key: jax.Array | None, what: str) -> jax.Array:
-    if key is None:
-        raise ValueError(f"{what} in training needs a random key: pass key= down the call")
-    return key

@@ -2,8 +2,7 @@
 
 A group is cut into whole blocks of `BLOCK` rows and a rest. The rest is one product of the least of `RESTS` rows that
 holds it, begun earlier where x ends before; rows that are not of the group are left as they are. So a group computes
-at most 63 rows too many, and each matrix is brought to the fast memory once for as many rows as possible: with
-blocks of 64 rows alone packing the matrix again for each takes a third of the time on a CPU.
+at most 63 rows too many, and a product, which packs its matrix anew, has as many rows as possible.
 """
 
 import functools
