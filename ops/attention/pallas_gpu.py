@@ -66,29 +66,17 @@ from lissom.ops.attention.masks import Full, Interval, Mask, without_padding
 from lissom.ops.attention.merging import with_sinks
 from lissom.ops.attention.pallas_gpu_backward import dk_dv_of, dq_of
 from lissom.ops.attention.pallas_gpu_forward import forward
-from lissom.ops.attention.pallas_gpu_parts import LARGEST_HEAD, LOG2E, ROWS, plan
+from lissom.ops.attention.pallas_gpu_parts import LARGEST_HEAD, plan
 from lissom.ops.attention.sparse import BlockSparse, listed
+from lissom.ops.hopper import LOG2E, ROWS, SHARED_BYTES, Block
 from lissom.ops.interpreting import is_interpreting
 
 LOCAL = True
 
 KERNEL = "attention.pallas_gpu"
 
-SHARED_BYTES = 223 * 1024  # of 227 KiB for a block of threads; the rest is for reductions (2 KiB) and barriers
 ALIGNMENT = 1024  # of each array in shared memory
 REGISTERS = 232  # of a thread, with two consumers
-
-
-class Block(NamedTuple):
-    """One kernel's tile: 64 rows for each of `consumers` warpgroups by `columns` a step, `stages` in the ring."""
-
-    consumers: int
-    columns: int
-    stages: int
-
-    @property
-    def rows(self) -> int:
-        return ROWS * self.consumers
 
 
 class Blocks(NamedTuple):

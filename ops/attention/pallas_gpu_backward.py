@@ -10,23 +10,19 @@ import jax.numpy as jnp
 from lissom.ops.attention.pallas_gpu_parts import (
     PER_COLUMN,
     PER_ROW,
-    PRODUCER_REGISTERS,
-    ROWS,
     Plan,
     add_product,
     capped,
-    consumer_registers,
-    drain,
     entry,
     place,
     produce_keys,
     product,
     seen,
     spread,
-    tile,
     two_products,
     zeros,
 )
+from lissom.ops.hopper import PRODUCER_REGISTERS, ROWS, consumer_registers, drain, tile
 
 
 def dq_of(q, k, v, d_out, stats, plan: Plan, block_k: int, consumers: int, stages: int, *, scale, softcap, interpret):

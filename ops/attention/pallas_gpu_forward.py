@@ -10,12 +10,9 @@ import jax.numpy as jnp
 from lissom.ops.attention.pallas_gpu_parts import (
     PER_COLUMN,
     PER_ROW,
-    PRODUCER_REGISTERS,
-    ROWS,
     Plan,
     add_product,
     capped,
-    consumer_registers,
     entry,
     finished,
     place,
@@ -23,10 +20,10 @@ from lissom.ops.attention.pallas_gpu_parts import (
     product,
     seen,
     spread,
-    tile,
     weighed,
     zeros,
 )
+from lissom.ops.hopper import PRODUCER_REGISTERS, ROWS, consumer_registers, tile
 
 
 def forward(q, k, v, plan: Plan, block_k: int, consumers: int, stages: int, *, scale, softcap, interpret):

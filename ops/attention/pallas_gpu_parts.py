@@ -4,7 +4,6 @@ The tables are made outside of the kernels in plain jnp (numpy where the mask is
 works on one tile of scores in the registers of a warpgroup.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,11 +16,9 @@ import numpy as np
 
 from lissom.ops.attention import tiles
 from lissom.ops.attention.masks import Interval, Mask
+from lissom.ops.hopper import LOG2E, drain
 
-LOG2E = math.log2(math.e)
 LARGEST_HEAD = 256  # an accumulator of 64 rows by 256 takes half of a warpgroup's registers
-ROWS = 64  # of scores a warpgroup: the least that `wgmma` takes, and what leaves room for its accumulators
-PRODUCER_REGISTERS = 40
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)  # a vector with an entry for each row of scores
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
@@ -135,17 +132,6 @@ def place(n_tiles: int, heads: int):
     return batch, row - batch * n_tiles, block - row * heads
 
 
-def tile(shape: tuple[int, ...], dtype):
-    """Shared memory for operands of `wgmma` and the copy engine: rows of 128 bytes, swizzled."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
-
-
-def consumer_registers(consumers: int) -> int:
-    """Registers a thread: what the producer leaves of the file of 64 Ki, in steps of 8, at most 256."""
-    return min(256, (512 - PRODUCER_REGISTERS) // consumers // 8 * 8)
-
-
 def produce_keys(k_ref, v_ref, codes_ref, index_ref, count, plan, *, k_smem, v_smem, codes_smem, k_ready, v_ready,
                  k_free, v_free, **_):  # fmt: skip
     """Keeps the stages filled: k_ref, v_ref [kv_len, .] -> k_smem, v_smem [stages, block_k, .]."""
@@ -163,17 +149,6 @@ def produce_keys(k_ref, v_ref, codes_ref, index_ref, count, plan, *, k_smem, v_s
         plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], v_ready.at[slot])
 
     drain(count, stages, k_free, v_free)
-
-
-def drain(count, stages: int, *free) -> None:
-    """The producer's last act: waits until the stages that were filled are free again. (Nothing comes after it; a
-    barrier that is left with a completion that nobody awaited is an error to the interpreter.)"""
-    for slot in range(stages):
-
-        @pl.when(slot < count)
-        def _(slot=slot):
-            for barrier in free:
-                plgpu.barrier_wait(barrier.at[slot])
 
 
 def product(a_ref, b_ref, issued: Callable[[], None] = lambda: None) -> jax.Array:

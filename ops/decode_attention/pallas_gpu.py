@@ -54,17 +54,16 @@ from lissom.ops.attention.merging import merge, with_sinks
 from lissom.ops.attention.pallas_gpu_parts import (
     LARGEST_HEAD,
     PER_ROW,
-    ROWS,
     add_product,
     capped,
     finished,
     place,
     product,
     spread,
-    tile,
     weighed,
     zeros,
 )
+from lissom.ops.hopper import ROWS, tile
 from lissom.ops.interpreting import is_interpreting
 
 LOCAL = True

@@ -45,15 +45,14 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from lissom.ops.attention.pallas_gpu_parts import ROWS, consumer_registers
 from lissom.ops.grouped_matmul import differentiable
-from lissom.ops.grouped_matmul.pallas_gpu_kernels import PIECE, STEP, Tile, rows_kernel, sums_kernel
+from lissom.ops.grouped_matmul.pallas_gpu_kernels import PIECE, STEP, rows_kernel, sums_kernel
+from lissom.ops.hopper import ROWS, SHARED_BYTES, Block, consumer_registers
 from lissom.ops.interpreting import is_interpreting
 
 LOCAL = True
 
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
-SHARED_BYTES = 223 * 1024  # of 227 KiB for a block of threads; the rest is for reductions (2 KiB) and barriers
 TALLEST = 2 * ROWS
 LEAST_STAGES = 3  # two under way while one is computed on
 MOST_STAGES = 6
@@ -81,7 +80,7 @@ def _height(m: int, g: int) -> int:
     return next(size for size in (TALLEST, 64, 32, 16, 8) if size * g <= m or size == 8)
 
 
-def _tile(consumers: int, n: int, others: int, itemsize: int) -> Tile:
+def _tile(consumers: int, n: int, others: int, itemsize: int) -> Block:
     """Sizes from what has to fit. Guesses: not tuned on hardware.
 
     As wide as registers (`_registers`) and shared memory for LEAST_STAGES allow, and as leaves a tile for each
@@ -90,7 +89,7 @@ def _tile(consumers: int, n: int, others: int, itemsize: int) -> Tile:
     for most in (256, 192, 128, 64):
         count = -(-n // most)
         columns = 64 * -(-n // (64 * count))
-        tiles = (Tile(consumers, columns, stages) for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1))
+        tiles = (Block(consumers, columns, stages) for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1))
         found = next((tile for tile in tiles if _bytes(tile, itemsize) <= SHARED_BYTES), None)
         fits = found is not None and _registers(columns) <= consumer_registers(consumers)
         if fits and (others * count >= MULTIPROCESSORS or most == 64):
@@ -108,7 +107,7 @@ def _registers(columns: int) -> int:
     return columns // 2 + PIECE // 2 + 48
 
 
-def _bytes(tile: Tile, itemsize: int) -> int:
+def _bytes(tile: Block, itemsize: int) -> int:
     """Of shared memory for a kernel's arrays, as it allocates them: all are multiples of its alignment, 1 KiB."""
     stage = 2 * STEP * (tile.rows + tile.columns)
     return tile.stages * stage + itemsize * tile.rows * tile.columns
@@ -141,7 +140,7 @@ def _tables(sizes: jax.Array, m: int, height: int) -> tuple[jax.Array, jax.Array
     return entries.astype(jnp.int32), jnp.stack([first, jnp.maximum(behind - first, 1)]).astype(jnp.int32)
 
 
-def _options(name: str, tiles: int, tile: Tile) -> dict:
+def _options(name: str, tiles: int, tile: Block) -> dict:
     """Of `plgpu.kernel`."""
     return {
         "grid": (min(tiles, MULTIPROCESSORS),),

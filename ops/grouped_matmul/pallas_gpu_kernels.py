@@ -10,27 +10,15 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from lissom.ops.attention.pallas_gpu_parts import LOG2E, PRODUCER_REGISTERS, ROWS, consumer_registers, drain, tile
 from lissom.ops.grouped_matmul.differentiable import ACTIVATIONS
+from lissom.ops.hopper import LOG2E, PRODUCER_REGISTERS, ROWS, Block, consumer_registers, drain, tile
 
 STEP = 64  # of the sum, a stage of the ring: a swizzled row of 128 bytes
 PIECE = 64  # columns that are in registers a second time
 PANEL = 8  # tiles of columns that are made before the rest
 
 
-class Tile(NamedTuple):
-    """Of the result: 64 rows for each of `consumers` warpgroups by `columns`; `stages` in the ring."""
-
-    consumers: int
-    columns: int
-    stages: int
-
-    @property
-    def rows(self) -> int:
-        return ROWS * self.consumers
-
-
-def rows_kernel(x, w, entries, blocks, *, tile: Tile, height: int, transposed: bool, activation, dtype, options):
+def rows_kernel(x, w, entries, blocks, *, tile: Block, height: int, transposed: bool, activation, dtype, options):
     """y [m, n] of x [m, k], m a multiple of 8, and w [g, k, n] or [g, n, k]; the tables as of `pallas_gpu._tables`."""
     n = w.shape[1 if transposed else 2]
     body = functools.partial(
@@ -44,7 +32,7 @@ def rows_kernel(x, w, entries, blocks, *, tile: Tile, height: int, transposed: b
     )(x, w, entries, blocks)
 
 
-def sums_kernel(x, y, bounds, *, tile: Tile, dtype, options):
+def sums_kernel(x, y, bounds, *, tile: Block, dtype, options):
     """z [g, k, n] of x [m, k] and y [m, n], m a multiple of 8; bounds int32 [2, g], first rows and those behind."""
     scratch = _scratch(tile, x.dtype, dtype, (STEP, tile.columns))
     if tile.consumers > 1:
@@ -57,7 +45,7 @@ def sums_kernel(x, y, bounds, *, tile: Tile, dtype, options):
     )(x, y, bounds)
 
 
-def _scratch(of: Tile, dtype, out_dtype, right: tuple[int, int]) -> dict:
+def _scratch(of: Block, dtype, out_dtype, right: tuple[int, int]) -> dict:
     return {
         "left_smem": tile((of.stages, of.consumers, STEP, ROWS), dtype),  # a tile of 64 by 64 for each consumer
         "right_smem": tile((of.stages, *right), dtype),
@@ -106,7 +94,7 @@ def _place(number, tall: int, wide: int):
     return row, panel * PANEL + number - row * width
 
 
-def _by_role(of: Tile, consume: Callable[[jax.Array], None], produce: Callable[[], None]) -> None:
+def _by_role(of: Block, consume: Callable[[jax.Array], None], produce: Callable[[], None]) -> None:
     group = jax.lax.axis_index("warpgroup")
 
     @pl.when(group < of.consumers)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lissom.ops import testing
-from lissom.ops.attention.pallas_gpu_parts import consumer_registers
 from lissom.ops.grouped_matmul import OP, grouped_matmul, pallas_gpu, pallas_gpu_kernels, transposed_grouped_matmul
 from lissom.ops.grouped_matmul.cases import REAL, SPREADS, Case, sizes
 from lissom.ops.grouped_matmul.differentiable import ACTIVATIONS
+from lissom.ops.hopper import consumer_registers
 from lissom.ops.interpreting import interpreting
 from tests.ops.traced import grids, stores
 
