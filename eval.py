@@ -347,6 +347,7 @@ SHOWN = (
     "load_entropy",
     "max_load",
     "dropped",
+    "domain_information",
     "logit_error",
     "train_seconds",
     "train_flops",

@@ -5,7 +5,8 @@ Fields of one example, by kind (H height, W width, C channels, L length, T token
     image    inputs [H, W, C] float32, usually in [0, 1];  labels int32 scalar
     signal   inputs [L, C] float32;                        labels int32 scalar
     tokens   inputs [T] int32;  labels [T] int32;  weights [T] float32 (0 where a position does not score);
-             pauses [P] int32, where the dataset names places for meta-tokens (`meta_tokens.py`)
+             pauses [P] int32, where the dataset names places for meta-tokens (`meta_tokens.py`);
+             domains [D] float32, where it knows which of D kinds of text the tokens are of: their shares
     set      inputs [N, D] float32, their order without meaning;  labels [N] int32, the component of each;
              sizes int32 scalar: how many of the N count, zeros stand behind them;  of the mixture of C Gaussians
              that it was drawn from log_weights [C], means [C, D], log_variances [C, D] float32
@@ -64,7 +65,8 @@ def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
         if "text" in stored:
             text = np.asarray(stored["text"]).astype(np.int32)
             inputs, labels = text[..., :-1], text[..., 1:]
-            return {"inputs": inputs, "labels": labels, "weights": np.ones(labels.shape, np.float32)}
+            domains = {"domains": np.asarray(stored["domains"]).astype(np.float32)} if "domains" in stored else {}
+            return {"inputs": inputs, "labels": labels, "weights": np.ones(labels.shape, np.float32), **domains}
         labels = np.asarray(stored["labels"]).astype(np.int32)
         weights = np.asarray(stored["weights"]) if "weights" in stored else np.ones(labels.shape)
         pauses = {"pauses": np.asarray(stored["pauses"]).astype(np.int32)} if "pauses" in stored else {}

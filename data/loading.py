@@ -6,7 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lissom.data import cue_match, digits, gaussian_mixtures, glyphs, mnist1d, mnist5k, sequences, stdlib_text
+from lissom.data import (
+    cue_match,
+    digits,
+    domain_text,
+    gaussian_mixtures,
+    glyphs,
+    mnist1d,
+    mnist5k,
+    sequences,
+    stdlib_text,
+)
 from lissom.data.content import Definition
 from lissom.data.dataset import Dataset
 from lissom.data.errors import DataError, nearest, require
@@ -22,6 +32,7 @@ DATASETS = {
     "cue_match": Definition(cue_match.cue_match),
     "gaussian_mixtures": Definition(gaussian_mixtures.gaussian_mixtures),
     "sequences": Definition(sequences.sequences, version="1.1.0", choice=("task", sequences.TASKS)),
+    "domain_text": Definition(domain_text.domain_text, facts=domain_text.facts),
     "stdlib_text": Definition(stdlib_text.stdlib_text, facts=stdlib_text.facts),
 }
 

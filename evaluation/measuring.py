@@ -16,8 +16,9 @@ import numpy as np
 
 from lissom.evaluation import costs, floors, memory, mixtures
 from lissom.evaluation.latency import latency_measurements, measure_interleaved
-from lissom.evaluation.metrics import METRICS
+from lissom.evaluation.metrics import METRICS, QUALITIES
 from lissom.evaluation.rows import Identity, Measurement, Provenance, Row, measure
+from lissom.models import tallies
 
 ROTATED = 4  # different inputs a latency is taken over
 COMPARED = 4  # test examples on which a transformed network's outputs are compared with those of the trained one
@@ -88,19 +89,21 @@ def measure_subject(subject: Subject) -> None:
 
 
 def _test_means(subject: Subject, judge: Callable, settings: Mapping[str, Any], batches: Iterable[dict]):
-    """What the objective judges of one test set; `settings`, by which it is another than the run's own, stand in the
-    conditions."""
-    sums: dict[str, np.ndarray] = {}
+    """What the objective judges of one test set. `settings`, by which it is another than the run's own, stand in the
+    conditions; of such a one there are only `QUALITIES`: what layers say of themselves they say of the run's own."""
+    totals: tallies.Totals = {}
     for batch in batches:
-        for name, pair in jax.device_get(judge(subject.state, batch, jax.random.key(0))).items():
-            sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+        tallies.add(totals, judge(subject.state, batch, jax.random.key(0)))
     tokens, found = subject.kind == "tokens", []
-    for name, (total, count) in sums.items():
-        if not count or name not in METRICS:  # what a layer of another package reports stands in metrics.jsonl
+    for name, (mean, count) in tallies.means(totals).items():
+        if name not in METRICS:  # what a layer of another package reports stands in metrics.jsonl
             continue
-        value = float(total / count) if math.isfinite(total / count) else None
+        name = "token_accuracy" if name == "accuracy" and tokens else name
+        if settings and name not in QUALITIES:
+            continue
+        value = mean if math.isfinite(mean) else None
         conditions = {"tokens" if tokens else "examples": int(count), **settings}
-        found.append(measure("token_accuracy" if name == "accuracy" and tokens else name, value, **conditions))
+        found.append(measure(name, value, **conditions))
         if name == "loss" and tokens and subject.vocab_size == 256 and value is not None:
             found.append(measure("bits_per_byte", value / math.log(2), **conditions))
     return found

@@ -32,6 +32,7 @@ METRICS = {
     "kept": Metric("fraction", "lower", "tokens that a layer's mixer computes"),
     "load_entropy": Metric("fraction", "higher", "entropy of the experts' shares of the choices / log of their number"),
     "max_load": Metric("1", "lower", "choices of the most chosen expert / mean of all experts"),
+    "domain_information": Metric("bits", None, "mutual information of domain and expert of a token, mean over layers"),
     "dropped": Metric("fraction", "lower", "choices of an expert that has no room for them"),
     "untaken": Metric("fraction", "lower", "tokens that no expert takes"),
     "left_out": Metric("fraction", "lower", "weight of the experts that a token is not brought to at inference"),
@@ -87,6 +88,11 @@ METRICS = {
     # Orbax packs equal weights into 10 kB more or less from one save to the next.
     "artefact_bytes": Metric("B", "lower", "size of the exported directory on disk, its container included"),
 }
+
+
+# What a network is worth, the first that rows have before the others: the metrics whose difference to the first variant
+# is shown, and those that further test sets are judged by.
+QUALITIES = ("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "loss")
 
 
 def metric(name: str) -> Metric:

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lissom.evaluation import plots, rows, statistics
-from lissom.evaluation.metrics import METRICS, metric
+from lissom.evaluation.metrics import METRICS, QUALITIES, metric
 
-# The metrics whose difference to the first variant is shown; a table has those that its rows have.
-QUALITIES = ("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "loss")
 UNKNOWN = "–"
 ROLE_MARKS = {"variant": "", "floor": " (floor)", "ceiling": " (ceiling)"}
 PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T"}

@@ -13,7 +13,7 @@ FULL = masks.Full()
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segments", "mask", "meta", "tokens"],
+    data_fields=["positions", "segments", "mask", "meta", "tokens", "domains"],
     meta_fields=["train", "grid"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Context:
     see, an object of `lissom.ops.attention.masks`; train: whether dropout and batch statistics are live (static);
     grid: the image's token grid (rows, columns), None for sequences (static); meta: bool [B, T], which tokens are
     meta-tokens (put there by `data/meta_tokens.py`), None where there are none; tokens: int32 [B, T], the numbers of
-    the tokens, None in networks that read none."""
+    the tokens, None in networks that read none; domains: float32 [B, D], which share of a sequence is of which domain,
+    None where that is not known or not counted."""
 
     positions: jax.Array | None = None
     segments: jax.Array | None = None
@@ -31,3 +32,4 @@ class Context:
     grid: tuple[int, ...] | None = None
     meta: jax.Array | None = None
     tokens: jax.Array | None = None
+    domains: jax.Array | None = None

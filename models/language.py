@@ -22,7 +22,7 @@ class LanguageModel(Transformer):
     `embedding_multiplier` (None: sqrt(width), see `Embedding`; 1 in networks of the Llama family). `extend` continues
     sequences through a cache, `branch` lets several continuations share one. `meta` bool [B, T] says which tokens are
     meta-tokens: mixers read it in their context. `zero_meta_positions` leaves the learned position of those tokens out
-    at inference.
+    at inference. `domains` [B, D]: as in `Context`.
     """
 
     period = 1  # decoding costs the same again after so many tokens
@@ -72,11 +72,13 @@ class LanguageModel(Transformer):
         inputs: jax.Array,
         *,
         meta: jax.Array | None = None,
+        domains: jax.Array | None = None,
         train: bool = False,
         key: jax.Array | None = None,
     ):
         x = self._embedded(inputs, jnp.arange(inputs.shape[1])[None], None if train else meta)
-        x, aux = self.features(x, Context(mask=masks.Causal(), train=train, meta=meta, tokens=inputs), key)
+        context = Context(mask=masks.Causal(), train=train, meta=meta, tokens=inputs, domains=domains)
+        x, aux = self.features(x, context, key)
         return self.logits(x), aux
 
     def _embedded(self, inputs: jax.Array, positions: jax.Array, meta: jax.Array | None) -> jax.Array:

@@ -1,11 +1,13 @@
 """Trains variants of one recipe with several seeds, measures all, and prints one table.
 
     uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py --vary=model.mixer=attention,window,none
-        [--seeds=3] [--match=params|flops|bytes] [--tune=optim.learning_rate=7e-4,2e-3,6e-3]
+        [--also="name: field=value field=value"] [--seeds=3] [--match=params|flops|bytes]
+        [--tune=optim.learning_rate=7e-4,2e-3,6e-3]
         [--shard=0/4 [--nomeasure]] [--merge]
 
 Runs are interleaved (all variants of a seed, then the next seed) and lie under --workdir, by default
-runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid.
+runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid, every --also
+one variant behind it.
 """
 
 import contextlib
@@ -38,8 +40,9 @@ class Variant(NamedTuple):
     overrides: tuple[tuple[str, Any], ...]
 
 
-def grid(axes: Sequence[str]) -> list[Variant]:
-    """['model.mixer=attention,none', 'model.depth=2,4'] -> the variants of the product, the first one first."""
+def grid(axes: Sequence[str], also: Sequence[str] = ()) -> list[Variant]:
+    """['model.mixer=attention,none', 'model.depth=2,4'] -> the variants of the product, the first one first; behind
+    them those of `also`, 'wide: model.ffn=mlp model.width=128'."""
     parsed = dict(axis_of(axis, "--vary") for axis in axes)
     if len(parsed) < len(axes):
         raise UserError(f"--vary={' --vary='.join(axes)} varies one field twice: give its values in one list")
@@ -55,23 +58,31 @@ def grid(axes: Sequence[str]) -> list[Variant]:
             raise UserError(f"the variants {other.label!r} and {label!r} would lie in one directory {_file(label)}")
     if len(variants) < math.prod(map(len, parsed.values())):
         raise UserError(f"--vary={' --vary='.join(axes)} names one variant twice")
+    for text in also:
+        label, colon, settings = text.partition(": ")
+        pairs = [pair.partition("=") for pair in _parts(settings, " ") if pair]
+        if not (colon and label.strip() and pairs and all(key and equals and value for key, equals, value in pairs)):
+            raise UserError(f"--also={text!r} must be 'name: field=value field=value'")
+        variant = Variant(label.strip(), tuple((key, value) for key, _, value in pairs))
+        if variants.setdefault(_file(variant.label), variant) is not variant:
+            raise UserError(f"--also={text!r}: there is a variant {variant.label!r} already")
     return list(variants.values())
 
 
 def axis_of(text: str, flag: str) -> tuple[str, list[str]]:
     """'field=a,b' -> ('field', ['a', 'b'])."""
     key, _, values = text.partition("=")
-    if not (key and values and all(_values(values))):
+    if not (key and values and all(_parts(values))):
         raise UserError(f"{flag}={text} must be field=value,value")
-    return key, _values(values)
+    return key, _parts(values)
 
 
-def _values(text: str) -> list[str]:
-    """Splits at commas that stand outside of brackets."""
+def _parts(text: str, at: str = ",") -> list[str]:
+    """Splits at the letters `at` that stand outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
+        if letter == at and not depth:
             parts.append("")
         else:
             parts[-1] += letter
@@ -276,7 +287,7 @@ def check_axes(variants: Sequence[Variant], seeds: int, match: str | None, tune:
     """What one flag sets no other may vary: a label of the table would name a value that no run had."""
     if seeds < 1:
         raise UserError(f"--seeds={seeds} must be at least 1")
-    varied = dict(variants[0].overrides)
+    varied = dict.fromkeys(key for variant in variants for key, _ in variant.overrides)
     fixed = {"seed": "--seeds"} | ({"model.width": f"--match={match}"} if match else {})
     for axis in tune:
         key, values = axis_of(axis, "--tune")
@@ -415,6 +426,7 @@ def _finished(run: pathlib.Path) -> bool:
 def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_multi_string("vary", [], "field=value,value: an axis of the grid; may be given several times")
+    flags.DEFINE_multi_string("also", [], "'name: field=value field=value': one more variant, behind those of --vary")
     flags.DEFINE_integer("seeds", 3, "seeds a variant")
     flags.DEFINE_enum("match", None, MATCHES, "solve the width so that all variants equal the first one in this")
     flags.DEFINE_multi_string("tune", [], "field=value,value: tuned for each variant first, at half the length")
@@ -427,7 +439,7 @@ def main(argv: list[str]) -> None:
         spec, config = command_line.config_from(command_line.parse(argv))
         given = flags.FLAGS
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
-        variants, shard = grid(given.vary), shard_of(given.shard)
+        variants, shard = grid(given.vary, given.also), shard_of(given.shard)
         out = pathlib.Path(given.out or workdir)
         if given.merge and not given.measure:
             raise UserError("--merge measures what the shards have trained: it does not go with --nomeasure")

@@ -140,6 +140,17 @@ DATA = {
     "sequences needle": ({**FEW, "length": 16, "pairs": 2}, {**FEWER, "length": 18, "pairs": 3, "vocab_size": 32}),
     "sequences parity": ({**FEW, "length": 16}, {**FEWER, "length": 18}),
     "sequences modular_addition": ({"modulus": 7}, {"modulus": 5, "train_fraction": 0.5, "seed": 5}),
+    "domain_text": (
+        {**FEW, "length": 32},
+        {
+            **FEWER,
+            "length": 40,
+            "levels": 32,
+            "domains": ("json", "brackets"),
+            "tested": "json",
+            "seed": 1,
+        },
+    ),
     "stdlib_text": ({"length": 4096}, {"length": 2048}),
 }
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lissom.models import tallies
 from lissom.models.bounds import UnsupportedForm
 from lissom.models.variables import Parts, StepSum, Tree, flatten, map_paths, merge, path_name
 from lissom.ops import dispatch
@@ -122,10 +123,7 @@ def make_evaluation(assembly: Assembly) -> Callable:
 def mean_over(batches: Iterable[dict[str, tuple]]) -> dict[str, float]:
     """Sums and counts of many batches -> {name: mean}; a name that was counted nowhere is left out. Each batch is
     waited for, so that at most one is in flight."""
-    totals: dict[str, list[float]] = {}
+    totals: tallies.Totals = {}
     for sums in batches:
-        for name, (value, count) in jax.device_get(sums).items():
-            entry = totals.setdefault(name, [0.0, 0.0])
-            entry[0] += float(value)
-            entry[1] += float(count)
-    return {name: value / count for name, (value, count) in totals.items() if count}
+        tallies.add(totals, sums)
+    return {name: mean for name, (mean, _) in tallies.means(totals).items()}

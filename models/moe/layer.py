@@ -13,6 +13,7 @@ from lissom.models.ffn import MLP, SwiGLU
 from lissom.models.linear import dropout as dropped_out
 from lissom.models.moe import GATES
 from lissom.models.moe.experts import Experts
+from lissom.models.moe.routing import used
 from lissom.models.registry import construct, resolve, settings_of
 
 
@@ -27,8 +28,9 @@ class MoE(nnx.Module):
     capacity: None drops no choice; c lets an expert take ceil(c N k / E) of the batch's N k choices. The rest is
         dropped (`dropped` is its share), by `with_capacity`.
 
-    The gate computes in float32. aux: the gate's losses, weighted; metrics load_entropy, max_load, dropped and the
-    gate's own. Shazeer et al. 2017, arXiv:1701.06538; without dropping: Gale et al. 2022, arXiv:2211.15841.
+    The gate computes in float32. aux: the gate's losses, weighted; metrics load_entropy, max_load, dropped, the gate's
+    own, and domain_use (`models/tallies.py`) where the context knows domains. Shazeer et al. 2017, arXiv:1701.06538;
+    without dropping: Gale et al. 2022, arXiv:2211.15841.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class MoE(nnx.Module):
         gate_key, drop_key = (None, None) if key is None else jax.random.split(key)
         routing, aux = self.gate(x.astype(jnp.float32), context, gate_key)
         y, metrics = self.experts(x, routing, self.capacity)
+        if context.domains is not None:
+            metrics["domain_use"] = context.domains.T @ used(routing, x.shape[:2], len(self.experts.down[...]))
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         y = dropped_out(y, self.dropout, drop_key, context.train)

@@ -47,6 +47,26 @@ def counts_of(experts: jax.Array, count: int) -> jax.Array:
     return (experts.reshape(-1, 1) == jnp.arange(count)).sum(0, dtype=jnp.float32)
 
 
+def used(routing: Routing, shape: tuple[int, int], experts: int) -> jax.Array:
+    """float32 [B, E]: how often the tokens of each of B sequences are brought to each expert; of `Everyone` and `Slots`
+    the sum of their weights."""
+    match routing:
+        case Choices(chosen, _):
+            return (chosen[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.float32)
+        case Everyone(weights):
+            return weights.sum(1)
+        case Picks(tokens, _):
+            sequences = jax.nn.one_hot(tokens // shape[1], shape[0])
+            return sequences.sum(1).T
+        case Slots(tokens, _, combine):
+            flat = (
+                jnp.zeros((shape[0] * shape[1], experts))
+                .at[tokens.reshape(-1)]
+                .set(combine.sum(-1).reshape(-1, experts))
+            )
+            return flat.reshape(*shape, experts).sum(1)
+
+
 def load_metrics(counts: jax.Array) -> dict[str, jax.Array]:
     """Of float counts [E]: `load_entropy`, -sum f log f / log E of the shares f (1: all alike; 1 for one expert), and
     `max_load`, E max f (1: all alike; E: all to one)."""

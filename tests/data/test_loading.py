@@ -116,7 +116,7 @@ def test_images_survive_storage_as_png(tmp_path):
     assert found["labels"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", [n for n in DATASETS if n not in ("digits", "mnist5k", "stdlib_text")])
+@pytest.mark.parametrize("name", [n for n in DATASETS if n not in ("digits", "mnist5k", "stdlib_text", "domain_text")])
 def test_generated_sets_have_enough_test_examples_by_default(name):
     functions = [DATASETS[name].generate]
     if DATASETS[name].choice:
@@ -198,6 +198,11 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_prepare_it(da
         ("cue_match", {"items": 7}, "items must be a multiple of classes=4"),
         ("glyphs", {"scripts": ("latn",)}, "unknown script 'latn'; did you mean 'latin'"),
         ("stdlib_text", {"length": 0}, "length must be at least 1"),
+        ("domain_text", {"domains": ("python", "jason")}, "no domain 'jason'; did you mean 'json'"),
+        ("domain_text", {"domains": ("json", "json")}, "domains must be two or more"),
+        ("domain_text", {"tested": "pascal"}, "tested must be one of python, c,"),
+        ("domain_text", {"levels": 1}, "levels must be in 2..256"),
+        ("domain_text", {"test_size": 10_000}, "windows of 128, and test_size=10000 asks for more"),
     ],
 )
 def test_bad_settings_are_one_sentence(name, settings, text):

@@ -38,6 +38,25 @@ def test_grid():
         script.grid(["model.mixer"])
 
 
+def test_variants_beside_the_grid():
+    wide = "wide: model.mixer=none model.mixer_kwargs.none={'a': 1}  model.width=128"
+    variants = script.grid(["model.mixer=attention,none"], [wide])
+    assert [v.label for v in variants] == ["mixer=attention", "mixer=none", "wide"]
+    assert variants[2].overrides == (
+        ("model.mixer", "none"),
+        ("model.mixer_kwargs.none", "{'a': 1}"),
+        ("model.width", "128"),
+    )
+    assert [v.label for v in script.grid([], [wide])] == ["recipe", "wide"]
+    for wrong in ("wide", "wide:", "wide: ", ": a=1", "wide: model.width", "wide: model.width="):
+        with pytest.raises(UserError, match="must be 'name: field=value"):
+            script.grid([], [wrong])
+    with pytest.raises(UserError, match="there is a variant 'wide' already"):
+        script.grid([], [wide, wide])
+    with pytest.raises(UserError, match="does not go with --vary=model.width"):
+        script.check_axes(variants, 1, None, ["model.width=1,2"])
+
+
 @pytest.mark.parametrize("text", ["3", "4/4", "a/2", "1/"])
 def test_bad_shard(text):
     with pytest.raises(UserError, match="0 <= i < n"):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.tallies import TALLIES
 from lissom.models.variables import Parts, Tree, merge, stats_of
 
 Batch = dict[str, jax.Array]
@@ -97,12 +98,16 @@ def auxiliary(aux: dict) -> jax.Array:
 
 def reported(aux: dict) -> dict[str, jax.Array]:
     """What layers say of themselves (a density, a load), and the losses they ask for: means over the layers that do."""
-    return {name: jnp.mean(value) for name, value in {**aux["losses"], **aux["metrics"]}.items()}
+    told = {**aux["losses"], **aux["metrics"]}
+    return {name: jnp.mean(value) for name, value in told.items() if name not in TALLIES}
 
 
 def reported_sums(aux: dict, count: jax.Array) -> Sums:
-    """`reported` of a network's metrics for `judge`: (mean x count, count)."""
-    return {name: (jnp.mean(value) * count, count) for name, value in aux["metrics"].items()}
+    """`reported` of a network's metrics for `judge`: (mean x count, count); of tallies (sum, count)."""
+    return {
+        name: (value, count) if name in TALLIES else (jnp.mean(value) * count, count)
+        for name, value in aux["metrics"].items()
+    }
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from lissom.models.registry import settings_of
 from lissom.training.objectives.base import Objective, auxiliary, cross_entropy, reported, reported_sums
 
 
@@ -9,7 +10,8 @@ class LanguageModelling(Objective):
     """Mean cross-entropy over the positions that batch["weights"] [B, T] scores, plus `z_loss` x mean(log Z)^2
     (Chowdhery et al. 2022, arXiv:2204.02311) and the layers' own losses. Evaluated by loss (nats a scored token) and
     accuracy (share of scored tokens whose argmax is right). Where the data has meta-tokens, batch["meta"] bool [B, T]
-    goes to the network; their weights are 0."""
+    goes to the network; their weights are 0. Where it names domains, batch["domains"] [B, D] goes to a network that
+    takes them, when it is judged."""
 
     kinds = ("tokens",)
 
@@ -34,7 +36,7 @@ class LanguageModelling(Objective):
 
     def judge(self, network, batch, key):
         del key
-        logits, aux = network(batch["inputs"], **_marks(batch))
+        logits, aux = network(batch["inputs"], **_marks(batch), **_domains(network, batch))
         weights = batch["weights"] * batch["mask"][:, None]
         hits = (logits.argmax(-1) == batch["labels"]) * weights
         return {
@@ -47,3 +49,10 @@ class LanguageModelling(Objective):
 def _marks(batch):
     """Which tokens are meta-tokens, for the network; nothing where the data has none."""
     return {"meta": batch["meta"]} if "meta" in batch else {}
+
+
+def _domains(network, batch):
+    """The domains of the sequences, for what layers count; rows that only fill a batch up are of none."""
+    if "domains" not in batch or "domains" not in settings_of(type(network).__call__):
+        return {}
+    return {"domains": batch["domains"] * batch["mask"][:, None]}

@@ -1,0 +1,73 @@
+"""A decoder whose feed-forward layers are mixtures of experts, on six kinds of text that share one alphabet.
+
+Paper: Shazeer et al. 2017, arXiv:1701.06538, and those of the gates (docs/moe.md).
+Command: uv run train.py --config=configs/language/domains_moe.py
+Time: not measured. Result: not measured.
+results/domains_moe: uv run scripts/compare.py --config=configs/language/domains_moe.py \
+    --vary=model.ffn_kwargs.moe.gate=top_k,noisy_top_k,sigmoid_bias,hash,expert_choice,soft,dselect_k,comet \
+    --also="top_k, one expert: model.ffn_kwargs.moe.k=1 model.ffn_kwargs.moe.expansion=4.0" \
+    --also="dense, equal active: model.ffn=swiglu" \
+    --also="dense, equal total: model.ffn=swiglu model.ffn_kwargs.swiglu.expansion=16.0" \
+    --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
+Sweep: model.ffn_kwargs.moe.gate=top_k,noisy_top_k,sigmoid_bias,hash,expert_choice,soft,dselect_k,comet
+    model.ffn_kwargs.moe.experts  model.ffn_kwargs.moe.k  model.ffn_kwargs.moe.shared
+    model.ffn=moe,swiglu  data.kwargs.domain_text.levels
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+DOMAINS = ("python", "c", "english", "json", "arithmetic", "brackets")
+GATES = ("top_k", "noisy_top_k", "sigmoid_bias", "hash", "expert_choice", "soft", "dselect_k", "comet")
+
+
+def get_config(arg: str = ""):
+    config = base()
+    config.data.update({"name": "domain_text", "batch_size": 24, "kwargs": {"domain_text": {"length": 128}}})
+    config.model.update(
+        {
+            "name": "language",
+            "size": "small",
+            "width": 64,
+            "mixer": "attention",
+            "mixer_kwargs": {"attention": {}},
+            "ffn": "moe",
+            # A token goes through the same hidden width in both: 2 experts of expansion 2.
+            "ffn_kwargs": {
+                "moe": {
+                    "gate": "top_k",
+                    "gate_kwargs": {name: {} for name in GATES},
+                    "experts": 8,
+                    "k": 2,
+                    "expansion": 2.0,
+                    "gated": True,
+                    "shared": 0,
+                    "capacity": None,
+                },
+                "swiglu": {"expansion": 4.0},
+            },
+            "norm": "rmsnorm",
+            "norm_kwargs": {},
+            "tied": True,
+            "embedding_multiplier": None,
+            "learned_positions": 0,
+            "dropout": 0.0,
+            "stack": None,
+            "remat": False,
+        }
+    )
+    config.objective = "language_modelling"
+    config.optim.update({"learning_rate": 6e-3, "weight_decay": 1e-2})
+    config.train = {"steps": 500}
+    config.evaluation.update(
+        {
+            "batch_size": 128,
+            "latency_batches": (1, 24),
+            "data": tuple({"tested": name} for name in DOMAINS),
+        }
+    )
+    if mode(arg, ("tiny",)):
+        config = tiny(config)
+        config.model.width = None
+        config.data.kwargs.domain_text.update({"train_size": 16, "test_size": 4, "length": 32})
+        config.evaluation.data = config.evaluation.data[:2]
+    return config

@@ -1,0 +1,51 @@
+"""Tallies: arrays that a layer counts instead of averaging. They stand among a layer's metrics, are summed over a test
+set, and what they say is read off the sums.
+
+    domain_use   float32 [D, E] of a layer: choices of expert e by the tokens of domain d
+
+Only a network that is judged (not one in training) counts.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+Totals = dict[str, tuple[float | np.ndarray, float]]
+
+
+def domain_information(use: np.ndarray) -> dict[str, float]:
+    """use [layers, D, E] -> mean over layers of I(domain; expert) in bits, every domain weighing the same: between 0,
+    all domains use the experts alike, and the smaller of log2 D and log2 E."""
+    seen = use.sum(-1, keepdims=True)
+    seen_by_any = (seen > 0).all(axis=(0, 2))
+    given = use[:, seen_by_any] / seen[:, seen_by_any]  # p(e | d)
+    if not given.size:
+        return {}
+    mean = np.broadcast_to(given.mean(1, keepdims=True), given.shape)
+    terms = np.zeros_like(given)
+    used = given > 0
+    terms[used] = given[used] * np.log2(given[used] / mean[used])
+    return {"domain_information": float(terms.sum(-1).mean())}
+
+
+TALLIES = {"domain_use": domain_information}
+
+
+def add(totals: Totals, sums: Mapping[str, tuple]) -> None:
+    """Adds the sums and counts of one batch."""
+    for name, (value, count) in jax.device_get(dict(sums)).items():
+        value, count = np.asarray(value, np.float64), float(count)
+        earlier, times = totals.get(name, (np.zeros_like(value), 0.0))
+        totals[name] = earlier + value, times + count
+
+
+def means(totals: Totals) -> dict[str, tuple[float, float]]:
+    """{name: (mean, count)}; in place of tallies what is read off them; without what was counted nowhere."""
+    found = {}
+    for name, (value, count) in totals.items():
+        if count and name in TALLIES:
+            found |= {metric: (value, count) for metric, value in TALLIES[name](value).items()}
+        elif count:
+            found[name] = float(value) / count, count
+    return found
