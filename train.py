@@ -35,7 +35,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     from lissom import data
     from lissom.compression.artefacts import check_transforms, structure_of
-    from lissom.compression.starting import starting_network
+    from lissom.compression.starting import starting_network, transformed_network
     from lissom.evaluation import costs
     from lissom.evaluation.memory import step_memory
     from lissom.evaluation.rows import provenance
@@ -177,7 +177,11 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             stage, assembly = plan[index], assemblies[index]
             if index > current:
                 fresh = fresh_state(assembly, jax.random.fold_in(init_key, index))
-                state = stages.carry(stage, assemblies[index - 1], assembly, state, fresh)
+                before, batches = assemblies[index - 1], data.train_batches(dataset, start_step=0, **stream(stage))
+                with sharding.on_mesh(mesh):
+                    network = transformed_network(stage, before, state, batches)
+                state = stages.carry(stage, before, assembly, state, fresh, network)
+                del network
                 logs.say(f"stage {stage.name!r}: steps {stage.start} to {stage.stop}")
             if int(state["step"]) >= stage.stop:
                 continue

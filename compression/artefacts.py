@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.compression.transforms import build_transforms, structured
+from lissom.compression.transforms import applied, build_transforms, structured
 from lissom.models.variables import Parts, merge, split
 from lissom.training.building import build_network
 from lissom.training.checkpoints import Checkpoints
@@ -36,11 +36,7 @@ def export(
     Layers are told apart by their paths, so the network is built as a loop whatever the run trained with.
     """
     config, facts = final_config(read_config(run)), read_facts(run)
-    network = merge(load_network(run, structure_of))
-    for _, transform in build_transforms(transforms):
-        source = merge(split(network))
-        network = transform.values(transform.structure(network), source, data)
-    parts = split(network)
+    parts = split(applied(merge(load_network(run, structure_of)), build_transforms(transforms), data))
     directory = pathlib.Path(directory)
     if directory.exists():
         shutil.rmtree(directory)

@@ -5,9 +5,8 @@
     mix       the feed-forward layers of the copies become the experts of a mixture, all else is their mean, the router
               is new; tuned on all domains
 
-The steps between the stages are converters (old state, fresh state) -> state, which a stage names:
+The other steps between the stages are converters (old state, fresh state) -> state, which a stage names:
 
-    branched   seed -> branch       every branch is the seed
     mixed      branch -> mix        expert e is the feed-forward layer of branch e
     averaged   branch -> dense      the mean of all branches, feed-forward layers too (a uniform soup of them)
     upcycled   seed -> mix          every expert is the feed-forward layer of the seed (sparse upcycling, Komatsuzaki et
@@ -48,11 +47,6 @@ class Branches(Transform):
     def values(self, module: nnx.Module, source: nnx.Module, data) -> nnx.Module:
         del module, data
         return self.structure(source)
-
-
-def branched(old: State, fresh: State) -> State:
-    """Every branch is the network so far."""
-    return _filled(old, fresh, lambda name, _: _of(old, name.removeprefix("network/"))[None])
 
 
 def averaged(old: State, fresh: State) -> State:

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lissom.compression.artefacts import structure_of
-from lissom.compression.transforms import build_transforms
+from lissom.compression.transforms import applied, build_transforms
 from lissom.models import MODELS, NORMS
 from lissom.models.mixers import MIXERS
 from lissom.models.pretrained import llama, read
 from lissom.models.pretrained.errors import CheckpointError
 from lissom.models.registry import resolve, settings_of
 from lissom.models.variables import Parts, flatten, merge, split
+from lissom.training.building import Assembly
 from lissom.training.config import model_settings
 from lissom.training.errors import UserError
 from lissom.training.runs import KINDS, load_network, read_config
@@ -55,10 +56,15 @@ def starting_network(config, data: Iterable[dict] = ()) -> Parts:
             raise UserError(f"config.init_from: {path} was trained with other transforms than {config.init_from[0]}")
         found.append((parts, had))
     network = merge(_mean([parts for parts, _ in found], config.init_from))
-    for _, transform in build_transforms(has[len(found[0][1]) :]):
-        source = merge(split(network))
-        network = transform.values(transform.structure(network), source, data)
-    return split(network)
+    return split(applied(network, build_transforms(has[len(found[0][1]) :]), data))
+
+
+def transformed_network(stage, before: Assembly, state: Mapping[str, Any], data: Iterable[dict]) -> Parts | None:
+    """The network of `state`, of a module `before`, behind the transforms that the stage adds; None if it adds none."""
+    if not stage.added:
+        return None
+    network = before.objective.network(merge(Parts(before.graph, *(state[kind] for kind in KINDS))))
+    return split(applied(network, build_transforms(stage.added), data))
 
 
 def _mean(networks: Sequence[Parts], paths: Sequence[str]) -> Parts:

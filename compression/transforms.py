@@ -16,7 +16,7 @@ from flax import nnx
 from lissom.compression import TRANSFORMS
 from lissom.models.registry import check_settings, check_types, required, resolve
 from lissom.models.stack import stacks
-from lissom.models.variables import path_name
+from lissom.models.variables import merge, path_name, split
 from lissom.training.errors import UserError
 
 
@@ -59,6 +59,14 @@ def structured(module: nnx.Module, transforms: Sequence[tuple[str, Transform]]) 
     for _, transform in transforms:
         module = transform.structure(module)
     return module
+
+
+def applied(network: nnx.Module, transforms: Sequence[tuple[str, Transform]], data: Iterable[dict]) -> nnx.Module:
+    """The trained network after every transform, in order: each is filled from what was before it, and from `data`."""
+    for _, transform in transforms:
+        source = merge(split(network))
+        network = transform.values(transform.structure(network), source, data)
+    return network
 
 
 def match_rules(rules: Sequence[tuple[str, Mapping]], paths: Iterable[str], what: str) -> dict[str, dict]:

@@ -13,8 +13,8 @@ FULL = masks.Full()
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segments", "mask", "meta", "tokens", "domains"],
-    meta_fields=["train", "grid"],
+    data_fields=["positions", "segments", "mask", "meta", "tokens", "domains", "expert"],
+    meta_fields=["train", "grid", "compare"],
 )
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -23,7 +23,9 @@ class Context:
     grid: the image's token grid (rows, columns), None for sequences (static); meta: bool [B, T], which tokens are
     meta-tokens (put there by `data/meta_tokens.py`), None where there are none; tokens: int32 [B, T], the numbers of
     the tokens, None in networks that read none; domains: float32 [B, D], which share of a sequence is of which domain,
-    None where that is not known or not counted."""
+    None where that is not known or not counted; expert: int32 [B, T], the expert that a router in front of the network
+    named for each token (`models/read_me.py`), and compare: whether layers say how well each would have done (static).
+    """
 
     positions: jax.Array | None = None
     segments: jax.Array | None = None
@@ -33,3 +35,5 @@ class Context:
     meta: jax.Array | None = None
     tokens: jax.Array | None = None
     domains: jax.Array | None = None
+    expert: jax.Array | None = None
+    compare: bool = False

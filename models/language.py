@@ -22,7 +22,7 @@ class LanguageModel(Transformer):
     `embedding_multiplier` (None: sqrt(width), see `Embedding`; 1 in networks of the Llama family). `extend` continues
     sequences through a cache, `branch` lets several continuations share one. `meta` bool [B, T] says which tokens are
     meta-tokens: mixers read it in their context. `zero_meta_positions` leaves the learned position of those tokens out
-    at inference. `domains` [B, D]: as in `Context`.
+    at inference. `domains` [B, D], `expert` [B, T], `compare`: as in `Context`.
     """
 
     period = 1  # decoding costs the same again after so many tokens
@@ -73,11 +73,14 @@ class LanguageModel(Transformer):
         *,
         meta: jax.Array | None = None,
         domains: jax.Array | None = None,
+        expert: jax.Array | None = None,
+        compare: bool = False,
         train: bool = False,
         key: jax.Array | None = None,
     ):
         x = self._embedded(inputs, jnp.arange(inputs.shape[1])[None], None if train else meta)
-        context = Context(mask=masks.Causal(), train=train, meta=meta, tokens=inputs, domains=domains)
+        told = {"meta": meta, "tokens": inputs, "domains": domains, "expert": expert, "compare": compare}
+        context = Context(mask=masks.Causal(), train=train, **told)
         x, aux = self.features(x, context, key)
         return self.logits(x), aux
 
@@ -114,11 +117,14 @@ class LanguageModel(Transformer):
         layers = self.blocks.branch(cache["layers"], ways, more)
         return {"layers": layers, "length": jnp.repeat(cache["length"], ways)}
 
-    def extend(self, inputs: jax.Array, cache: dict, meta: jax.Array | None = None) -> tuple[jax.Array, dict]:
-        """The t next tokens [B, t] of each sequence, of which `meta` bool [B, t] are meta-tokens -> (logits
-        [B, t, vocab], cache). Writing past the cache's length is the caller's mistake and cannot be seen under jit:
-        `inference/` checks it before it compiles."""
+    def extend(
+        self, inputs: jax.Array, cache: dict, meta: jax.Array | None = None, expert: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
+        """The t next tokens [B, t] of each sequence, of which `meta` bool [B, t] are meta-tokens, for which a router
+        named `expert` [B, t] -> (logits [B, t, vocab], cache). Writing past the cache's length is the caller's mistake
+        and cannot be seen under jit: `inference/` checks it before it compiles."""
         length = cache["length"]
         positions = length[:, None] + jnp.arange(inputs.shape[1])
-        x, layers = self.continued(self._embedded(inputs, positions, meta), cache["layers"], length, meta, inputs)
+        x = self._embedded(inputs, positions, meta)
+        x, layers = self.continued(x, cache["layers"], length, meta, inputs, expert)
         return self.logits(x), {"layers": layers, "length": length + inputs.shape[1]}

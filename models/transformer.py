@@ -75,10 +75,11 @@ class Transformer(nnx.Module):
         at: jax.Array,
         meta: jax.Array | None = None,
         tokens: jax.Array | None = None,
+        expert: jax.Array | None = None,
     ) -> tuple[jax.Array, list]:
         """The t next tokens [B, t, M] of sequences of which the caches hold `at` [B] -> (normed features [B, t, M],
-        caches). Causal, and never in training. `meta`, `tokens`: as in `Context`."""
+        caches). Causal, and never in training. `meta`, `tokens`, `expert`: as in `Context`."""
         positions = at[:, None] + jnp.arange(x.shape[1])
-        context = Context(positions=positions, mask=masks.Causal(offset=at), meta=meta, tokens=tokens)
+        context = Context(positions=positions, mask=masks.Causal(offset=at), meta=meta, tokens=tokens, expert=expert)
         x, caches, _ = self.blocks(x, context, caches=caches)
         return self.norm(x), caches

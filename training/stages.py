@@ -5,8 +5,9 @@
 
 `duration` is a number of steps (int) or a fraction of the run (float); they must fill the run. What a stage may
 override is listed in `fields.STAGE_MAY`. At a boundary the module is rebuilt and parameters are carried over by path,
-or by the converter, a function (old state, fresh state) -> state. Both see layers apart (`blocks/3/...`), so that a
-stage may go from a looped to a scanned stack.
+by the transforms that the stage has behind those of the stage before (each fills the network from what it was, and from
+training batches), or by the converter, a function (old state, fresh state) -> state. All see layers apart
+(`blocks/3/...`), so that a stage may go from a looped to a scanned stack.
 """
 
 import inspect
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from lissom.models.registry import resolve
 from lissom.models.stack import stack_layers, unstack_layers
-from lissom.models.variables import flatten
+from lissom.models.variables import Parts, flatten
 from lissom.training import sharding
 from lissom.training.building import Assembly, assemble
 from lissom.training.checkpoints import flat
@@ -36,6 +37,7 @@ class Stage(NamedTuple):
     optimizer: str
     schedule: str
     converter: str
+    added: tuple = ()  # the transforms behind those of the stage before, where no converter is named
     refills: bool = False  # its objective is not that of the stage before, or has other settings
 
 
@@ -68,7 +70,7 @@ def plan(config, total: int) -> list[Stage]:
         )
         if i:
             learns = [{key: s.config.to_dict()[key] for key in ("objective", "objective_kwargs")} for s in stages[-2:]]
-            stages[-1] = stages[-1]._replace(refills=learns[0] != learns[1])
+            stages[-1] = stages[-1]._replace(refills=learns[0] != learns[1], added=_added(*stages[-2:]))
         at += length
     if at != total:
         raise UserError(f"the stages last {at} steps in all, the run {total}: durations must fill the run")
@@ -95,8 +97,16 @@ def assembled(
         structure = structure_of(stage.config)
         pairs.append((stage, assemble(stage.config, facts, length, mesh, structure, offset=born - start)))
     for (_, before), (stage, after) in itertools.pairwise(pairs):
+        if stage.added and jax.process_count() > 1:
+            raise UserError(f"stage {stage.name!r} adds transforms, which is for one process")
         check_carry(stage, before, after)
     return pairs
+
+
+def _added(before: Stage, stage: Stage) -> tuple:
+    """The transforms of a stage that stand behind all of those of the stage before."""
+    had, has = (tuple(s.config.transforms) for s in (before, stage))
+    return () if stage.converter or has[: len(had)] != had else has[len(had) :]
 
 
 def final_config(config):
@@ -121,8 +131,10 @@ def check_carry(stage: Stage, before: Assembly, after: Assembly) -> None:
     for kind, what in (("params", "parameter"), ("frozen", "frozen array")):
         have = _moved(flatten(old[kind]), before, after)
         for path, leaf in flatten(fresh[kind]).items():
-            # What an objective froze itself it also fills itself.
+            # What an objective froze itself it also fills itself, and the transforms that a stage adds the network.
             kept = kind == "params" or _of_network(path, after)
+            if stage.added and _of_network(path, after):
+                continue
             if kept and (path not in have or have[path].shape != leaf.shape):
                 raise UserError(
                     f"stage {stage.name!r}: {what} {path} has no counterpart of its shape in the stage "
@@ -137,16 +149,27 @@ def check_carry(stage: Stage, before: Assembly, after: Assembly) -> None:
 
 
 def carry(
-    stage: Stage, before: Assembly, after: Assembly, old: Mapping[str, Any], fresh: Mapping[str, Any]
+    stage: Stage,
+    before: Assembly,
+    after: Assembly,
+    old: Mapping[str, Any],
+    fresh: Mapping[str, Any],
+    network: Parts | None = None,
 ) -> dict[str, Any]:
     """The state that opens a stage: values of the old one where path and shape agree, the rest fresh. Where the network
-    stands elsewhere in the module (a student beside its teacher), its values move there."""
+    stands elsewhere in the module (a student beside its teacher), its values move there. `network` is what the
+    transforms made that the stage adds, where it does."""
     places = jax.tree.map(lambda leaf: leaf.sharding, dict(fresh))
     old, fresh = unstack_layers(dict(old), dict(before.stacks)), unstack_layers(dict(fresh), dict(after.stacks))
     if stage.converter:
         state = dict(resolve({}, stage.converter, "converter")(old, fresh))
     else:
         values = {kind: _moved(flatten(old[kind]), before, after) for kind in ("params", "stats", "frozen")}
+        if network is not None:
+            for kind, found in values.items():
+                beside = {path: leaf for path, leaf in found.items() if not _of_network(path, after)}
+                named = flatten(getattr(network, kind))
+                values[kind] = beside | {"/".join((*after.objective.path, name)): leaf for name, leaf in named.items()}
         if stage.refills:
             values["frozen"] = {path: leaf for path, leaf in values["frozen"].items() if _of_network(path, after)}
         state = {**fresh, "step": old["step"]}

@@ -16,7 +16,7 @@ DOMAINS = len(domains_moe.DOMAINS)
 MODES = ("mix", "upcycle", "average", "ensemble", "dense", "tiny")
 
 
-def stage(name: str, duration: float, converter: str, **overrides) -> dict:
+def stage(name: str, duration: float, converter: str = "", **overrides) -> dict:
     """A stage with its own optimizer and its own schedule."""
     return {
         "name": name,
@@ -32,12 +32,12 @@ def stages(how: str, seed: float, branch: float, rest: float) -> tuple:
     """The stages of each mode, which all see as many tokens; shares of the run, or steps."""
     copies = {"transforms": ({"name": "branches", "count": DOMAINS},), "objective": "branch_training"}
     ends = {
-        "mix": (stage("branch", branch, "branched", **copies), stage("mix", rest, "mixed", model__ffn="moe")),
+        "mix": (stage("branch", branch, **copies), stage("mix", rest, "mixed", model__ffn="moe")),
         "upcycle": (stage("mix", branch + rest, "upcycled", model__ffn="moe"),),
-        "average": (stage("branch", branch, "branched", **copies), stage("average", rest, "averaged")),
-        "ensemble": (stage("branch", branch + rest, "branched", **copies),),
+        "average": (stage("branch", branch, **copies), stage("average", rest, "averaged")),
+        "ensemble": (stage("branch", branch + rest, **copies),),
     }
-    return (stage("seed", seed, ""), *ends[how]) if how in ends else ()
+    return (stage("seed", seed), *ends[how]) if how in ends else ()
 
 
 def get_config(arg: str = ""):

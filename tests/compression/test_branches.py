@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lissom.compression.branches import Branches, averaged, branched, mixed, upcycled
+from lissom.compression.branches import Branches, averaged, mixed, upcycled
 from lissom.models.language import LanguageModel
 from lissom.models.variables import flatten, map_paths, merge, split
 from lissom.training.errors import UserError
@@ -92,7 +92,7 @@ def filled(converter, old, fresh):
 
 def test_branches_begin_as_the_seed():
     seed = network(1)
-    module = filled(branched, seed, Branches(count=3).structure(network(2)))
+    module = Branches(count=3).values(Branches(count=3).structure(network(2)), network(1), ())
     for number in range(3):
         np.testing.assert_array_equal(alone(module, number)(TOKENS)[0], seed(TOKENS)[0])
 
