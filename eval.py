@@ -343,6 +343,9 @@ SHOWN = (
     "log_likelihood",
     "likelihood_gap",
     "adjusted_rand",
+    "trajectory_error",
+    "purity",
+    "skipped_updates",
     "density",
     "load_entropy",
     "max_load",
@@ -364,7 +367,7 @@ SHOWN = (
 
 def shown(rows: list) -> tuple[str, ...]:
     """The metrics that are printed: of the loss only where no other number says what it would."""
-    others = {"accuracy", "bits_per_byte", "log_likelihood"}
+    others = {"accuracy", "bits_per_byte", "log_likelihood", "trajectory_error"}
     told = {measurement.name for row in rows for measurement in row.measurements} & others
     return tuple(name for name in SHOWN if name != "loss" or not told)
 

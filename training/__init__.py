@@ -4,6 +4,7 @@ OBJECTIVES = {
     "classification": "lissom.training.objectives.classification:Classification",
     "language_modelling": "lissom.training.objectives.language_modelling:LanguageModelling",
     "mixture_likelihood": "lissom.training.objectives.mixture_likelihood:MixtureLikelihood",
+    "trajectories": "lissom.training.objectives.trajectories:Trajectories",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }
 
