@@ -107,7 +107,7 @@ class MixerGate(nnx.Module):
         shape = (context_size + 1, experts)
         self.kernel = Stat(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
         self.centroids = Stat(jnp.zeros((experts, context_size)))
-        self.settled = Stat(jnp.zeros((), jnp.int32))  # 1 where the last K-means was whole
+        self.settled = Stat(jnp.zeros((), jnp.int32))  # 1 once a K-means was whole
         self.calls = Stat(jnp.zeros((), jnp.int32))
         self.skipped = Stat(jnp.zeros((), jnp.int32))
         self.experts, self.every, self.iterations = experts, every, iterations
@@ -135,7 +135,7 @@ class MixerGate(nnx.Module):
             targets = jax.nn.one_hot(matching(of_clusters)[found.labels], self.experts)
             after = least_squares(contexts, targets), found.centroids
             kernel, centroids = (jnp.where(good, new, old) for new, old in zip(after, (kernel, centroids), strict=True))
-            return kernel, centroids, good.astype(jnp.int32), skipped + (~good).astype(jnp.int32)
+            return kernel, centroids, settled | good.astype(jnp.int32), skipped + (~good).astype(jnp.int32)
 
         after = jax.lax.cond(calls % self.every == 0, update, lambda before: before, before)
         self.kernel[...], self.centroids[...], self.settled[...], self.skipped[...] = after

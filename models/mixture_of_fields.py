@@ -95,7 +95,8 @@ class MixtureOfFields(nnx.Module):
 
     Rows lie in blocks of BLOCK rows of one expert, so that a trajectory costs one expert, and an expert at most
     BLOCK - 1 rows too many; with the gate "mixer" a training call that updates it costs all experts, forward, besides.
-    In training it reads all of inputs, as what the experts are judged by. `families` [B, F], shares, are counted for the tally `family_use`.
+    In training it reads all of inputs, as what the experts are judged by. `families` [B, F], shares, are counted for
+    the tally `family_use`.
     """
 
     def __init__(
