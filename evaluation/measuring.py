@@ -246,10 +246,10 @@ def floor_rows(
     test: Sequence[dict],
     info: Mapping[str, Any],
     provenance: Provenance,
-    oracle: Callable[[np.ndarray], np.ndarray] | None = None,
+    oracle: Callable[..., np.ndarray] | None = None,
 ) -> list[Row]:
     """The trivial methods of a task, as rows of role "floor"; and as the ceiling, where the data has one, its
-    `oracle`: inputs of all test examples -> labels."""
+    `oracle`: inputs of all test examples -> labels; of trajectories (inputs, environments) -> states."""
     rows = []
 
     def add(name: str, *measurements: Measurement, role: str = "floor") -> None:
@@ -277,10 +277,12 @@ def floor_rows(
         found = {
             "first state stays": floors.first_state(asked[0]),
             "1-nearest neighbour": floors.nearest_trajectory(*known, *asked),
+            **({} if oracle is None else {"true system": oracle(*asked)}),
         }
         for name, states in found.items():
             error = floors.trajectory_error(states, asked[0])
-            add(name, measure("trajectory_error", error, examples=len(asked[0])))
+            role = "ceiling" if name == "true system" else "floor"
+            add(name, measure("trajectory_error", error, examples=len(asked[0])), role=role)
         return rows
     (x, y), (x_test, y_test) = (_arrays(split) for split in (train, test))
     methods = {"1-nearest neighbour": floors.nearest_neighbour, "linear": floors.linear}

@@ -132,7 +132,7 @@ DATA = {
         },
     ),
     "dynamics": (
-        {**FEW, "environments": 1, "length": 4},
+        {"train_size": 20, "test_size": 18, "environments": 1, "length": 4},
         {**FEWER, "families": ("selkov", "duffing"), "environments": 3, "length": 5, "interval": 0.3, "seed": 5},
     ),
     "sequences": ({**FEW, "length": 32, "pairs": 4}, {"task": "needle"}),

@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
         }
     )
     config.objective = "trajectories"
-    config.optim.update({"learning_rate": 3e-3, "weight_decay": 0.0})
+    config.optim.learning_rate = 3e-3
     config.train = {"steps": 3000}
     if mode(arg, ("tiny",)):
         config = tiny(config)

@@ -6,7 +6,7 @@ from scipy.integrate import solve_ivp
 
 from lissom.data import load
 from lissom.data.augmentations import augmentations
-from lissom.data.dynamics import FAMILIES, dynamics, environment, integrated
+from lissom.data.dynamics import FAMILIES, dynamics, environment, integrated, solve
 from lissom.data.errors import DataError
 
 FEW = {"environments": 2, "length": 9, "train_size": 24, "test_size": 12}
@@ -87,6 +87,11 @@ def test_a_trajectory_depends_on_its_place_and_its_environment_alone():
 
 def test_loaded_fields():
     data = load("dynamics", **FEW)
+    names, parameters = zip(*data.info["systems"], strict=True)
+    assert names[:4] == ("oscillator",) * 2 + ("van_der_pol",) * 2
+    assert parameters[3] == environment("van_der_pol", 1, 0).tolist()
+    states, of = data.test.arrays["inputs"], data.test.arrays["environment"]
+    np.testing.assert_allclose(solve(states, of, data.info["systems"], 0.2), states, atol=2e-5)
     assert data.kind == "trajectory"
     assert {name: data.info[name] for name in ("environments", "interval", "input_shape")} == {
         "environments": 12,

@@ -15,6 +15,7 @@ from lissom.models.environment_gates import (
     matching,
     medians,
 )
+from lissom.models.variables import merge, split
 
 # Three groups of contexts, of 3, 2 and 3 environments, and the group of each.
 CONTEXTS = jnp.array([[0.0, 0], [0.2, 0], [0, 0.2], [5, 5], [5.2, 5], [-4, 3], [-4, 3.4], [-4.4, 3]])
@@ -144,10 +145,10 @@ def test_clusters_go_on_where_they_were():
 
 
 def test_the_gate_has_no_gradient():
-    graph, state = nnx.split(gate())
+    parts = split(gate())
 
     def value(contexts):
-        _, weights, _ = nnx.merge(graph, state)(contexts, table(0, 1, 2), True)
+        _, weights, _ = merge(parts)(contexts, table(0, 1, 2), True)
         return weights.sum()
 
     np.testing.assert_array_equal(jax.grad(value)(CONTEXTS), 0)

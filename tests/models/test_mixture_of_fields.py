@@ -24,7 +24,7 @@ def test_runge_kutta_is_of_fourth_order():
             integrate(rotation, jnp.array([1.0, 0.0], jnp.float64), interval=0.5, count=4, substeps=n)
             for n in (1, 2, 4)
         ]
-    errors = [np.abs(found - exact).max() for found in states]
+    errors = [np.abs(np.asarray(found) - exact).max() for found in states]
     assert errors[0] / errors[1] == pytest.approx(16, rel=0.1) and errors[1] / errors[2] == pytest.approx(16, rel=0.1)
     step = integrate(lambda x: x, jnp.array([1.0]), interval=0.3, count=1)
     assert step[0, 0] == pytest.approx(1 + 0.3 + 0.3**2 / 2 + 0.3**3 / 6 + 0.3**4 / 24, rel=1e-6)
