@@ -146,9 +146,10 @@ class SoftmaxGate(nnx.Module):
     """p = softmax((c, 1) W), trained by gradient; an environment is of expert argmax_e p_e, whose output is multiplied
     by p_e: without that W would have no gradient (Fedus et al. 2021, arXiv:2101.03961).
 
-    The naive mixture that MixER is compared to. `balance` weighs the squared coefficient of variation over experts of
-    the mean of p over environments (Shazeer et al. 2017, arXiv:1701.06538), which keeps the gate from giving all
-    environments to one expert; how the paper weighs the output and the balance is not said there.
+    The naive mixture that MixER (arXiv:2502.05335) is compared to. `balance` weighs the squared coefficient of
+    variation over experts of the mean of p over environments (Shazeer et al. 2017, arXiv:1701.06538), which keeps the
+    gate from giving all environments to one expert. Both are chosen here: the code that MixER's authors published
+    multiplies no output by p, and says nothing of the weight of the balance.
     """
 
     def __init__(self, context_size: int, *, experts: int, balance: float = 0.01, rngs: nnx.Rngs):

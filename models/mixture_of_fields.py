@@ -53,8 +53,8 @@ class Blocks(NamedTuple):
 
 def blocks_of(expert: jax.Array, experts: int, rows: int) -> Blocks:
     """Blocks of `rows` rows (or all, if there are fewer) of the rows whose experts [B] are, as many blocks as any
-    experts can need. Shapes are static, so that products of a whole integration are one batched product a layer: a
-    `grouped_matmul` for each would loop, and gather nothing less."""
+    experts can need. Shapes are static, and kernels are gathered once for a whole integration, whose many small
+    products are then one batched product each; every `grouped_matmul` is loops over the experts."""
     count, rows = len(expert), min(rows, len(expert))
     number = min(count, (count + experts * (rows - 1)) // rows)
     by = permutation(expert[:, None], experts)
@@ -89,9 +89,10 @@ class MixtureOfFields(nnx.Module):
     States are `interval` apart, with `substeps` steps of the classical Runge-Kutta method to each. `gate`: "mixer" or
     "softmax" (`models/environment_gates.py`). MixER: Nzoyem et al. 2025, arXiv:2502.05335.
 
-    The paper leaves the experts open (its own are three meta-learners, here a plain conditioned network) and alternates
-    proximal steps of contexts and experts, where here both take one step. In its code each expert may read a part of
-    the context of its own; here all read the whole. Experts begin at other values, in the code at the same.
+    Any conditioned field can be an expert: the authors' code (github.com/ddrous/MixER) has three meta-learners, here it
+    is a plain network. The code takes proximal steps of contexts and of experts in turns, here one step is of both. In
+    its examples each expert reads a part of the context of its own and all begin at the same values; here all read the
+    whole context and begin at other values.
 
     Rows lie in blocks of BLOCK rows of one expert, so that a trajectory costs one expert, and an expert at most
     BLOCK - 1 rows too many; with the gate "mixer" a training call that updates it costs all experts, forward, besides.
