@@ -299,12 +299,16 @@ def _subject(run: pathlib.Path, config, entry: dict, dataset, further, blank, ti
 def _floor_rows(task: str, dataset, provenance) -> list:
     import functools
 
-    from lissom.data import cue_match
+    from lissom.data import cue_match, dynamics
     from lissom.evaluation.measuring import floor_rows
 
-    # The generated set whose answer can be worked out from its input.
-    solve = functools.partial(cue_match.solve, classes=dataset.info.get("classes"))
-    oracle = solve if dataset.name == "cue_match" else None
+    # The generated data whose answer can be worked out.
+    info = dataset.info
+    oracles = {
+        "cue_match": functools.partial(cue_match.solve, classes=info.get("classes")),
+        "dynamics": functools.partial(dynamics.solve, systems=info.get("systems"), interval=info.get("interval")),
+    }
+    oracle = oracles.get(dataset.name)
     return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance, oracle)
 
 
@@ -343,6 +347,9 @@ SHOWN = (
     "log_likelihood",
     "likelihood_gap",
     "adjusted_rand",
+    "trajectory_error",
+    "purity",
+    "skipped_updates",
     "density",
     "load_entropy",
     "max_load",
@@ -364,7 +371,7 @@ SHOWN = (
 
 def shown(rows: list) -> tuple[str, ...]:
     """The metrics that are printed: of the loss only where no other number says what it would."""
-    others = {"accuracy", "bits_per_byte", "log_likelihood"}
+    others = {"accuracy", "bits_per_byte", "log_likelihood", "trajectory_error"}
     told = {measurement.name for row in rows for measurement in row.measurements} & others
     return tuple(name for name in SHOWN if name != "loss" or not told)
 

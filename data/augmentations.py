@@ -43,12 +43,12 @@ AUGMENTATIONS = {"shift": shift, "flip": flip, "noise": noise}
 
 
 def augmentations(names: str | Sequence[str] | None, kind: str) -> list:
-    """The functions of one name or several, in order; none of them takes tokens or sets."""
+    """The functions of one name or several, in order; none of them takes tokens, sets or trajectories."""
     names = [names] if isinstance(names, str) else list(names or ())
     for name in names:
         if name not in AUGMENTATIONS:
             raise DataError(f"unknown augmentation {name!r}{nearest(name, AUGMENTATIONS)}")
         if kind not in ("image", "signal"):
-            of = kind if kind == "tokens" else f"{kind}s"
+            of = {"tokens": "tokens", "set": "sets", "trajectory": "trajectories"}[kind]
             raise DataError(f"augmentation {name!r} changes images and signals, and this dataset is of {of}")
     return [AUGMENTATIONS[name] for name in names]

@@ -10,6 +10,8 @@ Fields of one example, by kind (H height, W width, C channels, L length, T token
     set      inputs [N, D] float32, their order without meaning;  labels [N] int32, the component of each;
              sizes int32 scalar: how many of the N count, zeros stand behind them;  of the mixture of C Gaussians
              that it was drawn from log_weights [C], means [C, D], log_variances [C, D] float32
+    trajectory   inputs [T, D] float32, the states of a system at T times;  environment int32 scalar, which system it
+             is;  families [F] float32, one-hot: which of F families the system is of, for judging alone
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import numpy as np
 
 from lissom.data.errors import DataError
 
-KINDS = ("image", "signal", "tokens", "set")
+KINDS = ("image", "signal", "tokens", "set", "trajectory")
 
 Example = dict[str, np.ndarray]
 
@@ -37,9 +39,10 @@ class Source(Protocol):
 class Dataset:
     """A named dataset with a training and a test source.
 
-    `info` holds `classes` (image, signal, set) or `vocab_size` (tokens), `input_shape` (of one example),
-    `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `anchors`
-    (name -> published or exact accuracy) and facts that belong into a row, such as `sha256`.
+    `info` holds `classes` (image, signal, set), `vocab_size` (tokens) or `environments` and `interval` (trajectory: how
+    many systems there are, and the time from one state to the next), `input_shape` (of one example), `train_examples`,
+    `test_examples`, and where they are known `chance` (accuracy of guessing), `systems` (the equation of each
+    environment), `anchors` (name -> published or exact accuracy) and facts that belong into a row, such as `sha256`.
     """
 
     name: str
@@ -76,8 +79,8 @@ def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
             "weights": weights.astype(np.float32),
             **pauses,
         }
-    if kind == "set":
-        whole = ("labels", "sizes")
+    if kind in ("set", "trajectory"):
+        whole = ("labels", "sizes", "environment")
         return {name: np.asarray(x).astype(np.int32 if name in whole else np.float32) for name, x in stored.items()}
     inputs = np.asarray(stored["inputs"])
     scaled = inputs.astype(np.float32) / np.float32(255) if inputs.dtype == np.uint8 else inputs

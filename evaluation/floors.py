@@ -38,6 +38,33 @@ def linear(train_inputs: np.ndarray, train_labels: np.ndarray, test_inputs: np.n
     return model.fit(_flat(train_inputs), train_labels).predict(_flat(test_inputs))
 
 
+def trajectory_error(predicted: np.ndarray, states: np.ndarray) -> float:
+    """Mean squared error of states [N, T, D] behind the first of each trajectory, which is given."""
+    if predicted.shape != states.shape or states.ndim != 3 or states.shape[1] < 2:
+        raise ValueError(f"{predicted.shape} predictions do not match {states.shape} states of two times or more")
+    return float(np.square(predicted[:, 1:].astype(np.float64) - states[:, 1:]).mean())
+
+
+def first_state(states: np.ndarray) -> np.ndarray:
+    """The first of the states [N, T, D] at all times."""
+    return np.broadcast_to(states[:, :1], states.shape)
+
+
+def nearest_trajectory(
+    train_states: np.ndarray, train_environments: np.ndarray, test_states: np.ndarray, test_environments: np.ndarray
+) -> np.ndarray:
+    """For each test trajectory [N, T, D] the training trajectory of the same environment [N] whose first state is
+    nearest. Every environment has a training trajectory."""
+    found = np.empty_like(test_states)
+    for environment in np.unique(test_environments):
+        known, mine = train_states[train_environments == environment], test_environments == environment
+        if not len(known):
+            raise ValueError(f"environment {environment} has no training trajectory")
+        apart = np.square(test_states[mine, None, 0] - known[None, :, 0]).sum(-1)
+        found[mine] = known[apart.argmin(1)]
+    return found
+
+
 def unigram_bits_per_byte(train: np.ndarray, test: np.ndarray, alphabet: int = 256) -> float:
     """-mean log2 p(b) with p(b) = (count(b) + 1) / (n + alphabet), Laplace's rule."""
     return float(-np.log2(_unigram(train, alphabet)[_symbols(test, alphabet)]).mean())

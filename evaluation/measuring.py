@@ -49,9 +49,11 @@ class Subject:
     further: Sequence[tuple[Mapping[str, Any], Callable[[], Iterable[dict]]]] = ()  # test sets of other settings
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
 
-    def forward(self, params: Any, stats: Any, frozen: Any, inputs: jax.Array, *meta: jax.Array) -> jax.Array:
-        """The network's output for a batch of inputs, with the places of its meta-tokens where there are some."""
-        return self.merge(self.graph, (params, stats, frozen))(inputs, **dict(zip(("meta",), meta)))[0]
+    def forward(self, params: Any, stats: Any, frozen: Any, *given: jax.Array) -> jax.Array:
+        """The network's output for a batch of what it is given (`_batches_of`)."""
+        inputs, *more = given
+        others = dict(zip(_given(self.examples)[1:], more, strict=True))
+        return self.merge(self.graph, (params, stats, frozen))(inputs, **others)[0]
 
     @property
     def decodes(self) -> bool:
@@ -217,10 +219,16 @@ def _with_lengths(cache: Any, lengths: list[jax.Array]) -> Any:
 LENGTH = jax.tree_util.DictKey("length")
 
 
+def _given(examples: Sequence[dict]) -> list[str]:
+    """The fields that a network is given: inputs, and the places of their meta-tokens or the environments of their
+    trajectories where the data has some."""
+    return [name for name in ("inputs", "meta", "environment") if name in examples[0]]
+
+
 def _batches_of(examples: Sequence[dict], batch: int, length: int = 0) -> list[tuple[jax.Array, ...]]:
-    """Of each batch its inputs, and the places of their meta-tokens where the data has some; with `length`, sequences
-    of so many tokens, made of as many examples in a row as it takes."""
-    names = [name for name in ("inputs", "meta") if name in examples[0]]
+    """Of each batch what a network is given; with `length`, sequences of so many tokens, made of as many examples in a
+    row as it takes."""
+    names = _given(examples)
     joined = -(-length // len(examples[0]["inputs"])) if length else 1
 
     def row(number: int, name: str) -> np.ndarray:
@@ -238,10 +246,10 @@ def floor_rows(
     test: Sequence[dict],
     info: Mapping[str, Any],
     provenance: Provenance,
-    oracle: Callable[[np.ndarray], np.ndarray] | None = None,
+    oracle: Callable[..., np.ndarray] | None = None,
 ) -> list[Row]:
     """The trivial methods of a task, as rows of role "floor"; and as the ceiling, where the data has one, its
-    `oracle`: inputs of all test examples -> labels."""
+    `oracle`: inputs of all test examples -> labels; of trajectories (inputs, environments) -> states."""
     rows = []
 
     def add(name: str, *measurements: Measurement, role: str = "floor") -> None:
@@ -260,6 +268,21 @@ def floor_rows(
     if kind == "set":
         for name, role, values in mixtures.rows(test):
             add(name, *(measure(key, value, examples=len(test)) for key, value in values.items()), role=role)
+        return rows
+    if kind == "trajectory":
+        known, asked = (
+            [np.stack([split[i][name] for i in range(len(split))]) for name in ("inputs", "environment")]
+            for split in (train, test)
+        )
+        found = {
+            "first state stays": floors.first_state(asked[0]),
+            "1-nearest neighbour": floors.nearest_trajectory(*known, *asked),
+            **({} if oracle is None else {"true system": oracle(*asked)}),
+        }
+        for name, states in found.items():
+            error = floors.trajectory_error(states, asked[0])
+            role = "ceiling" if name == "true system" else "floor"
+            add(name, measure("trajectory_error", error, examples=len(asked[0])), role=role)
         return rows
     (x, y), (x_test, y_test) = (_arrays(split) for split in (train, test))
     methods = {"1-nearest neighbour": floors.nearest_neighbour, "linear": floors.linear}

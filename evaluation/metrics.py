@@ -40,6 +40,9 @@ METRICS = {
     "log_likelihood": Metric("nats", "higher", "mean log-likelihood of an element of a test set"),
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),
     "adjusted_rand": Metric("1", "higher", "adjusted Rand index of likeliest and true components, mean over test sets"),
+    "trajectory_error": Metric("1", "lower", "mean squared error of the states of test trajectories behind the first"),
+    "purity": Metric("fraction", "higher", "test trajectories of the family that their expert has most of"),
+    "skipped_updates": Metric("fraction", "lower", "updates of the gate that found no clusters and were skipped"),
     "train_loss": Metric("nats", "lower", "loss at the last logged training step"),
     # What learning it costs.
     "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine="training"),
@@ -92,7 +95,7 @@ METRICS = {
 
 # What a network is worth, the first that rows have before the others: the metrics whose difference to the first variant
 # is shown, and those that further test sets are judged by.
-QUALITIES = ("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "loss")
+QUALITIES = ("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "loss")
 
 
 def metric(name: str) -> Metric:

@@ -1,9 +1,9 @@
 """Flax NNX modules: layers and the networks made of them.
 
-A network is picked by name: `MODELS` is the one visible dict, `NORMS`, `FFNS`, `SET_ENCODERS` and `mixers.MIXERS` are
-those of its parts. Their values are "module:Class" strings, so that a config can be checked before jax is imported, and
-a plug-in ("my_package.module:Class") is the same mechanism. `SIZES` names settings of each network; a field of
-`config.model` that is set wins over them.
+A network is picked by name: `MODELS` is the one visible dict, `NORMS`, `FFNS`, `SET_ENCODERS`, `ENVIRONMENT_GATES` and
+`mixers.MIXERS` are those of its parts. Their values are "module:Class" strings, so that a config can be checked before
+jax is imported, and a plug-in ("my_package.module:Class") is the same mechanism. `SIZES` names settings of each
+network; a field of `config.model` that is set wins over them.
 """
 
 MODELS = {
@@ -14,7 +14,13 @@ MODELS = {
     "biformer": "lissom.models.biformer:BiFormer",
     "language": "lissom.models.language:LanguageModel",
     "set_clusterer": "lissom.models.set_clusterer:SetClusterer",
+    "mixture_of_fields": "lissom.models.mixture_of_fields:MixtureOfFields",
     "block_transformer": "lissom.models.block_transformer:BlockTransformer",
+}
+
+ENVIRONMENT_GATES = {
+    "mixer": "lissom.models.environment_gates:MixerGate",
+    "softmax": "lissom.models.environment_gates:SoftmaxGate",
 }
 
 SET_ENCODERS = {
@@ -73,6 +79,10 @@ SIZES = {
     "set_clusterer": {
         "tiny": {"width": 16, "heads": 2},
         "small": {"width": 64, "heads": 4},
+    },
+    "mixture_of_fields": {
+        "tiny": {"width": 8},
+        "small": {"width": 64},
     },
     "block_transformer": {
         "tiny": {"width": 16, "depth": 2, "heads": 4, **BLOCKS},

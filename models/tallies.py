@@ -2,6 +2,7 @@
 set, and what they say is read off the sums.
 
     domain_use   float32 [D, E] of a layer: choices of expert e by the tokens of domain d
+    family_use   float32 [F, E]: trajectories of family f that are brought to expert e
 
 Only a network that is judged (not one in training) counts.
 """
@@ -29,7 +30,13 @@ def domain_information(use: np.ndarray) -> dict[str, float]:
     return {"domain_information": float(terms.sum(-1).mean())}
 
 
-TALLIES = {"domain_use": domain_information}
+def purity(use: np.ndarray) -> dict[str, float]:
+    """use [F, E] -> sum over e of max over f, of the sum of all: the share of trajectories whose family is the most
+    frequent one of their expert. 1: no expert has two families; with one expert the share of the largest family."""
+    return {"purity": float(use.max(0).sum() / use.sum())} if use.any() else {}
+
+
+TALLIES = {"domain_use": domain_information, "family_use": purity}
 
 
 def add(totals: Totals, sums: Mapping[str, tuple]) -> None:

@@ -117,6 +117,8 @@ def size_of(config, facts: Mapping[str, Any], what: str) -> float:
     shape = (1, facts["length"]) if tokens else (1, *facts["input_shape"])
     inputs = jax.ShapeDtypeStruct(shape, jnp.int32 if tokens else jnp.float32)
     marks = {"meta": jax.ShapeDtypeStruct(shape, jnp.bool_)} if "meta_token" in facts else {}
+    if facts["kind"] == "trajectory":
+        marks = {"environment": jax.ShapeDtypeStruct((1,), jnp.int32)}
     forward = lambda p, s, f, x, marks: merge(Parts(parts.graph, p, s, f))(x, **marks)[0]
     flops = costs.count(forward, *parts[1:], inputs, marks).flops
     if flops is None:

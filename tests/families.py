@@ -10,6 +10,7 @@ FAMILIES = {
     "sequence": ("vision/mnist1d_transformer", {}),
     "sequence_scan": ("vision/mnist1d_transformer", {"model.stack": "scan", "model.dropout": 0.1}),
     "sets": ("sets/gaussian_mixtures", {}),
+    "dynamics": ("dynamics/mixer", {}),
     "language": ("language/recall_lm", {}),
     "meta_tokens": ("language/meta_tokens_lm", {}),
     "block_transformer": ("language/recall_lm", {"model.name": "block_transformer"}),

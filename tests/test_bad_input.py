@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 VIT = "--config=configs/vision/digits_vit.py:tiny"
 LM = "--config=configs/language/recall_lm.py:tiny"
 SETS = "--config=configs/sets/gaussian_mixtures.py:tiny"
+SYSTEMS = "--config=configs/dynamics/mixer.py:tiny"
 
 
 def run(script, *args, cwd, **env):
@@ -33,6 +34,7 @@ EARLY = [
     ((VIT, "--config.model.mixerr=none"), ["mixerr", "did you mean 'mixer'"]),
     ((VIT, "--config.model.mixer=attentoin"), ["unknown mixer 'attentoin'", "did you mean 'attention'"]),
     ((SETS, "--config.model.encoder=umcb"), ["unknown encoder 'umcb'", "did you mean 'umbc'"]),
+    ((SYSTEMS, "--config.model.gate=mixr"), ["unknown gate 'mixr'", "did you mean 'mixer'"]),
     ((VIT, "--config.optim.name=adam"), ["unknown optimizer 'adam'", "adamw"]),
     ((VIT, "--config.train.steps=three"), ["train.steps='three'", "whole number"]),
     ((VIT, "--config.optim.accumulate=3"), ["multiple of", "accumulate=3"]),
@@ -82,6 +84,7 @@ LATE = [
     (("--config.model.size=",), ["needs width", "depth", "config.model.size"]),
     (("--config.objective=language_modelling",), ["tokens data", "digits", "image"]),
     (("--config.objective=mixture_likelihood",), ["learns from set data", "digits", "image"]),
+    (("--config.objective=trajectories",), ["learns from trajectory data", "digits", "image"]),
     (("--config.objective=distillation",), ["distillation", "teacher"]),
     (("--config.model.mixer_kwargs.attention.implementation=cudnn",), ["cudnn", "CUDA plugin"]),
     (("--config.model.mixer_kwargs.attention.implementation=flash",), ["has no 'flash'"]),

@@ -118,6 +118,23 @@ def test_ceiling_and_floors_of_sets(tiny_run):
     assert true["log_likelihood"] > fitted["log_likelihood"] - 0.3 > one["log_likelihood"]
 
 
+def test_floors_of_trajectories(tiny_run):
+    """A system moves away from its first state, and moves as from the nearest first state that was seen."""
+    settings = {"length": 12, "train_size": 480, "test_size": 96, "environments": 2}
+    _, run = tiny_run("dynamics/mixer", **{"evaluation.floor": True, "data.kwargs": {"dynamics": settings}})
+    rows = evaluate([run])
+    assert [(row.identity.label, row.identity.role) for row in rows[1:]] == [
+        ("first state stays", "floor"),
+        ("1-nearest neighbour", "floor"),
+        ("true system", "ceiling"),
+    ]
+    network, stays, nearest, true = map(values, rows)
+    assert true["trajectory_error"] < 1e-9  # of first states that were rounded to float32
+    assert nearest["trajectory_error"] < 0.5 * stays["trajectory_error"]
+    assert network["trajectory_error"] == network["loss"] and 1 / 6 <= network["purity"] <= 1
+    assert network["skipped_updates"] is not None and network["latency_p50"] > 0
+
+
 def test_names():
     from lissom.training.config import load_recipe, overridden
 

@@ -37,6 +37,10 @@ CHANGED = {
     "least_variance": 0.1,
     "channels": (5, 5),
     "kernel": 5,
+    "experts": 2,
+    "context_size": 5,
+    "substeps": 2,
+    "gate": "softmax",
     "learning_rate": 0.123,
     "schedule": "linear",
     "warmup": 0.9,
@@ -47,7 +51,7 @@ CHANGED = {
     "accumulate": 2,
 }
 # Tables of settings: what stands in them is tested with the name that they belong to.
-TABLES = ("mixer_kwargs", "ffn_kwargs", "norm_kwargs", "encoder_kwargs", "optim_kwargs", "name")
+TABLES = ("mixer_kwargs", "ffn_kwargs", "norm_kwargs", "encoder_kwargs", "gate_kwargs", "optim_kwargs", "name")
 SETTINGS = {
     "vision/mnist1d_transformer": {
         "model.mixer_kwargs.attention.rope_theta": 500.0,
@@ -76,6 +80,10 @@ SETTINGS = {
         "model.encoder_kwargs.umbc.chunk": 4,
         "model.encoder_kwargs.umbc.gradient_chunks": 2,
         "objective_kwargs.mixture_likelihood.chunk": 4,
+    },
+    "dynamics/mixer": {
+        "model.gate_kwargs.mixer.every": 3,
+        "model.gate_kwargs.mixer.iterations": 5,
     },
     "language/meta_tokens_lm": {
         "model.mixer_kwargs.meta_tokens.meta_attention": False,
@@ -122,6 +130,10 @@ DATA = {
             "deviations": (0.1, 0.2),
             "concentration": 3.0,
         },
+    ),
+    "dynamics": (
+        {"train_size": 20, "test_size": 18, "environments": 1, "length": 4},
+        {**FEWER, "families": ("selkov", "duffing"), "environments": 3, "length": 5, "interval": 0.3, "seed": 5},
     ),
     "sequences": ({**FEW, "length": 32, "pairs": 4}, {"task": "needle"}),
     "sequences copy": ({**FEW, "length": 16}, {**FEWER, "length": 18, "vocab_size": 8}),
@@ -170,9 +182,12 @@ def program(config) -> str:
     if config.objective == "mixture_likelihood":
         facts |= {"input_shape": (24, 2), "classes": 4}
         batch = {"inputs": (16, 24, 2), "labels": (16, 24), "sizes": (16,), "mask": (16,)}
+    if config.objective == "trajectories":
+        facts |= {"input_shape": (6, 2), "environments": 12, "interval": 0.2}
+        batch = {"inputs": (16, 6, 2), "environment": (16,), "mask": (16,)}
     if config.data.meta_tokens != "none":
         batch["meta"] = (16, 32)
-    whole = ("labels", "inputs") if config.objective == "language_modelling" else ("labels", "sizes")
+    whole = ("labels", "inputs") if config.objective == "language_modelling" else ("labels", "sizes", "environment")
     shapes = {
         name: jax.ShapeDtypeStruct(shape, "int32" if name in whole else "bool" if name == "meta" else "float32")
         for name, shape in batch.items()

@@ -6,6 +6,7 @@ OBJECTIVES = {
     "branch_training": "lissom.training.objectives.branch_training:BranchTraining",
     "router_tuning": "lissom.training.objectives.router_tuning:RouterTuning",
     "mixture_likelihood": "lissom.training.objectives.mixture_likelihood:MixtureLikelihood",
+    "trajectories": "lissom.training.objectives.trajectories:Trajectories",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }
 

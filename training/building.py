@@ -20,7 +20,7 @@ from lissom.training.errors import UserError
 from lissom.training.objectives.base import Objective
 from lissom.training.optimizers import build_optimizer
 
-FACTS = ("input_shape", "classes", "vocab_size", "length")
+FACTS = ("input_shape", "classes", "vocab_size", "length", "environments", "interval")
 
 
 class Assembly(NamedTuple):
@@ -63,13 +63,13 @@ def with_meta_tokens(config, dataset: data.Dataset) -> data.Dataset:
 
 def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], data.Dataset]]:
     """[(settings, the dataset with them)] for each entry of `config.evaluation.data`: test sets beside that of
-    `dataset`, which a network of its vocabulary or classes can be judged on."""
+    `dataset`, which a network of its vocabulary, classes or environments can be judged on."""
     found = []
     for settings in map(dict, config.evaluation.data):
         if any(settings == earlier for earlier, _ in found):
             raise UserError(f"config.evaluation.data holds {settings} twice")
         other = load_dataset(config, **settings)
-        for name in ("classes", "vocab_size"):
+        for name in ("classes", "vocab_size", "environments", "interval"):
             ours, theirs = dataset.info.get(name), other.info.get(name)
             if ours != theirs:
                 raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from lissom.models import FFNS, MODELS, NORMS, SET_ENCODERS, SIZES
+from lissom.models import ENVIRONMENT_GATES, FFNS, MODELS, NORMS, SET_ENCODERS, SIZES
 from lissom.models.mixers import MIXERS
 from lissom.models.registry import UnknownName, check_name, nearest
 from lissom.training import OBJECTIVES, OPTIMIZERS, SCHEDULES
@@ -192,7 +192,8 @@ def _check_one(config: ml_collections.ConfigDict) -> None:
             f"model {config.model.name!r} has no size {config.model.size!r}: it has "
             f"{', '.join(sizes)}{nearest(config.model.size, sizes)}"
         )
-    for field, table in (("mixer", MIXERS), ("ffn", FFNS), ("norm", NORMS), ("encoder", SET_ENCODERS)):
+    tables = {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "encoder": SET_ENCODERS, "gate": ENVIRONMENT_GATES}
+    for field, table in tables.items():
         value = config.model.get(field)
         for name in (value,) if isinstance(value, str) else value or ():
             check_name(table, name, field)

@@ -21,7 +21,8 @@ from lissom.training.config import WATCHING, differences, from_json, to_json
 from lissom.training.errors import UserError
 from lissom.training.stages import Stage, final_config, replaced
 
-SHAPES = ("kind", "input_shape", "classes", "vocab_size")  # the facts that a network is built on
+# The facts that a network is built on.
+SHAPES = ("kind", "input_shape", "classes", "vocab_size", "environments", "interval")
 KINDS = ("params", "stats", "frozen")
 
 

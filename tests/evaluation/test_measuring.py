@@ -213,6 +213,21 @@ def test_floors_on_points_with_known_answers():
         floors.accuracy([1, 1], [1])
 
 
+def test_floors_of_trajectories_with_known_answers():
+    # Two environments: in the first the trajectory from 1 stays and that from 3 grows; the second has one that falls.
+    train = np.array([[[1.0], [1.0]], [[3.0], [4.0]], [[1.0], [0.0]]])
+    test = np.array([[[1.5], [1.5]], [[2.5], [3.0]], [[1.4], [0.0]]])
+    nearest = floors.nearest_trajectory(train, np.array([0, 0, 1]), test, np.array([0, 0, 1]))
+    assert nearest[:, 1, 0].tolist() == [1.0, 4.0, 0.0]
+    # Behind the first state: (0.5^2 + 1^2 + 0) / 3, and (0 + 0.5^2 + 1.4^2) / 3 where nothing moves.
+    assert floors.trajectory_error(nearest, test) == pytest.approx(1.25 / 3)
+    assert floors.trajectory_error(floors.first_state(test), test) == pytest.approx((0.25 + 1.96) / 3)
+    with pytest.raises(ValueError, match="environment 2 has no training trajectory"):
+        floors.nearest_trajectory(train, np.array([0, 0, 1]), test, np.array([0, 0, 2]))
+    with pytest.raises(ValueError, match="do not match"):
+        floors.trajectory_error(test[:2], test)
+
+
 def test_bits_per_byte_by_hand():
     # Symbols 0, 0, 1, 0 of 2: p(0) = (3 + 1) / (4 + 2) = 2/3, p(1) = 1/3.
     train = np.array([0, 0, 1, 0])

@@ -15,7 +15,7 @@ from lissom.models.mixers import MIXERS
 from lissom.models.registry import WrongType, check_types, construct, resolve, settings_of
 from lissom.training import OBJECTIVES, OPTIMIZERS
 
-FACTS = {"input_shape": (40, 1), "classes": 10, "vocab_size": 11}
+FACTS = {"input_shape": (40, 1), "classes": 10, "vocab_size": 11, "environments": 3, "interval": 0.1}
 
 
 def build(name, **settings):
@@ -66,6 +66,19 @@ OUT_OF_BOUNDS += [
     ("cnn", {"stride": 0}, "model.stride=0 must be at least 1"),
     ("cnn", {"dropout": 1.0}, "model.dropout=1.0 must be at least 0 and below 1"),
     ("resnet", {"widths": (), "blocks": ()}, "model.widths=() must hold one number or more, each at least 1"),
+    ("mixture_of_fields", {"width": 0}, "model.width=0 must be at least 1"),
+    ("mixture_of_fields", {"depth": 0}, "model.depth=0 must be at least 1"),
+    ("mixture_of_fields", {"experts": 0}, "model.experts=0 must be at least 1"),
+    ("mixture_of_fields", {"experts": 4}, "model.experts=4 must be at most the number of environments, 3"),
+    ("mixture_of_fields", {"context_size": 0}, "model.context_size=0 must be at least 1"),
+    ("mixture_of_fields", {"substeps": 0}, "model.substeps=0 must be at least 1"),
+    ("mixture_of_fields", {"gate_kwargs": {"mixer": {"every": 0}}}, "gate.every=0 must be at least 1"),
+    ("mixture_of_fields", {"gate_kwargs": {"mixer": {"iterations": 0}}}, "gate.iterations=0 must be at least 1"),
+    (
+        "mixture_of_fields",
+        {"gate": "softmax", "gate_kwargs": {"softmax": {"balance": -1.0}}},
+        "gate.balance=-1.0 must be at least 0",
+    ),
     ("resnet", {"blocks": (1, 0)}, "model.blocks=(1, 0) must hold one number or more, each at least 1"),
 ]
 

@@ -38,6 +38,13 @@ def test_tallies_are_summed_before_they_are_read():
     assert tallies.means({"loss": (np.array(0.0), 0.0)}) == {}
 
 
+def test_purity_by_hand():
+    # Experts of 8 + 1, of 2 + 3 and of 4 trajectories: (8 + 3 + 4) / 18 are of their expert's most frequent family.
+    assert tallies.purity(np.array([[8.0, 2, 0], [1, 3, 4]])) == {"purity": pytest.approx(15 / 18)}
+    assert tallies.purity(np.array([[6.0], [2.0]])) == {"purity": 0.75}  # one expert: the largest family
+    assert tallies.purity(np.zeros((2, 2))) == {}
+
+
 def test_use_of_every_form():
     # Two sequences of two tokens, three experts.
     chosen = Choices(jnp.array([[[0, 1], [1, 2]], [[2, 3], [-1, 2]]]), jnp.ones((2, 2, 2)))
