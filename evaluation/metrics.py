@@ -40,6 +40,10 @@ METRICS = {
     "log_likelihood": Metric("nats", "higher", "mean log-likelihood of an element of a test set"),
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),
     "adjusted_rand": Metric("1", "higher", "adjusted Rand index of likeliest and true components, mean over test sets"),
+    "forgetting": Metric(
+        "fraction", "lower", "best accuracy on a task while classes were learned, less the last; mean over earlier tasks"
+    ),
+    "rmse": Metric("1", "lower", "root mean square error of the predictions of test targets, in their unit"),
     "train_loss": Metric("nats", "lower", "loss at the last logged training step"),
     # What learning it costs.
     "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine="training"),

@@ -15,6 +15,7 @@ MODELS = {
     "language": "lissom.models.language:LanguageModel",
     "set_clusterer": "lissom.models.set_clusterer:SetClusterer",
     "block_transformer": "lissom.models.block_transformer:BlockTransformer",
+    "keyed_experts": "lissom.models.keyed_experts:KeyedExperts",
 }
 
 SET_ENCODERS = {
@@ -38,6 +39,15 @@ FFNS = {
 
 # By standing in each named size they can be set one by one.
 BLOCKS = {"block_length": 4, "prefix": 2, "block_depth": None, "random_padding": True}
+KEYED = {
+    "kernel": 3,
+    "pool": 2,
+    "temperature": 0.02,
+    "cutoff": 0.3,
+    "bound": 250.0,
+    "key_loss": 1.0,
+    "train_keys": True,
+}
 SIZES = {
     "vit": {
         "tiny": {"width": 16, "depth": 2, "heads": 2, "patch": 4},
@@ -73,6 +83,12 @@ SIZES = {
     "set_clusterer": {
         "tiny": {"width": 16, "heads": 2},
         "small": {"width": 64, "heads": 4},
+    },
+    "keyed_experts": {
+        "tiny": {"experts": 4, "k": 2, "filters": 4, **KEYED},
+        "small": {"experts": 64, "k": 8, "filters": 32, **KEYED},
+        # The largest ensemble of the authors' code.
+        "large": {"experts": 1024, "k": 32, "filters": 32, **KEYED},
     },
     "block_transformer": {
         "tiny": {"width": 16, "depth": 2, "heads": 4, **BLOCKS},

@@ -306,12 +306,14 @@ def configs_of(
 ) -> dict[str, Any]:
     """{label: config} of all variants, their sizes matched. What can be wrong with one that is `wanted`, or with a
     value it is to be tuned at, is found here, before anything is trained."""
-    from lissom.training.building import load_dataset
+    from lissom.training.building import class_stream, epoch_examples, load_dataset
 
     datasets, configs, target = {}, {}, None
     for variant in variants:
         changed = overridden(config, variant.overrides)
         check(changed)
+        if tune and changed.data.order == "by_class":
+            raise UserError("--tune trains for half the length, which for data.order='by_class' is half of the classes")
         data = json.dumps(changed.data.to_dict(), sort_keys=True, default=list)
         if data not in datasets:
             datasets[data] = load_dataset(changed)
@@ -324,10 +326,11 @@ def configs_of(
             changed = matched(changed, facts, match, target)
         configs[variant.label] = changed
         if variant.label in wanted:
-            try_out(changed, facts, len(dataset.train))
+            epoch = epoch_examples(changed, dataset, class_stream(changed, dataset))
+            try_out(changed, facts, epoch)
             for key, values in (axis_of(axis, "--tune") for axis in tune):
                 for value in values:
-                    try_out(overridden(changed, [(key, value), *_halved(changed)]), facts, len(dataset.train))
+                    try_out(overridden(changed, [(key, value), *_halved(changed)]), facts, epoch)
     return configs
 
 
