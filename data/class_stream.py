@@ -1,9 +1,8 @@
 """Class-incremental training data: the classes one after the other, without those that came before, or with a few.
 
-The classes are put into an order by the seed and cut into tasks of `classes_per_task` of them. Task t lasts `task_steps`
-steps, or as many as one pass over its examples takes (0); every training batch of it holds its classes only. Where
-a task ends in the middle of a batch, the batch is filled with examples of the task once more: all batches have one
-shape.
+The classes are put into an order by the seed and cut into tasks of `classes_per_task` of them. A task lasts
+`task_steps` steps, or as many as one pass over its examples takes (0); every batch of it holds its classes only. Where
+a pass ends in the middle of a batch, the batch is filled with examples of the task once more: all have one shape.
 
 With a memory, a share `replay` of each batch behind the first task comes from tasks before: drawn evenly, at each
 step anew, from the first `replay_size` examples of each of their classes (experience replay with a memory a class:
@@ -107,7 +106,7 @@ def replayed_rows(batch_size: int, replay: float, replay_size: int) -> int:
     require(replay_size >= 0, f"replay_size={replay_size} must be at least 0")
     require(
         (replay > 0) == (replay_size > 0),
-        f"replay={replay} (a share of each batch) and replay_size={replay_size} (examples a class) are both 0 or both not",
+        f"replay={replay} (a share of each batch) and replay_size={replay_size} (a class): both are 0, or none",
     )
     rows = round(replay * batch_size)
     require(

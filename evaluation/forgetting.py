@@ -10,9 +10,9 @@ def forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
 
         F = mean over tasks but the last of (max over evaluations but the last of a[e, task]  -  a[last, task])
 
-    A fraction, from -1 to 1: below 0 where later tasks helped. Chaudhry et al. 2018, arXiv:1801.10112, whose evaluations
-    are one behind each task. The last task, of which nothing was learned afterwards, has no part in it. None where there
-    are fewer than two tasks or evaluations.
+    A fraction, from -1 to 1: below 0 where later tasks helped. Chaudhry et al. 2018, arXiv:1801.10112, who evaluate
+    once behind each task. The last task, behind which nothing was learned, has no part in it. None where there are
+    fewer than two tasks or evaluations.
     """
     table = np.asarray(accuracies, np.float64)
     if table.ndim != 2 or min(table.shape) < 2:

@@ -41,7 +41,9 @@ METRICS = {
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),
     "adjusted_rand": Metric("1", "higher", "adjusted Rand index of likeliest and true components, mean over test sets"),
     "forgetting": Metric(
-        "fraction", "lower", "best accuracy on a task while classes were learned, less the last; mean over earlier tasks"
+        "fraction",
+        "lower",
+        "best accuracy on a task while classes were learned, less the last; mean over earlier tasks",
     ),
     "rmse": Metric("1", "lower", "root mean square error of the predictions of test targets, in their unit"),
     "train_loss": Metric("nats", "lower", "loss at the last logged training step"),

@@ -42,10 +42,11 @@ BLOCKS = {"block_length": 4, "prefix": 2, "block_depth": None, "random_padding":
 KEYED = {
     "kernel": 3,
     "pool": 2,
-    "temperature": 0.02,
+    "temperature": 0.002,
     "cutoff": 0.3,
     "bound": 250.0,
     "key_loss": 1.0,
+    "key_rate": 0.005,
     "train_keys": True,
 }
 SIZES = {

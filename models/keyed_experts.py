@@ -19,8 +19,8 @@ class RandomFeatures(nnx.Module):
 
         x = mean over windows of `pool` of tanh(conv(inputs, K))        F = filters x product of spatial / pool
 
-    K is drawn by the run's seed and frozen. Each filter sums to 0 over its window and channels and has norm 1, so that it
-    tells contrast, not ink, and features have both signs. One or two spatial axes, 'SAME' padding.
+    K is drawn by the run's seed and frozen. Each filter sums to 0 over its window and channels and has norm 1, so that
+    it tells contrast, not ink, and features have both signs. One or two spatial axes, 'SAME' padding.
     """
 
     def __init__(
@@ -41,8 +41,10 @@ class RandomFeatures(nnx.Module):
             )
         if any(size % pool for size in space):
             raise ValueError(f"model.pool={pool} must divide the spatial axes {space} of the examples")
-        if kernel**len(space) * channels < 2:
-            raise ValueError(f"model.kernel={kernel} sees one number of an example, which has no contrast: take 2 or more")
+        if kernel ** len(space) * channels < 2:
+            raise ValueError(
+                f"model.kernel={kernel} sees one number of an example, which has no contrast: take 2 or more"
+            )
         drawn = jax.random.normal(rngs.params(), (*(kernel,) * len(space), channels, filters))
         axes = tuple(range(len(space) + 1))
         drawn = drawn - drawn.mean(axes, keepdims=True)
@@ -79,21 +81,24 @@ class KeyedExperts(nnx.Module):
         a_e = A_e if A_e >= cutoff else 0,  w_e = a_e max(cos_e, 0)
         vote = sum_e w_e f_e / sum_e w_e             0 where no key is near
 
-    The loss `key_loss` x mean sum_e a_e (1 - cos_e) draws keys to the inputs they are asked by. With `k` = `experts` there
-    is no gate, no key and no such loss: vote = mean_e f_e, the dense ensemble; with one expert a linear head.
-    `train_keys` False leaves the keys as they are drawn.
+    The loss `key_loss` x mean sum_e a_e (1 - cos_e) draws keys to the inputs they are asked by. With `k` = `experts`
+    there is no gate, no key and no such loss: vote = mean_e f_e, the dense ensemble; with one expert a linear head.
+    `train_keys` False leaves the keys as they are drawn. Else the parameter is key / `key_rate`, so that keys move at
+    that fraction of the learning rate: those that move as fast as experts leave them before they have learned.
 
-    The paper has votes as a sum of output x cosine x score. From its authors' code, where it does not say: the bound
-    (250), the cutoff (0.3), the division by the sum of weights, normal keys, the loss on keys, the operator of
-    Xie et al. with epsilon 5e-4 (temperature 2.5e-4 here, times the largest cost of the batch there). Ours: a key at
-    more than 90 degrees has weight 0, where theirs would divide by sums of both signs; the cosine in the vote is
-    differentiated, which they take for a constant; keys are normalised at each step, not at the start only; keys and
-    experts have one optimizer, not two; and the features are random (`RandomFeatures`), where theirs are of a network
-    pretrained on other data. Training as in their code is the objective's `loss="target_score"` with sign descent:
-    `optim.name="lion"` with b1 = b2 = 0, which does not move what has no gradient.
+    The paper has votes as a sum of output x cosine x score. Of its text we had an abstract and a summary; from its
+    authors' code (mateusz-wojcik-97/neural-architecture-for-online-ensemble-cl) are the bound (250), the cutoff (0.3),
+    the division by the sum of weights, normal keys of norm 1, the loss on keys, and the operator of Xie et al., there
+    with epsilon 5e-4: temperature 2.5e-4 here, times the largest cost of a batch. Ours: the temperature; a key at more
+    than 90 degrees has weight 0, where theirs would divide by sums of both signs; the cosine in the vote is
+    differentiated, which they take for a constant; keys are normalised at each use, not at the start only; one
+    optimizer, where theirs are two (experts by sign descent, keys by Adam at 5e-5: `key_rate` 0.005 of a learning rate
+    of 1e-2); and features are random (`RandomFeatures`), where theirs are of a network pretrained on other data.
+    Training by their code is the objective's `loss="target_score"` with sign descent: `optim.name="lion"` with
+    b1 = b2 = 0, which does not move what has no gradient.
 
-    Where `cutoff` is over k / experts, scores that are all alike (a high temperature) are all cut off.
-    Metrics: `load_entropy` and `max_load` of a. Float32 but for the products with the filters and W, which are in `dtype`.
+    Where `cutoff` is over k / experts, scores that are all alike (a high temperature) are all cut off. Metrics:
+    `load_entropy` and `max_load` of a. Float32 but for the products with the filters and W, which are in `dtype`.
     """
 
     def __init__(
@@ -106,10 +111,11 @@ class KeyedExperts(nnx.Module):
         filters: int,
         kernel: int = 3,
         pool: int = 2,
-        temperature: float = 0.02,
+        temperature: float = 0.002,
         cutoff: float = 0.3,
         bound: float = 250.0,
         key_loss: float = 1.0,
+        key_rate: float = 0.005,
         train_keys: bool = True,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -117,26 +123,25 @@ class KeyedExperts(nnx.Module):
         at_least_one("model", experts=experts, k=k, filters=filters, kernel=kernel, pool=pool)
         if k > experts:
             raise ValueError(f"model.k={k} nearest keys are more than model.experts={experts}")
-        if not temperature > 0:
-            raise ValueError(f"model.temperature={temperature} must be over 0")
+        for name, value in (("temperature", temperature), ("key_rate", key_rate)):
+            if not value > 0:
+                raise ValueError(f"model.{name}={value} must be over 0")
         if not 0 <= cutoff < 1:
             raise ValueError(f"model.cutoff={cutoff} must be at least 0 and below 1")
         for name, value in (("bound", bound), ("key_loss", key_loss)):
             if value < 0:
                 raise ValueError(f"model.{name}={value} must be at least 0")
-        self.features = RandomFeatures(
-            input_shape, filters=filters, kernel=kernel, pool=pool, dtype=dtype, rngs=rngs
-        )
+        self.features = RandomFeatures(input_shape, filters=filters, kernel=kernel, pool=pool, dtype=dtype, rngs=rngs)
         width = self.features.size
         drawn = [KERNEL_INIT(key, (width, classes), jnp.float32) for key in jax.random.split(rngs.params(), experts)]
         self.kernel = Param(jnp.stack(drawn), out_sharding=("experts", "embed", "classes"))
         self.bias = Param(jnp.zeros((experts, classes)), out_sharding=("experts", "classes"))
         keys = jax.random.normal(rngs.params(), (experts, width))
-        keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+        keys = keys / (key_rate * jnp.linalg.norm(keys, axis=-1, keepdims=True))
         kind = Param if train_keys else Frozen
         self.keys = kind(keys, out_sharding=("experts", "embed")) if k < experts else None
         self.k, self.temperature, self.cutoff, self.bound = k, temperature, cutoff, bound
-        self.key_loss, self.train_keys, self.dtype = key_loss, train_keys, dtype
+        self.key_loss, self.key_rate, self.train_keys, self.dtype = key_loss, key_rate, train_keys, dtype
 
     def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
         del train, key
@@ -158,6 +163,6 @@ class KeyedExperts(nnx.Module):
     def gate(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Features [B, F] -> (scores, 0 below the cutoff, and cosines) [B, E]."""
         unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a, axis=-1, keepdims=True), 1e-9)
-        cosines = jnp.einsum("bf,ef->be", unit(x), unit(self.keys[...]))
+        cosines = jnp.einsum("bf,ef->be", unit(x), unit(self.key_rate * self.keys[...]))
         scores = soft_top_k(cosines, self.k, self.temperature)
         return jnp.where(scores >= self.cutoff, scores, 0.0), cosines

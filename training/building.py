@@ -79,8 +79,8 @@ def epoch_examples(config, dataset: data.Dataset, stream: data.ClassStream | Non
     total = total_steps(config, stream.steps * stream.batch_size)
     if total > stream.steps:
         raise UserError(
-            f"config.train asks for {total} steps, and the stream by class has {stream.steps}: train.epochs=1 is all of "
-            "it, and config.data.task_steps makes it longer"
+            f"config.train asks for {total} steps, and the stream by class has {stream.steps}: train.epochs=1 is all "
+            "of it, and config.data.task_steps makes it longer"
         )
     return stream.steps * stream.batch_size
 

@@ -140,7 +140,7 @@ def test_a_memory_holds_only_what_was_shown():
         ({"classes_per_task": 0}, "classes_per_task=0 must be at least 1"),
         ({"task_steps": -1}, "task_steps=-1 must be at least 0"),
         ({"replay": 1.0, "replay_size": 1}, "replay=1.0 must be at least 0 and below 1"),
-        ({"replay": 0.5}, "replay_size=0 (examples a class) are both 0 or both not"),
+        ({"replay": 0.5}, "replay_size=0 (a class): both are 0, or none"),
         ({"replay_size": 5}, "replay=0.0 (a share of each batch)"),
         ({"replay": 0.01, "replay_size": 5}, "is 0 rows: at least 1 must be replayed"),
         ({"replay": 0.99, "replay_size": 5}, "is 4 rows: at least 1 must be replayed, and 1 must be new"),
@@ -158,7 +158,7 @@ def test_what_has_no_stream_by_class():
         stream(Dataset("t", "tokens", tokens, tokens))
     dataset = numbered()
     order = stream(dataset)
-    with pytest.raises(DataError, match="has steps 0..7, and not 8"):
+    with pytest.raises(DataError, match=r"has steps 0\.\.7, and not 8"):
         train_batch(dataset, step=8, batch_size=4, seed=3, order=order)
     with pytest.raises(DataError, match="made for batch_size=4 and seed=3"):
         train_batch(dataset, step=0, batch_size=2, seed=3, order=order)

@@ -53,7 +53,7 @@ def test_variants_beside_the_grid():
             script.grid([], [wrong])
     with pytest.raises(UserError, match="there is a variant 'wide' already"):
         script.grid([], [wide, wide])
-    with pytest.raises(UserError, match="does not go with --vary=model.width"):
+    with pytest.raises(UserError, match=r"does not go with --vary=model\.width"):
         script.check_axes(variants, 1, None, ["model.width=1,2"])
 
 

@@ -12,9 +12,9 @@ class Classification(Objective):
     """Mean loss of batch["labels"] [B] plus the layers' own losses; evaluated by accuracy and cross-entropy.
 
         cross_entropy   -log softmax(logits)_y, with `label_smoothing`
-        target_score    -logits_y: the score of the label is to rise, and no other is to fall. Bounded scores only: it has
-                        no least value where they are not. In a stream of one class after the other nothing that other
-                        classes have learned is unlearned by it (Wójcik et al. 2023, arXiv:2307.05399, as in their code)
+        target_score    -logits_y: the score of the label is to rise, and no other is to fall: what was learned of other
+                        classes is not unlearned (Wójcik et al. 2023, arXiv:2307.05399, by their code). It has no least
+                        value unless scores are bounded
 
     class_accuracy: evaluation counts each class apart: `class_accuracy/c` in metrics.jsonl, of which the rows of a run
     by class have their `forgetting`.
@@ -22,9 +22,7 @@ class Classification(Objective):
 
     kinds = ("image", "signal")
 
-    def __init__(
-        self, *, loss: str = "cross_entropy", label_smoothing: float = 0.0, class_accuracy: bool = False
-    ):
+    def __init__(self, *, loss: str = "cross_entropy", label_smoothing: float = 0.0, class_accuracy: bool = False):
         where = "objective_kwargs.classification"
         if loss not in LOSSES:
             raise ValueError(f"{where}.loss={loss!r} must be one of {', '.join(LOSSES)}")
