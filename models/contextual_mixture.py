@@ -11,14 +11,14 @@ Contextual mixture of experts, cMoE (Souza et al. 2022, arXiv:2211.00558). Of N 
                 regression on r
 
 Where pi is 1 throughout this is the plain EM mixture of experts (Jordan & Jacobs 1994, "Hierarchical mixtures of
-experts and the EM algorithm"); where pi is 0 or 1 and names one context a sample, experts are fitted apart. No penalty is on
-the intercepts. EM has no gradient, no step and no batch: the mixture is fitted by a function and not by train.py.
+experts and the EM algorithm"); where pi is 0 or 1 and names one context a sample, experts are fitted apart. No penalty
+is on the intercepts. EM has no gradient, no step and no batch: the mixture is fitted by a function, not by train.py.
 
 Of the paper we had the abstract and a summary. Open there, and chosen here: pi weighs the densities, as the
-plausibility of a soft label does (Côme et al. 2009, "Learning from partially supervised data using mixture models and belief
-functions"), so that L is what EM raises; experts are ridge regressions; the gates take `gate_steps` steps by the bound
-of Böhning 1992 ("Multinomial logistic regression algorithm"), no step of which lowers L; inputs are taken as they are,
-so standardise them; a sample that no context allows is an error.
+plausibility of a soft label does (Côme et al. 2009, "Learning from partially supervised data using mixture models and
+belief functions"), so that L is what EM raises; experts are ridge regressions; the gates take `gate_steps` steps by the
+bound of Böhning 1992 ("Multinomial logistic regression algorithm"), no step of which lowers L; inputs are taken as they
+are, so standardise them; a sample that no context allows is an error.
 """
 
 from typing import NamedTuple
