@@ -1,4 +1,4 @@
-"""Class-incremental learning: scikit-learn's digits, one class after the other, each example once, nothing kept.
+r"""Class-incremental learning: scikit-learn's digits, one class after the other, each example once, nothing kept.
 
 Paper: DE&E, Wójcik et al. 2023, arXiv:2307.05399 (method and loss; features, data and size are ours).
 Command: uv run train.py --config=configs/vision/digits_stream.py
@@ -8,14 +8,14 @@ Sweep: model.experts,model.k,model.temperature  data.classes_per_task=1,2,5  dat
 Sign descent (lion without momenta) moves no expert that was not asked. The comparison, with the single head on all
 classes at once as the ceiling:
 
-    HEAD='model.experts=1 model.k=1 model.bound=0 objective_kwargs.classification.loss=cross_entropy
-        optim.name=adamw'
-    uv run scripts/compare.py --config=configs/vision/digits_stream.py --seeds=5 --vary=model.k=8 \
+    HEAD="model.experts=1 model.k=1"
+    USUAL="$HEAD model.bound=0 objective_kwargs.classification.loss=cross_entropy optim.name=adamw"
+    uv run scripts/compare.py --config=configs/vision/digits_stream.py --seeds=5 \
         --also="dense ensemble: model.k=64" \
-        --also="single head, same loss: model.experts=1 model.k=1" \
-        --also="single head: $HEAD" \
-        --also="single head, replay of 5 a class: $HEAD data.replay=0.5 data.replay_size=5" \
-        --also="single head, all classes at once: $HEAD data.order=shuffled"
+        --also="single head, same loss: $HEAD" \
+        --also="single head: $USUAL" \
+        --also="single head, replay of 5 a class: $USUAL data.replay=0.5 data.replay_size=5" \
+        --also="single head, all classes at once: $USUAL data.order=shuffled"
 """
 
 from lissom.configs.base import base, mode, tiny
