@@ -1,4 +1,4 @@
-r"""Class-incremental learning: scikit-learn's digits, one class after the other, each example once, nothing kept.
+"""Class-incremental learning: scikit-learn's digits, one class after the other, each example once, nothing kept.
 
 Paper: DE&E, Wójcik et al. 2023, arXiv:2307.05399 (method and loss; features, data and size are ours).
 Command: uv run train.py --config=configs/vision/digits_stream.py
