@@ -3,6 +3,7 @@ has two halves and is driven by settings or by path rules."""
 
 TRANSFORMS = {
     "int8_weights": "lissom.compression.weight_only:Int8Weights",
+    "branches": "lissom.compression.branches:Branches",
     "yarn": "lissom.compression.positions:Yarn",
     "zero_meta_positions": "lissom.compression.positions:ZeroMetaPositions",
     "grouped_to_latent": "lissom.compression.grouped_to_latent:GroupedToLatent",

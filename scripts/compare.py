@@ -7,7 +7,7 @@
 
 Runs are interleaved (all variants of a seed, then the next seed) and lie under --workdir, by default
 runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid, every --also
-one variant behind it.
+one variant behind it. The field `mode` is that of the recipe, what stands behind its colon.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -30,6 +30,7 @@ from lissom.training.errors import UserError, one_sentence
 
 MATCHES = ("params", "flops", "bytes")
 TOLERANCE = 0.01
+MODE = "mode"
 WIDEST = 1 << 16  # a width beyond which --match gives up
 
 
@@ -302,15 +303,23 @@ def check_axes(variants: Sequence[Variant], seeds: int, match: str | None, tune:
 
 
 def configs_of(
-    config, variants: Sequence[Variant], match: str | None, tune: Sequence[str], wanted: Container[str]
+    config,
+    variants: Sequence[Variant],
+    match: str | None,
+    tune: Sequence[str],
+    wanted: Container[str],
+    of_mode: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
     """{label: config} of all variants, their sizes matched. What can be wrong with one that is `wanted`, or with a
-    value it is to be tuned at, is found here, before anything is trained."""
+    value it is to be tuned at, is found here, before anything is trained. `of_mode(mode)` is the config of another mode
+    of the recipe."""
     from lissom.training.building import class_stream, epoch_examples, load_dataset
 
     datasets, configs, target = {}, {}, None
     for variant in variants:
-        changed = overridden(config, variant.overrides)
+        settings = [(key, value) for key, value in variant.overrides if key != MODE]
+        modes = [value for key, value in variant.overrides if key == MODE]
+        changed = overridden(of_mode(modes[-1]) if modes and of_mode else config, settings)
         check(changed)
         if tune and changed.data.order == "by_class":
             raise UserError("--tune trains for half the length, which for data.order='by_class' is half of the classes")
@@ -355,6 +364,7 @@ def compare(
     shard: tuple[int, int] = (0, 1),
     merge: bool = False,
     measure: bool = True,
+    of_mode: Callable[[str], Any] | None = None,
 ) -> list:
     """Trains what is missing and returns the rows of all variants and seeds (of this shard; none where there are more
     shards than runs, or without `measure`). With `merge` nothing is trained, and a missing run is an error."""
@@ -375,7 +385,7 @@ def compare(
     place = lambda seed, variant: workdir / f"{_file(variant.label)}_seed{seed}"
     # What is finished is only measured, maybe on a machine that could not train it.
     wanted = set() if merge else {job[1].label for _, job in mine if not _finished(place(*job))}
-    configs, notes = configs_of(config, variants, match, tune, wanted), {}
+    configs, notes = configs_of(config, variants, match, tune, wanted, of_mode), {}
     runs, labels = [], {}
     for number, (seed, variant) in mine:
         run = place(seed, variant)
@@ -439,7 +449,10 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "where the runs lie; runs/compare/<recipe> if not given")
     flags.DEFINE_string("out", None, "where rows.jsonl, table.md, table.csv and pareto.png go; --workdir if not given")
     with one_sentence():
-        spec, config = command_line.config_from(command_line.parse(argv))
+        pairs = command_line.parse(argv)
+        spec, config = command_line.config_from(pairs)
+        recipe = spec.partition(":")[0]
+        of_mode = lambda mode: command_line.config_from([*pairs, ("", f"{recipe}:{mode}")])[1]
         given = flags.FLAGS
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
         variants, shard = grid(given.vary, given.also), shard_of(given.shard)
@@ -460,6 +473,7 @@ def main(argv: list[str]) -> None:
             shard=shard,
             merge=given.merge,
             measure=given.measure,
+            of_mode=of_mode,
         )
         if not rows:
             return

@@ -3,6 +3,7 @@
 OBJECTIVES = {
     "classification": "lissom.training.objectives.classification:Classification",
     "language_modelling": "lissom.training.objectives.language_modelling:LanguageModelling",
+    "branch_training": "lissom.training.objectives.branch_training:BranchTraining",
     "mixture_likelihood": "lissom.training.objectives.mixture_likelihood:MixtureLikelihood",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }

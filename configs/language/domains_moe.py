@@ -8,7 +8,9 @@ results/domains_moe: uv run scripts/compare.py --config=configs/language/domains
     --also="top_k, one expert: model.ffn_kwargs.moe.k=1 model.ffn_kwargs.moe.expansion=4.0" \
     --also="dense, equal active: model.ffn=swiglu" \
     --also="dense, equal total: model.ffn=swiglu model.ffn_kwargs.swiglu.expansion=16.0" \
-    --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
+    --tune=optim.learning_rate=3e-3,1e-2,3e-2
+results/domains_moe_balance: with --vary=model.ffn_kwargs.moe.gate_kwargs.top_k.balance_sequences=None,1 \
+    --config.model.ffn_kwargs.moe.gate_kwargs.top_k.balance=0.1 --tune=optim.learning_rate=3e-3,1e-2,3e-2
 Sweep: model.ffn_kwargs.moe.gate=top_k,noisy_top_k,sigmoid_bias,hash,expert_choice,soft,dselect_k,comet
     model.ffn_kwargs.moe.experts  model.ffn_kwargs.moe.k  model.ffn_kwargs.moe.shared
     model.ffn=moe,swiglu  data.kwargs.domain_text.levels
@@ -22,12 +24,14 @@ GATES = ("top_k", "noisy_top_k", "sigmoid_bias", "hash", "expert_choice", "soft"
 
 def get_config(arg: str = ""):
     config = base()
-    config.data.update({"name": "domain_text", "batch_size": 24, "kwargs": {"domain_text": {"length": 128}}})
+    text = {"length": 64, "levels": 32, "train_size": 5800, "test_size": 256}
+    config.data.update({"name": "domain_text", "batch_size": 48, "kwargs": {"domain_text": text}})
     config.model.update(
         {
             "name": "language",
             "size": "small",
-            "width": 64,
+            "width": 32,
+            "depth": 3,
             "mixer": "attention",
             "mixer_kwargs": {"attention": {}},
             "ffn": "moe",
@@ -35,7 +39,8 @@ def get_config(arg: str = ""):
             "ffn_kwargs": {
                 "moe": {
                     "gate": "top_k",
-                    "gate_kwargs": {name: {} for name in GATES},
+                    "gate_kwargs": {name: {} for name in GATES}
+                    | {"top_k": {"balance": 0.01, "balance_sequences": None}},
                     "experts": 8,
                     "k": 2,
                     "expansion": 2.0,
@@ -56,18 +61,18 @@ def get_config(arg: str = ""):
         }
     )
     config.objective = "language_modelling"
-    config.optim.update({"learning_rate": 6e-3, "weight_decay": 1e-2})
-    config.train = {"steps": 500}
+    config.optim.update({"learning_rate": 1e-2, "weight_decay": 1e-2})
+    config.train = {"steps": 1000}
     config.evaluation.update(
         {
             "batch_size": 128,
-            "latency_batches": (1, 24),
+            "latency_batches": (1, 48),
             "data": tuple({"tested": name} for name in DOMAINS),
         }
     )
     if mode(arg, ("tiny",)):
         config = tiny(config)
-        config.model.width = None
+        config.model.update({"width": None, "depth": None})
         config.data.kwargs.domain_text.update({"train_size": 16, "test_size": 4, "length": 32})
         config.evaluation.data = config.evaluation.data[:2]
     return config

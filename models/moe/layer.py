@@ -13,7 +13,8 @@ from lissom.models.ffn import MLP, SwiGLU
 from lissom.models.linear import dropout as dropped_out
 from lissom.models.moe import GATES
 from lissom.models.moe.experts import Experts
-from lissom.models.moe.routing import used
+from lissom.models.moe.local_search import LocalSearch
+from lissom.models.moe.routing import Routing, used
 from lissom.models.registry import construct, resolve, settings_of
 
 
@@ -27,6 +28,8 @@ class MoE(nnx.Module):
     shared: so many more experts that every token has, as one layer (the same paper).
     capacity: None drops no choice; c lets an expert take ceil(c N k / E) of the batch's N k choices. The rest is
         dropped (`dropped` is its share), by `with_capacity`.
+    search, search_temperatures, search_entropy: for so many training batches, which expert stands where at the gate is
+        searched (`LocalSearch`).
 
     The gate computes in float32. aux: the gate's losses, weighted; metrics load_entropy, max_load, dropped, the gate's
     own, and domain_use (`models/tallies.py`) where the context knows domains. Shazeer et al. 2017, arXiv:1701.06538;
@@ -45,6 +48,9 @@ class MoE(nnx.Module):
         gated: bool = True,
         shared: int = 0,
         capacity: float | None = None,
+        search: int = 0,
+        search_temperatures: tuple[float, float] = (0.1, 1e-3),
+        search_entropy: float = 0.0,
         dropout: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -64,14 +70,37 @@ class MoE(nnx.Module):
         always = SwiGLU if gated else MLP
         self.shared = always(width, expansion=shared * expansion, dtype=dtype, rngs=rngs) if shared else None
         self.capacity, self.dropout = capacity, dropout
+        if search < 0:
+            raise ValueError(f"ffn.search={search} must be at least 0")
+        self.search = (
+            LocalSearch(experts, steps=search, temperatures=search_temperatures, entropy=search_entropy)
+            if search
+            else None
+        )
 
     def __call__(self, x: jax.Array, context: Context, key: jax.Array | None = None):
         gate_key, drop_key = (None, None) if key is None else jax.random.split(key)
         routing, aux = self.gate(x.astype(jnp.float32), context, gate_key)
-        y, metrics = self.experts(x, routing, self.capacity)
+        losses = aux["losses"]
+        if self.search is None:
+            y, metrics = self.experts(x, routing, self.capacity)
+        else:
+            y, metrics = self._searched(x, routing, context.train)
+            losses = {**losses, **(self.search.losses() if context.train else {})}
+            if context.train:
+                self.search.step()
         if context.domains is not None:
-            metrics["domain_use"] = context.domains.T @ used(routing, x.shape[:2], len(self.experts.down[...]))
+            metrics["domain_use"] = context.domains.T @ used(
+                routing if self.search is None else self.search.hard(routing), x.shape[:2], len(self.experts.down[...])
+            )
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         y = dropped_out(y, self.dropout, drop_key, context.train)
-        return y, {"losses": aux["losses"], "metrics": {**aux["metrics"], **metrics}}
+        return y, {"losses": losses, "metrics": {**aux["metrics"], **metrics}}
+
+    def _searched(self, x: jax.Array, routing: Routing, train: bool) -> tuple[jax.Array, dict]:
+        fixed = lambda: self.experts(x, self.search.hard(routing), self.capacity)
+        if not train:
+            return fixed()
+        mixed = lambda: self.experts(x, self.search.soft(routing, x.shape[:2]), None)
+        return jax.lax.cond(self.search.searching, mixed, fixed)
