@@ -102,6 +102,11 @@ LATE = [
     (("--config.model.ffn_kwargs.mlp.expansion=inf",), ["expansion='inf'", "must be a number"]),
     (("--config.evaluation.transforms=({'name': 'int8_weights', 'rules': [('nosuch', {})]},)",), ["matches no layer"]),
     (("--config.init_from=nowhere",), ["nowhere"]),
+    (("--config.data.order=by_class", "--config.train.epochs=2"), ["the stream by class has", "task_steps"]),
+    (
+        ("--config.data.order=by_class", "--config.data.replay=0.01", "--config.data.replay_size=5"),
+        ["replay=0.01 of batch_size=16 is 0 rows"],
+    ),
 ]
 
 
