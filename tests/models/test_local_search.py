@@ -98,7 +98,7 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="search=-1 must be at least 0"):
         layer("top_k", search=-1)
     for wrong in ((0.1, 0.2), (0.1, 0.0)):
-        with pytest.raises(ValueError, match="search_temperatures=.* the second not above"):
+        with pytest.raises(ValueError, match=r"search_temperatures=.* the second not above"):
             layer("top_k", search=1, search_temperatures=wrong)
-    with pytest.raises(ValueError, match="search_entropy=-1.0"):
+    with pytest.raises(ValueError, match=r"search_entropy=-1.0"):
         layer("top_k", search=1, search_entropy=-1.0)
