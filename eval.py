@@ -121,6 +121,27 @@ def _training_times(run: pathlib.Path) -> dict[str, float]:
         return {**times, "examples_per_second": last[0]} if sessions else {}
 
 
+def _forgetting(run: pathlib.Path, config, dataset) -> dict[str, float]:
+    """What a run by class forgot of the tasks in front of its last one, by the evaluations of its metrics.jsonl; empty
+    for other runs, and where the objective did not count classes apart."""
+    from lissom.evaluation.forgetting import forgetting
+    from lissom.models.tallies import CLASS_ACCURACY
+    from lissom.training.building import class_stream
+
+    stream = class_stream(config, dataset)
+    with _reading(run / "metrics.jsonl"):
+        tests = [entry for entry in read_metrics(run) if entry["kind"] == "test"]
+        if stream is None or not tests or not any(name.startswith(CLASS_ACCURACY) for name in tests[-1]):
+            return {}
+        reached = sum(end <= tests[-1]["step"] for end in stream.ends)
+        # A class that the test set does not have is told nowhere.
+        known = lambda entry, classes: [entry[name] for c in classes if (name := f"{CLASS_ACCURACY}{c}") in entry]
+        tasks = [task for task in stream.tasks[:reached] if known(tests[-1], task)]
+        means = [[sum(known(entry, task)) / len(known(entry, task)) for task in tasks] for entry in tests]
+        lost = forgetting(means)
+    return {} if lost is None else {"forgetting": lost}
+
+
 def task_name(config) -> str:
     """The task of a run: the data and the settings that were chosen for it."""
     from lissom.training.building import data_settings
@@ -241,6 +262,7 @@ def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes:
     measured = dataclasses.replace(here, data=_checksum(dataset.info))
     identity = Identity(config.recipe, task, config.seed, overrides_of(given), variant=variant)
     blank = Row(identity, measured, (), elsewhere(trained, measured), tuple(notes))
+    times |= _forgetting(run, config, dataset)
     return [
         _subject(run, config, dict(entry), dataset, further, blank, {} if entry else times)
         for entry in ({}, *config.evaluation.transforms)
@@ -341,6 +363,7 @@ def write(rows: list, out: pathlib.Path | str) -> None:
 # What is printed; table.csv and rows.jsonl hold everything.
 SHOWN = (
     "accuracy",
+    "forgetting",
     "token_accuracy",
     "bits_per_byte",
     "loss",

@@ -41,7 +41,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import processes, runs, sharding, stages
-    from lissom.training.building import fresh_state, further_tests, load_dataset
+    from lissom.training.building import class_stream, epoch_examples, fresh_state, further_tests, load_dataset
     from lissom.training.checkpoints import Checkpoints
     from lissom.training.config import total_steps
     from lissom.training.logs import Logs
@@ -57,12 +57,14 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     # ------------------------------------------------------------------ data
     dataset = load_dataset(config)
     further_tests(config, dataset)  # they are for the end, what is wrong with them is for now
-    total = total_steps(config, len(dataset.train))
+    classes = class_stream(config, dataset)
+    epoch = epoch_examples(config, dataset, classes)
+    total = total_steps(config, epoch)
     facts = {**dataset.info, "kind": dataset.kind, "examples": len(dataset.train), "steps": total}
 
     def stream(stage):
         """What picks the batches of a stage."""
-        batches = {"batch_size": stage.config.data.batch_size, "augment": stage.config.data.augment}
+        batches = {"batch_size": stage.config.data.batch_size, "augment": stage.config.data.augment, "order": classes}
         return {**batches, "seed": config.seed, "process": process, "processes": count}
 
     if resuming and (workdir / "facts.json").is_file():
@@ -70,7 +72,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
 
     # --------------------------------------------------- shapes, programs, claim
     # Everything that can be wrong with any stage is found before the directory is touched.
-    plan, assemblies = zip(*stages.assembled(config, facts, len(dataset.train), mesh, structure_of), strict=True)
+    plan, assemblies = zip(*stages.assembled(config, facts, epoch, mesh, structure_of), strict=True)
     check_transforms(config, facts)
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     # Made where it lies: of several processes none could put it on the others' devices.
@@ -247,7 +249,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                         rate * batch_size * per_example,
                         (total - step) / rate,
                     )
-                if config.evaluation.every and step % config.evaluation.every == 0 and step < total:
+                asked = config.evaluation.every and step % config.evaluation.every == 0
+                learned = classes is not None and step in classes.ends  # a task: forgetting is told from here on
+                if (asked or learned) and step < total:
                     paused = time.monotonic()
                     logs.write(step, evaluate(index, {**state, "frozen": frozen}), "test")
                     began += time.monotonic() - paused

@@ -13,6 +13,11 @@ def base() -> ml_collections.ConfigDict:
         "data_dir": "",
         "batch_size": 128,
         "augment": (),
+        "order": "shuffled",  # or "by_class": the classes one after the other
+        "classes_per_task": 1,  # by class: how many are learned at a time,
+        "task_steps": 0,  # for how many steps; 0: one pass over their examples
+        "replay": 0.0,  # by class: share of a batch that comes from a memory of earlier classes,
+        "replay_size": 0,  # which holds so many examples of each
         "meta_tokens": "none",  # or "random", "pauses": where they stand
         "meta_fraction": 0.1,  # of the tokens, for "random"
         "kwargs": {},

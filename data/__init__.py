@@ -1,6 +1,7 @@
 """Datasets and input pipelines. `load` a name, then `train_batches` and `eval_batches`."""
 
 from lissom.data.augmentations import AUGMENTATIONS
+from lissom.data.class_stream import ClassStream
 from lissom.data.dataset import ArraySource, Dataset
 from lissom.data.errors import DataError
 from lissom.data.loading import DATASETS, load
@@ -11,6 +12,7 @@ __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
     "ArraySource",
+    "ClassStream",
     "DataError",
     "Dataset",
     "eval_batches",

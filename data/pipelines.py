@@ -6,6 +6,9 @@ Training: indices -> shuffled anew each epoch -> repeated without end -> cut int
 number of processes, and a run resumed at step s goes on as if it had never stopped. A batch may be larger
 than the dataset.
 
+By class (`class_stream.py`): the examples that a step has are named by a `ClassStream` in place of the first three
+links of this chain, and all else is the same; such a stream has an end.
+
 Evaluation: every example exactly once over all processes, every batch of one shape, as many batches on each
 process; `mask` [B] float32 is 0 on rows that only fill the last batches up.
 """
@@ -15,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lissom.data.augmentations import augmentations
+from lissom.data.class_stream import ClassStream
 from lissom.data.dataset import Dataset, Example, gather
 from lissom.data.errors import DataError
 
@@ -30,10 +34,13 @@ def train_batch(
     process: int = 0,
     processes: int = 1,
     augment: Names = None,
+    order: ClassStream | None = None,
 ) -> Example:
     """This process's rows of the global batch of `step`: fields [batch_size / processes, ...], `mask` of
-    ones."""
-    return _train_map(dataset, batch_size, seed, process, processes, augment)[step]
+    ones. `order` None is the shuffled one."""
+    if order is not None:
+        order.task_at(step)  # grain would begin anew behind the end
+    return _train_map(dataset, batch_size, seed, process, processes, augment, order)[step]
 
 
 def train_batches(
@@ -45,15 +52,16 @@ def train_batches(
     process: int = 0,
     processes: int = 1,
     augment: Names = None,
+    order: ClassStream | None = None,
     prefetch: int = 2,
 ) -> Iterator[Example]:
-    """`train_batch` of start_step, start_step + 1, ... without end.
+    """`train_batch` of start_step, start_step + 1, ... without end, or to that of `order`.
 
     prefetch: batches made ahead by one background thread; 0 makes them when asked.
     """
     import grain
 
-    batches = _train_map(dataset, batch_size, seed, process, processes, augment)
+    batches = _train_map(dataset, batch_size, seed, process, processes, augment, order)
     if start_step < 0:
         raise DataError(f"start_step must be at least 0, got {start_step}")
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
@@ -108,7 +116,9 @@ def stream_seed(seed: int) -> int:
 ENDLESS = 2**48
 
 
-def _train_map(dataset, batch_size: int, seed: int, process: int, processes: int, augment: Names):
+def _train_map(
+    dataset, batch_size: int, seed: int, process: int, processes: int, augment: Names, order: ClassStream | None
+):
     """The grain dataset whose element `step` is this process's batch of that step."""
     import grain
 
@@ -127,6 +137,15 @@ def _train_map(dataset, batch_size: int, seed: int, process: int, processes: int
             batch["inputs"] = inputs
         return batch | {"mask": np.ones(rows, np.float32)}
 
+    if order is not None:
+        if (order.batch_size, order.seed) != (batch_size, seed):
+            raise DataError(
+                f"the stream by class was made for batch_size={order.batch_size} and seed={order.seed}, and is asked "
+                f"for batch_size={batch_size} and seed={seed}"
+            )
+        own = slice(process * rows, (process + 1) * rows)
+        at = lambda step: batch_at(step * processes + process, order.indices(int(step))[own])
+        return grain.MapDataset.range(order.steps).map(at)
     return (
         grain.MapDataset.range(len(source))
         .shuffle(seed=stream_seed(seed))

@@ -43,6 +43,12 @@ METRICS = {
     "trajectory_error": Metric("1", "lower", "mean squared error of the states of test trajectories behind the first"),
     "purity": Metric("fraction", "higher", "test trajectories of the family that their expert has most of"),
     "skipped_updates": Metric("fraction", "lower", "updates of the gate that found no clusters and were skipped"),
+    "forgetting": Metric(
+        "fraction",
+        "lower",
+        "best accuracy on a task while classes were learned, less the last; mean over earlier tasks",
+    ),
+    "rmse": Metric("1", "lower", "root mean square error of the predictions of test targets, in their unit"),
     "train_loss": Metric("nats", "lower", "loss at the last logged training step"),
     # What learning it costs.
     "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine="training"),

@@ -16,6 +16,7 @@ MODELS = {
     "set_clusterer": "lissom.models.set_clusterer:SetClusterer",
     "mixture_of_fields": "lissom.models.mixture_of_fields:MixtureOfFields",
     "block_transformer": "lissom.models.block_transformer:BlockTransformer",
+    "keyed_experts": "lissom.models.keyed_experts:KeyedExperts",
 }
 
 ENVIRONMENT_GATES = {
@@ -44,6 +45,16 @@ FFNS = {
 
 # By standing in each named size they can be set one by one.
 BLOCKS = {"block_length": 4, "prefix": 2, "block_depth": None, "random_padding": True}
+KEYED = {
+    "kernel": 3,
+    "pool": 2,
+    "temperature": 0.002,
+    "cutoff": 0.3,
+    "bound": 250.0,
+    "key_loss": 1.0,
+    "key_rate": 0.005,
+    "train_keys": True,
+}
 SIZES = {
     "vit": {
         "tiny": {"width": 16, "depth": 2, "heads": 2, "patch": 4},
@@ -83,6 +94,12 @@ SIZES = {
     "mixture_of_fields": {
         "tiny": {"width": 8},
         "small": {"width": 64},
+    },
+    "keyed_experts": {
+        "tiny": {"experts": 4, "k": 2, "filters": 4, **KEYED},
+        "small": {"experts": 64, "k": 8, "filters": 32, **KEYED},
+        # The largest ensemble of the authors' code.
+        "large": {"experts": 1024, "k": 32, "filters": 32, **KEYED},
     },
     "block_transformer": {
         "tiny": {"width": 16, "depth": 2, "heads": 4, **BLOCKS},

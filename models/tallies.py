@@ -3,6 +3,7 @@ set, and what they say is read off the sums.
 
     domain_use   float32 [D, E] of a layer: choices of expert e by the tokens of domain d
     family_use   float32 [F, E]: trajectories of family f that are brought to expert e
+    class_hits   float32 [C, 2] of an objective: examples of class c that are predicted, and all of them
 
 Only a network that is judged (not one in training) counts.
 """
@@ -36,7 +37,15 @@ def purity(use: np.ndarray) -> dict[str, float]:
     return {"purity": float(use.max(0).sum() / use.sum())} if use.any() else {}
 
 
-TALLIES = {"domain_use": domain_information, "family_use": purity}
+CLASS_ACCURACY = "class_accuracy/"  # and the number of the class
+
+
+def class_accuracy(hits: np.ndarray) -> dict[str, float]:
+    """hits [C, 2] -> the accuracy on each class of which there are examples."""
+    return {f"{CLASS_ACCURACY}{c}": float(hit / seen) for c, (hit, seen) in enumerate(hits) if seen}
+
+
+TALLIES = {"domain_use": domain_information, "family_use": purity, "class_hits": class_accuracy}
 
 
 def add(totals: Totals, sums: Mapping[str, tuple]) -> None:

@@ -315,7 +315,7 @@ def configs_of(
     """{label: config} of all variants, their sizes matched. What can be wrong with one that is `wanted`, or with a
     value it is to be tuned at, is found here, before anything is trained. `of_mode(mode)` is the config of another mode
     of the recipe."""
-    from lissom.training.building import load_dataset
+    from lissom.training.building import class_stream, epoch_examples, load_dataset
 
     datasets, configs, target = {}, {}, None
     for variant in variants:
@@ -323,6 +323,8 @@ def configs_of(
         modes = [value for key, value in variant.overrides if key == MODE]
         changed = overridden(of_mode(modes[-1]) if modes and of_mode else config, settings)
         check(changed)
+        if tune and changed.data.order == "by_class":
+            raise UserError("--tune trains for half the length, which for data.order='by_class' is half of the classes")
         data = json.dumps(changed.data.to_dict(), sort_keys=True, default=list)
         if data not in datasets:
             datasets[data] = load_dataset(changed)
@@ -335,10 +337,11 @@ def configs_of(
             changed = matched(changed, facts, match, target)
         configs[variant.label] = changed
         if variant.label in wanted:
-            try_out(changed, facts, len(dataset.train))
+            epoch = epoch_examples(changed, dataset, class_stream(changed, dataset))
+            try_out(changed, facts, epoch)
             for key, values in (axis_of(axis, "--tune") for axis in tune):
                 for value in values:
-                    try_out(overridden(changed, [(key, value), *_halved(changed)]), facts, len(dataset.train))
+                    try_out(overridden(changed, [(key, value), *_halved(changed)]), facts, epoch)
     return configs
 
 

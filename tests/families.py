@@ -6,6 +6,7 @@ A recipe that only sets other values of a family listed here needs no line.
 FAMILIES = {
     "vit": ("vision/digits_vit", {}),
     "resnet": ("vision/digits_resnet", {}),
+    "keyed_experts": ("vision/digits_stream", {}),
     "cnn": ("vision/mnist1d_cnn", {}),
     "sequence": ("vision/mnist1d_transformer", {}),
     "sequence_scan": ("vision/mnist1d_transformer", {"model.stack": "scan", "model.dropout": 0.1}),

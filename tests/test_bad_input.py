@@ -9,6 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 VIT = "--config=configs/vision/digits_vit.py:tiny"
+STREAM = "--config=configs/vision/digits_stream.py:tiny"
 LM = "--config=configs/language/recall_lm.py:tiny"
 SETS = "--config=configs/sets/gaussian_mixtures.py:tiny"
 SYSTEMS = "--config=configs/dynamics/mixer.py:tiny"
@@ -60,6 +61,15 @@ EARLY = [
     ((VIT, "--config.seed=1e30"), ["seed=", "at most"]),
     ((VIT, "--config.model.mixer_kwargs={'attention': 5}"), ["mixer_kwargs holds 5", "table of settings"]),
     ((VIT, "--config.data.kwargs={'digits': 5}"), ["data.kwargs holds 5"]),
+    ((VIT, "--config.data.order=by_clas"), ["order='by_clas'", "did you mean 'by_class'"]),
+    ((VIT, "--config.data.task_steps=5"), ["task_steps=5 does nothing", "order='by_class'"]),
+    ((VIT, "--config.data.replay=2"), ["replay=2.0", "at most 1"]),
+    ((STREAM, "--config.data.replay=0.5"), ["replay=0.5", "replay_size=0", "must be set together"]),
+    ((STREAM, "--config.data.classes_per_task=0"), ["classes_per_task=0", "at least 1"]),
+    (
+        (STREAM, "--config.stages=({'duration': 1.0, 'overrides': {'data.batch_size': 8}},)"),
+        ["stages[0] overrides data.batch_size", "cuts tasks"],
+    ),
     ((VIT, "--nonsense=1"), ["nonsense"]),
     ((VIT, "stray"), ["'stray' is no flag"]),
 ]
@@ -95,6 +105,11 @@ LATE = [
     (("--config.model.ffn_kwargs.mlp.expansion=inf",), ["expansion='inf'", "must be a number"]),
     (("--config.evaluation.transforms=({'name': 'int8_weights', 'rules': [('nosuch', {})]},)",), ["matches no layer"]),
     (("--config.init_from=nowhere",), ["nowhere"]),
+    (("--config.data.order=by_class", "--config.train.epochs=2"), ["the stream by class has", "task_steps"]),
+    (
+        ("--config.data.order=by_class", "--config.data.replay=0.01", "--config.data.replay_size=5"),
+        ["replay=0.01 of batch_size=16 is 0 rows"],
+    ),
 ]
 
 

@@ -50,6 +50,19 @@ CHANGED = {
     "clip_norm": 0.0,
     "accumulate": 2,
 }
+KEYED = {
+    "experts": 5,
+    "k": 1,
+    "filters": 3,
+    "kernel": 5,
+    "pool": 4,
+    "temperature": 0.5,
+    "cutoff": 0.1,
+    "bound": 1.0,
+    "key_loss": 2.0,
+    "key_rate": 0.5,
+    "train_keys": False,
+}
 # Tables of settings: what stands in them is tested with the name that they belong to.
 TABLES = ("mixer_kwargs", "ffn_kwargs", "norm_kwargs", "encoder_kwargs", "gate_kwargs", "optim_kwargs", "name")
 SETTINGS = {
@@ -89,6 +102,12 @@ SETTINGS = {
         "model.mixer_kwargs.meta_tokens.meta_attention": False,
         "model.mixer_kwargs.meta_tokens.kv_heads": 1,
         "model.mixer_kwargs.meta_tokens.bias": True,
+    },
+    "vision/digits_stream": {
+        **{f"model.{name}": value for name, value in KEYED.items()},
+        "objective_kwargs.classification.loss": "cross_entropy",
+        "optim.optim_kwargs.lion.b1": 0.5,
+        "optim.optim_kwargs.lion.b2": 0.5,
     },
     "vision/digits_resnet": {},
     "vision/mnist1d_cnn": {},

@@ -16,7 +16,9 @@ from lissom.models.registry import check_settings, check_types, construct, requi
 from lissom.models.stack import stacks
 from lissom.models.variables import Tree, logical_axes, split
 from lissom.training import OBJECTIVES, sharding
+from lissom.training.config import total_steps
 from lissom.training.errors import UserError
+from lissom.training.fields import BY_CLASS
 from lissom.training.objectives.base import Objective
 from lissom.training.optimizers import build_optimizer
 
@@ -59,6 +61,28 @@ def load_plain(config, **other) -> data.Dataset:
 def with_meta_tokens(config, dataset: data.Dataset) -> data.Dataset:
     """A plain dataset with the config's meta-tokens, which are a part of the method and not of the task."""
     return data.with_meta_tokens(dataset, config.data.meta_tokens, config.data.meta_fraction)
+
+
+def class_stream(config, dataset: data.Dataset) -> data.ClassStream | None:
+    """The stream by class that `config.data` asks for, or None: the shuffled one."""
+    if config.data.order != "by_class":
+        return None
+    settings = {name: config.data[name] for name in BY_CLASS}
+    return data.ClassStream(dataset, batch_size=config.data.batch_size, seed=config.seed, **settings)
+
+
+def epoch_examples(config, dataset: data.Dataset, stream: data.ClassStream | None) -> int:
+    """The training examples of an epoch: the dataset once; by class, the rows of the stream. UserError for a run that
+    is longer than its stream."""
+    if stream is None:
+        return len(dataset.train)
+    total = total_steps(config, stream.steps * stream.batch_size)
+    if total > stream.steps:
+        raise UserError(
+            f"config.train asks for {total} steps, and the stream by class has {stream.steps}: train.epochs=1 is all "
+            "of it, and config.data.task_steps makes it longer"
+        )
+    return stream.steps * stream.batch_size
 
 
 def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], data.Dataset]]:

@@ -177,6 +177,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_one(config)
     for number, entry in enumerate(config.stages):
         check_stage(number, entry)
+        if config.data.order == "by_class" and "data.batch_size" in entry.get("overrides", {}):
+            raise UserError(
+                f"config.stages[{number}] overrides data.batch_size, by which config.data.order='by_class' cuts tasks"
+            )
         try:
             _check_one(overridden(config, dict(entry.get("overrides", {})).items()))
         except (UserError, UnknownName) as error:
@@ -228,7 +232,7 @@ def model_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-    """The number of steps that train.steps | epochs | examples asks for, rounded up."""
+    """The number of steps that train.steps | epochs | examples asks for, rounded up. `examples`: of an epoch."""
     if "steps" in config.train:
         return int(config.train.steps)
     wanted = config.train.examples if "examples" in config.train else config.train.epochs * examples

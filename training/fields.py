@@ -15,6 +15,7 @@ from lissom.training.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 DURATIONS = ("steps", "epochs", "examples")
+ORDERS = ("shuffled", "by_class")
 
 
 class Field(NamedTuple):
@@ -35,6 +36,11 @@ FIELDS = {
     "data.data_dir": Field(str),
     "data.batch_size": Field(int, 1),
     "data.augment": Field(tuple, entry=str),
+    "data.order": Field(str),
+    "data.classes_per_task": Field(int, 1),
+    "data.task_steps": Field(int, 0),
+    "data.replay": Field(float, 0, 1),
+    "data.replay_size": Field(int, 0),
     "data.meta_tokens": Field(str),
     "data.meta_fraction": Field(float, 0),
     "data.kwargs": TABLES,
@@ -74,6 +80,7 @@ FIELDS = {
     "evaluation.decode_length": Field(int, 0),
     "evaluation.floor": Field(bool),
 }
+BY_CLASS = {"classes_per_task": 1, "task_steps": 0, "replay": 0, "replay_size": 0}  # what does nothing elsewhere
 OPEN = ("model",)  # groups whose further fields are checked elsewhere
 DURATION = {"steps": Field(int, 1), "epochs": Field(float, 0), "examples": Field(float, 0)}
 
@@ -173,9 +180,27 @@ def _check_values(config: Mapping) -> None:
     sizes = list(config["mesh"].values())
     if 0 in sizes or sizes.count(-1) > 1:
         raise UserError(f"config.mesh={dict(config['mesh'])}: sizes are positive, and one of them may be -1 (the rest)")
+    _check_order(config["data"])
     batch, parts = config["data"]["batch_size"], config["optim"]["accumulate"]
     if batch % parts:
         raise UserError(f"config.data.batch_size={batch} must be a multiple of config.optim.accumulate={parts}")
+
+
+def _check_order(data: Mapping) -> None:
+    """The order of the training examples, and what goes with it."""
+    if data["order"] not in ORDERS:
+        raise UserError(
+            f"config.data.order={data['order']!r} must be one of {', '.join(ORDERS)}{nearest(data['order'], ORDERS)}"
+        )
+    changed = [name for name, off in BY_CLASS.items() if data[name] != off]
+    if data["order"] != "by_class" and changed:
+        name = changed[0]
+        raise UserError(f"config.data.{name}={data[name]} does nothing without config.data.order='by_class'")
+    if (data["replay"] > 0) != (data["replay_size"] > 0):
+        raise UserError(
+            f"config.data.replay={data['replay']} (a share of each batch) and replay_size={data['replay_size']} "
+            "(examples a class) must be set together: both 0, or both over it"
+        )
 
 
 def check_stage(number: int, entry: Mapping) -> None:

@@ -286,3 +286,15 @@ def test_halves():
     assert halved(**{"train.epochs": 3}) == {"train.epochs": 1.5}
     stages = ({"name": "a", "duration": 3}, {"name": "b", "duration": 1})
     assert [s["duration"] for s in halved(**{"train.steps": 4, "stages": stages})["stages"]] == [0.75, 0.25]
+
+
+def test_tuning_does_not_go_with_classes_one_after_the_other():
+    """Half of such a run is a run on half of the classes."""
+    config = load_recipe("configs/vision/digits_stream.py:tiny")
+    with pytest.raises(UserError, match="half of the classes"):
+        script.configs_of(config, script.grid([], []), None, ["optim.learning_rate=1e-3,1e-2"], set())
+    configs = script.configs_of(config, script.grid([], ["joint: data.order=shuffled"]), None, [], {"recipe", "joint"})
+    assert {label: found.data.order for label, found in configs.items()} == {"recipe": "by_class", "joint": "shuffled"}
+    too_long = overridden(config, [("train.epochs", 1.1)])
+    with pytest.raises(UserError, match="the stream by class has"):
+        script.configs_of(too_long, script.grid([], []), None, [], {"recipe"})
