@@ -36,6 +36,7 @@ METRICS = {
     "dropped": Metric("fraction", "lower", "choices of an expert that has no room for them"),
     "untaken": Metric("fraction", "lower", "tokens that no expert takes"),
     "left_out": Metric("fraction", "lower", "weight of the experts that a token is not brought to at inference"),
+    "hit_rate": Metric("fraction", "higher", "requests for an expert that find it in the cache"),
     "logit_error": Metric("1", "lower", "largest difference of an output from the network's in front of the transform"),
     "log_likelihood": Metric("nats", "higher", "mean log-likelihood of an element of a test set"),
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),

@@ -104,3 +104,18 @@ class MoE(nnx.Module):
             return fixed()
         mixed = lambda: self.experts(x, self.search.soft(routing, x.shape[:2]), None)
         return jax.lax.cond(self.search.searching, mixed, fixed)
+
+
+class Telling(nnx.Module):
+    """A mixture that says, outside of training, which experts its tokens chose: the metric `chosen`, int32 [B, T, k] as
+    in `Choices`. For gates by which tokens choose."""
+
+    def __init__(self, layer: MoE):
+        self.layer = layer
+
+    def __call__(self, x: jax.Array, context: Context, key: jax.Array | None = None):
+        routing, _ = self.layer.gate(x.astype(jnp.float32), context, None)
+        if self.layer.search is not None:
+            routing = self.layer.search.hard(routing)
+        y, aux = self.layer(x, context, key)
+        return y, {"losses": aux["losses"], "metrics": {**aux["metrics"], "chosen": routing.experts}}
