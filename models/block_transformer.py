@@ -58,7 +58,7 @@ class BlockTransformer(LanguageModel):
         block_depth: int | None = None,
         random_padding: bool = True,
         mixer: str | Sequence[str] = "attention",
-        ffn: str = "swiglu",
+        ffn: str | Sequence[str] = "swiglu",
         norm: str = "rmsnorm",
         tied: bool = True,
         learned_positions: int = 0,

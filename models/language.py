@@ -1,6 +1,7 @@
 """Decoder language model, with its cache."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class LanguageModel(Transformer):
         *,
         vocab_size: int,
         width: int,
-        ffn: str = "swiglu",
+        ffn: str | Sequence[str] = "swiglu",
         norm: str = "rmsnorm",
         tied: bool = True,
         learned_positions: int = 0,

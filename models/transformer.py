@@ -1,6 +1,8 @@
 """What every transformer is between its ends: the residual stack and the last norm."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ from lissom.ops.attention import masks
 class Transformer(nnx.Module):
     """x[B, T, M] -> norm(blocks(dropout(x))) [B, T, M]: `depth` blocks over `width` = M features.
 
-    A tuple of mixer names repeats over the layers (its length must divide the depth). A subclass adds its ends: it
+    A tuple of names of mixers or of feed-forwards repeats over the layers (the depth must be a multiple of its length,
+    and of both lengths' least common multiple). A subclass adds its ends: it
     builds what comes in front before it calls this constructor, and what comes behind afterwards, since that is the
     order in which random keys are drawn, and a seed must go on giving the same network.
     """
@@ -32,7 +35,7 @@ class Transformer(nnx.Module):
         heads: int,
         mixer: str | Sequence[str] = "attention",
         mixer_kwargs: Mapping | None = None,
-        ffn: str = "mlp",
+        ffn: str | Sequence[str] = "mlp",
         ffn_kwargs: Mapping | None = None,
         norm: str = "layernorm",
         norm_kwargs: Mapping | None = None,
@@ -44,19 +47,22 @@ class Transformer(nnx.Module):
     ):
         at_least_one("model", heads=heads)
         rate("model", dropout=dropout)
-        pattern = (mixer,) if isinstance(mixer, str) else tuple(mixer)
-        if not pattern:
-            raise ValueError("model.mixer=() must name at least one mixer")
+        mixers, ffns = ((names,) if isinstance(names, str) else tuple(names) for names in (mixer, ffn))
+        for name, names in (("mixer", mixers), ("ffn", ffns)):
+            if not names:
+                raise ValueError(f"model.{name}=() must name at least one {name}")
+        length = math.lcm(len(mixers), len(ffns))
+        pattern = [(mixers[i % len(mixers)], ffns[i % len(ffns)]) for i in range(length)]
         shared = {
             "heads": heads,
             "mixer_kwargs": mixer_kwargs,
-            "ffn": ffn,
             "ffn_kwargs": ffn_kwargs,
             "norm": norm,
             "norm_kwargs": norm_kwargs,
             "dtype": dtype,
         }
-        make = [lambda rngs, name=name: Block(width, mixer=name, rngs=rngs, **shared) for name in pattern]
+        block = lambda rngs, mixer, ffn: Block(width, mixer=mixer, ffn=ffn, rngs=rngs, **shared)
+        make = [partial(block, mixer=mixer, ffn=ffn) for mixer, ffn in pattern]
         self.blocks = Stack(make, depth=depth, mode=stack, remat=remat, rngs=rngs)
         self.norm = construct(NORMS, norm, norm_kwargs, "norm", width=width, rngs=rngs)
         self.dropout, self.dtype = dropout, dtype

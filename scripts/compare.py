@@ -153,6 +153,7 @@ def matched(config, facts: Mapping[str, Any], what: str, target: float):
     if off(sized(("model.width", best))) <= TOLERANCE:
         return overridden(config, [("model.width", best)])
     ffn = settings.get("ffn")
+    ffn = ffn if isinstance(ffn, str) else None  # of several no one expansion decides
     key = f"model.ffn_kwargs.{ffn}.expansion"
     small, large = 0.25, 16.0
     for _ in range(30 if ffn else 0):

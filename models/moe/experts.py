@@ -42,12 +42,14 @@ class Experts(nnx.Module):
     def kernels(self) -> Kernels:
         return Kernels(self.inner[...].astype(self.dtype), self.down[...].astype(self.dtype))
 
-    def __call__(self, x: jax.Array, routing: Routing, capacity: float | None) -> tuple[jax.Array, dict]:
+    def __call__(
+        self, x: jax.Array, routing: Routing, capacity: float | None, priority: bool = False
+    ) -> tuple[jax.Array, dict]:
         """x [B, T, M] -> (y [B, T, M], metrics). `capacity`: of `Choices`, an expert takes so many times its even share
-        and drops the rest; None drops nothing."""
+        and drops the rest, by `priority` as `with_capacity` says; None drops nothing."""
         x, kernels, dropped = x.astype(self.dtype), self.kernels, jnp.zeros(())
         if isinstance(routing, Choices) and capacity is not None:
-            routing, dropped = with_capacity(routing, len(kernels.down), capacity)
+            routing, dropped = with_capacity(routing, len(kernels.down), capacity, priority)
         if isinstance(routing, Choices | Everyone):
             y = over_devices(_dropless if isinstance(routing, Choices) else _everyone, kernels, x, routing)
         else:
@@ -55,19 +57,24 @@ class Experts(nnx.Module):
         return y, {"dropped": dropped}
 
 
-def with_capacity(choices: Choices, experts: int, capacity: float) -> tuple[Choices, jax.Array]:
+def with_capacity(choices: Choices, experts: int, capacity: float, priority: bool = False) -> tuple[Choices, jax.Array]:
     """(choices of which each expert has at most ceil(capacity x N k / E), the rest named no expert; their share).
 
     First choices of all tokens come before second ones, and of these earlier tokens before later ones (GShard, Lepikhin
-    et al. 2020, arXiv:2006.16668). Weights stay as they are: a token whose choice is dropped gets less.
+    et al. 2020, arXiv:2006.16668); with `priority` those of tokens of a larger weight, the largest of their k, before
+    those of others (batch prioritised routing: Riquelme et al. 2021, arXiv:2106.05974). Weights stay as they are: a
+    token whose choice is dropped gets less.
     """
     batch, length, k = choices.experts.shape
     room = math.ceil(capacity * batch * length * k / experts)
-    ranked = jnp.moveaxis(choices.experts.reshape(-1, k), 1, 0).reshape(-1)
+    flat = choices.experts.reshape(-1, k)
+    order = jnp.argsort(-choices.weights.max(-1).reshape(-1)) if priority else jnp.arange(len(flat))
+    ranked = flat[order].T.reshape(-1)
     one_hot = ranked[:, None] == jnp.arange(experts)
     place = jnp.where(one_hot, jnp.cumsum(one_hot, 0) - 1, 0).sum(1)
     named = one_hot.any(1)
-    kept = jnp.moveaxis((named & (place < room)).reshape(k, -1), 0, 1).reshape(batch, length, k)
+    fits = (named & (place < room)).reshape(k, -1).T
+    kept = jnp.zeros_like(fits).at[order].set(fits).reshape(batch, length, k)
     dropped = 1 - kept.sum() / jnp.maximum(named.sum(), 1)
     return choices._replace(experts=jnp.where(kept, choices.experts, experts)), dropped.astype(jnp.float32)
 

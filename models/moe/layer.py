@@ -27,7 +27,7 @@ class MoE(nnx.Module):
         Fine-grained experts (Dai et al. 2024, DeepSeekMoE, arXiv:2401.06066) are more and narrower, with a larger k.
     shared: so many more experts that every token has, as one layer (the same paper).
     capacity: None drops no choice; c lets an expert take ceil(c N k / E) of the batch's N k choices. The rest is
-        dropped (`dropped` is its share), by `with_capacity`.
+        dropped (`dropped` is its share), by `with_capacity`, which `priority` goes to.
     search, search_temperatures, search_entropy: for so many training batches, which expert stands where at the gate is
         searched (`LocalSearch`).
 
@@ -48,6 +48,7 @@ class MoE(nnx.Module):
         gated: bool = True,
         shared: int = 0,
         capacity: float | None = None,
+        priority: bool = False,
         search: int = 0,
         search_temperatures: tuple[float, float] = (0.1, 1e-3),
         search_entropy: float = 0.0,
@@ -69,7 +70,9 @@ class MoE(nnx.Module):
         self.experts = Experts(width, hidden, experts=experts, gated=gated, dtype=dtype, rngs=rngs)
         always = SwiGLU if gated else MLP
         self.shared = always(width, expansion=shared * expansion, dtype=dtype, rngs=rngs) if shared else None
-        self.capacity, self.dropout = capacity, dropout
+        if priority and capacity is None:
+            raise ValueError("ffn.priority=True is of what a capacity drops: set ffn.capacity")
+        self.capacity, self.priority, self.dropout = capacity, priority, dropout
         if search < 0:
             raise ValueError(f"ffn.search={search} must be at least 0")
         self.search = (
@@ -83,7 +86,7 @@ class MoE(nnx.Module):
         routing, aux = self.gate(x.astype(jnp.float32), context, gate_key)
         losses = aux["losses"]
         if self.search is None:
-            y, metrics = self.experts(x, routing, self.capacity)
+            y, metrics = self.experts(x, routing, self.capacity, self.priority)
         else:
             y, metrics = self._searched(x, routing, context.train)
             losses = {**losses, **(self.search.losses() if context.train else {})}
@@ -99,7 +102,7 @@ class MoE(nnx.Module):
         return y, {"losses": losses, "metrics": {**aux["metrics"], **metrics}}
 
     def _searched(self, x: jax.Array, routing: Routing, train: bool) -> tuple[jax.Array, dict]:
-        fixed = lambda: self.experts(x, self.search.hard(routing), self.capacity)
+        fixed = lambda: self.experts(x, self.search.hard(routing), self.capacity, self.priority)
         if not train:
             return fixed()
         mixed = lambda: self.experts(x, self.search.soft(routing, x.shape[:2]), None)

@@ -104,6 +104,11 @@ def test_capacity_drops_later_choices_first():
     kept, dropped = with_capacity(Choices(named, jnp.ones(named.shape)), 4, 1.0)
     assert kept.experts.tolist() == [[[0, 1], [0, 2], [0, 3], [4, 1], [4, 2], [3, 4]]]
     assert float(dropped) == 3 / 12
+    # By priority: the tokens of the largest weights are 4, 3 and 0, and of the others 5 has the larger.
+    weights = jnp.array([0.6, 0.1, 0.2, 0.7, 0.8, 0.3])[None, :, None] * jnp.array([1.0, 0.5])
+    kept, dropped = with_capacity(Choices(named, weights), 4, 1.0, priority=True)
+    assert kept.experts.tolist() == [[[0, 1], [4, 2], [4, 3], [0, 1], [0, 2], [3, 4]]]
+    assert float(dropped) == 3 / 12
     # ceil(0.7 x 12 / 4) = ceil(2.1) is 3 again.
     assert with_capacity(Choices(named, jnp.ones(named.shape)), 4, 0.7)[1] == dropped
 
@@ -369,6 +374,7 @@ def test_a_decoder_does_not_see_its_future_and_decodes_as_it_reads(name):
         ({"k": 5}, r"ffn.k=5 experts a token are more than ffn.experts=4"),
         ({"experts": 0}, r"ffn.experts=0 must be at least 1"),
         ({"capacity": 0.0}, r"ffn.capacity=0.0 must be above 0, or None: nothing is dropped"),
+        ({"priority": True}, r"ffn.priority=True is of what a capacity drops: set ffn.capacity"),
         ({"shared": -1}, r"ffn.shared=-1 must be at least 0"),
         ({"dropout": 1.0}, r"ffn.dropout=1.0 must be at least 0 and below 1"),
         ({"expansion": 0.0}, r"ffn.expansion=0.0 of a width of 12 leaves no hidden feature"),
