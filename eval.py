@@ -131,6 +131,8 @@ def _forgetting(run: pathlib.Path, config, dataset) -> dict[str, float]:
     stream = class_stream(config, dataset)
     with _reading(run / "metrics.jsonl"):
         tests = [entry for entry in read_metrics(run) if entry["kind"] == "test"]
+        # Behind a task, and at the end: more evaluations in between would find higher maxima.
+        tests = [entry for entry in tests[:-1] if stream and entry["step"] in stream.ends] + tests[-1:]
         if stream is None or not tests or not any(name.startswith(CLASS_ACCURACY) for name in tests[-1]):
             return {}
         reached = sum(end <= tests[-1]["step"] for end in stream.ends)

@@ -75,13 +75,17 @@ def _mixture(old: State, fresh: State, networks: Callable[[str], jax.Array]) -> 
             return networks(f"{layer}down/kernel")
         return leaf if ROUTER.search(name) else networks(name).mean(0)
 
-    if any(ROUTER.search(name) for name in flatten(old["params"])):
+    names = flatten(old["params"])
+    if any(ROUTER.search(name) for name in names):
         raise UserError("experts are made of feed-forward layers, and these are mixtures of experts already")
+    if any(BIAS.search(name) for name in names):
+        raise UserError("experts have no biases, and the feed-forward layers that they would be made of do: use swiglu")
     return _filled(old, fresh, value)
 
 
 # Of a mixture; the gate of a gated layer is a kernel.
 ROUTER = re.compile(r"ffn/gate/(?!kernel$)")
+BIAS = re.compile(r"ffn/(up|down)/bias$")
 
 
 def _of(state: State, name: str) -> jax.Array:

@@ -5,6 +5,7 @@ from itertools import islice
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lissom.compression.transforms import Transform, layer_paths, replace_layers
@@ -26,7 +27,7 @@ class ReadMe(Transform):
     `batches` batches of sequences whose domains are known.
 
     The paper's always-on channels are those in which all experts' halves agree, so that the data decides how many; the
-    shape of a network follows from settings here, hence their share is one. `seed` draws the router.
+    shape of a network follows from settings here, hence their share is one. The network's values draw the router.
     """
 
     def __init__(
@@ -39,9 +40,8 @@ class ReadMe(Transform):
         depth: int = 1,
         heads: int = 2,
         batches: int = 8,
-        seed: int = 0,
     ):
-        self.experts, self.share, self.common, self.batches, self.seed = experts, share, common, batches, seed
+        self.experts, self.share, self.common, self.batches = experts, share, common, batches
         self.router = {"width": width, "depth": depth, "heads": heads}
         if experts < 1 or batches < 1:
             raise UserError(f"read_me: experts and batches must be at least 1, got {experts}, {batches}")
@@ -54,7 +54,7 @@ class ReadMe(Transform):
         layers = layer_paths(module, (SwiGLU,))
         if len(layers) < len(module.blocks):
             raise UserError("read_me carves gated feed-forward layers: every layer needs ffn='swiglu'")
-        rngs = nnx.Rngs(self.seed)
+        rngs = nnx.Rngs(0)  # for shapes: `values` fills everything
 
         def carved(path: str, layer: SwiGLU) -> Carved:
             width, channels = layer.up.kernel.shape
@@ -73,15 +73,21 @@ class ReadMe(Transform):
             )
 
         network = replace_layers(module, (SwiGLU,), carved)
-        width = network.embed.table.shape[1]
-        return PreGated(network, Router(width, self.experts, **self.router, dtype=network.dtype, rngs=rngs))
+        return PreGated(network, self._router(network, rngs))
 
     def values(self, module: nnx.Module, source: nnx.Module, data: Iterable[dict]) -> nnx.Module:
         dense = layer_paths(source, (SwiGLU,))
         activity = self._activity(source, data)
         for number, (path, old) in enumerate(dense.items()):
             _carve(layer_paths(module.network, (Carved,))[path], old, activity[number])
+        # Networks of other seeds get other routers.
+        bits = np.asarray(source.embed.table[...], np.float32).view(np.uint32)
+        module.router = self._router(source, nnx.Rngs(int(bits.sum(dtype=np.uint64) % 2**31)))
         return module
+
+    def _router(self, network: LanguageModel, rngs: nnx.Rngs) -> Router:
+        width = network.embed.table.shape[1]
+        return Router(width, self.experts, **self.router, dtype=network.dtype, rngs=rngs)
 
     def _activity(self, source: nnx.Module, data: Iterable[dict]) -> jax.Array:
         """a [layers, D, H] of the module's docstring."""

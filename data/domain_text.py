@@ -15,8 +15,11 @@ domain's training text, byte b becomes
 
 so a frequent byte has several symbols (a homophonic cipher), rare ones share one, and every symbol of the training text
 has the frequency 1 / levels in every domain, up to the draw. What tells domains apart is which symbols follow which. No
-model can know the draw, so that each domain's loss has a floor above that of its bytes: `info["drawn_nats"]` is the
-part of the draw, the entropy of a symbol given the domain and the byte.
+model can know the draw: a domain's loss is at least `info["drawn_nats"]`, the entropy of a symbol given the domain and
+the byte.
+
+Texts are divided by pieces, each of which is there once: a module, a paragraph of a header or of a topic, a character's
+record. Within them words recur, as everywhere: field names of records, short sums.
 """
 
 import itertools
@@ -40,16 +43,17 @@ def domain_text(
     *,
     length: int = 128,
     levels: int = 64,
-    train_size: int = 2900,
+    train_size: int = 2700,
     test_size: int = 256,
     domains: tuple[str, ...] = ("python", "c", "english", "json", "arithmetic", "brackets"),
     tested: str = "",
     seed: int = 0,
 ) -> Content:
-    """Windows of T = length symbols of one domain each: `train_size` and `test_size` windows a domain, of text that
-    the two splits do not share. Labels are the inputs shifted by one; every position scores. `domains` float32 [D] is
-    one-hot: the domain, for what is counted of a network, not for the network. `tested` names the one domain of which
-    the test set is then; the training set and the alphabet stay the same.
+    """Windows of T = length symbols of one domain each: `train_size` and `test_size` windows a domain, of pieces
+    of text that the two splits have of their own; windows of the domains take turns. Labels are the inputs shifted by
+    one; every position scores. `domains` float32 [D] is one-hot: the domain, for what is counted of a network, not for
+    the network. `tested` names the one domain of which the test set is then; the training set and the alphabet stay the
+    same.
     """
     for name in domains:
         require(name in TEXTS, f"domain_text: there is no domain {name!r}{nearest(name, TEXTS)}")
@@ -79,7 +83,7 @@ def domain_text(
                 symbols = equalized(texts[stream], frequencies, levels, of_seed(2 + stream))
                 found[split][0].append(windows(symbols.tobytes(), length))
                 found[split][1].append(np.tile(np.eye(len(domains), dtype=np.uint8)[number], (size, 1)))
-    train, test = ({"text": np.concatenate(text), "domains": np.concatenate(domain)} for text, domain in found.values())
+    train, test = ({"text": _in_turns(text), "domains": _in_turns(domain)} for text, domain in found.values())
     info = {
         "vocab_size": levels,
         "chance": 1 / levels,
@@ -88,6 +92,11 @@ def domain_text(
         "python": platform.python_version(),
     }
     return Content(kind="tokens", train=train, test=test, info=info)
+
+
+def _in_turns(arrays: list[np.ndarray]) -> np.ndarray:
+    """The first row of each, then the second of each, ..."""
+    return np.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:])
 
 
 def equalized(text: np.ndarray, frequencies: np.ndarray, levels: int, rng: np.random.Generator) -> np.ndarray:
@@ -125,11 +134,11 @@ def python_text(rngs: Rngs, lengths: tuple[int, int]) -> Texts:
 def c_text(rngs: Rngs, lengths: tuple[int, int]) -> Texts:
     del rngs, lengths
     folder = Path(sysconfig.get_path("include"))
-    headers = [path.read_bytes() for path in sorted(folder.rglob("*.h"))]
+    headers = [part for path in sorted(folder.rglob("*.h")) for part in path.read_bytes().split(b"\n\n")]
     require(
         len(headers) >= 100,
-        f"domain_text: domain 'c' is the headers of Python, and {folder} has {len(headers)} of them; install them "
-        "(on Debian python3-dev), or leave it out of `domains`",
+        f"domain_text: domain 'c' is the headers of Python, and {folder} has none; install them (on Debian "
+        "python3-dev), or leave it out of `domains`",
     )
     return _divided(headers)
 
@@ -138,7 +147,8 @@ def english_text(rngs: Rngs, lengths: tuple[int, int]) -> Texts:
     del rngs, lengths
     from pydoc_data.topics import topics
 
-    return _divided([topics[name].encode() for name in sorted(topics)])
+    # Topics repeat whole sections of each other.
+    return _divided([part.encode() for name in sorted(topics) for part in topics[name].split("\n\n")])
 
 
 def json_text(rngs: Rngs, lengths: tuple[int, int]) -> Texts:
@@ -201,11 +211,11 @@ def _generated(lines: Callable[[np.random.Generator, int], str], rngs: Rngs, len
 
 
 def _divided(pieces: list[bytes]) -> Texts:
-    """A piece goes to the test text where that holds less than its share of the bytes so far, else to the training
-    text; a line between them."""
+    """A piece, each once, goes to the test text where that holds less than its share of the bytes so far, else to the
+    training text; a line between them."""
     parts, whole = ([], []), 0
     held = 0
-    for piece in pieces:
+    for piece in dict.fromkeys(pieces):
         whole += len(piece)
         tested = held + len(piece) <= TEST_SHARE * whole
         held += len(piece) * tested

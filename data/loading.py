@@ -34,7 +34,7 @@ DATASETS = {
     "dynamics": Definition(dynamics.dynamics),
     "gaussian_mixtures": Definition(gaussian_mixtures.gaussian_mixtures),
     "sequences": Definition(sequences.sequences, version="1.1.0", choice=("task", sequences.TASKS)),
-    "domain_text": Definition(domain_text.domain_text, facts=domain_text.facts),
+    "domain_text": Definition(domain_text.domain_text, version="1.1.0", facts=domain_text.facts),
     "stdlib_text": Definition(stdlib_text.stdlib_text, facts=stdlib_text.facts),
 }
 

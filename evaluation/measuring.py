@@ -16,7 +16,7 @@ import numpy as np
 
 from lissom.evaluation import costs, floors, memory, mixtures
 from lissom.evaluation.latency import latency_measurements, measure_interleaved
-from lissom.evaluation.metrics import METRICS, QUALITIES
+from lissom.evaluation.metrics import JUDGED, METRICS
 from lissom.evaluation.rows import Identity, Measurement, Provenance, Row, measure
 from lissom.models import tallies
 
@@ -92,7 +92,7 @@ def measure_subject(subject: Subject) -> None:
 
 def _test_means(subject: Subject, judge: Callable, settings: Mapping[str, Any], batches: Iterable[dict]):
     """What the objective judges of one test set. `settings`, by which it is another than the run's own, stand in the
-    conditions; of such a one there are only `QUALITIES`: what layers say of themselves they say of the run's own."""
+    conditions; of such a one there are only `JUDGED`: what layers say of themselves they say of the run's own."""
     totals: tallies.Totals = {}
     for batch in batches:
         tallies.add(totals, judge(subject.state, batch, jax.random.key(0)))
@@ -101,7 +101,7 @@ def _test_means(subject: Subject, judge: Callable, settings: Mapping[str, Any], 
         if name not in METRICS:  # what a layer of another package reports stands in metrics.jsonl
             continue
         name = "token_accuracy" if name == "accuracy" and tokens else name
-        if settings and name not in QUALITIES:
+        if settings and name not in JUDGED:
             continue
         value = mean if math.isfinite(mean) else None
         conditions = {"tokens" if tokens else "examples": int(count), **settings}

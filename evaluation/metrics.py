@@ -101,8 +101,11 @@ METRICS = {
 
 
 # What a network is worth, the first that rows have before the others: the metrics whose difference to the first variant
-# is shown, and those that further test sets are judged by.
+# is shown.
 QUALITIES = ("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "loss")
+
+# What objectives say of a test set, and not layers of themselves: what further test sets have.
+JUDGED = (*QUALITIES, "likelihood_gap", "adjusted_rand")
 
 
 def metric(name: str) -> Metric:

@@ -322,7 +322,9 @@ def configs_of(
     for variant in variants:
         settings = [(key, value) for key, value in variant.overrides if key != MODE]
         modes = [value for key, value in variant.overrides if key == MODE]
-        changed = overridden(of_mode(modes[-1]) if modes and of_mode else config, settings)
+        if modes and of_mode is None:
+            raise UserError(f"{variant.label}: the mode of a recipe is varied where the recipe is known: by compare.py")
+        changed = overridden(of_mode(modes[-1]) if modes else config, settings)
         check(changed)
         if tune and changed.data.order == "by_class":
             raise UserError("--tune trains for half the length, which for data.order='by_class' is half of the classes")

@@ -1,13 +1,14 @@
 """How often a cache of a few experts has the one that is wanted, for decoders that were trained.
 
     uv run scripts/expert_cache.py --runs='runs/compare/read_me/*' --runs='runs/compare/domains_moe/gate=top_k_*'
-        [--shares=0.25,0.5,0.75] [--windows=4,16,64] [--tokens=20000] --out=results/expert_cache
+        [--shares=0.34,0.5,0.84] [--windows=4,16,64] [--tokens=20000] --out=results/expert_cache
 
 Requests are those of test sequences, one after the other, token by token. A network of Read-ME wants one expert a token
 for all layers; a mixture of experts in each layer as many as its gate names, layer by layer, and an expert of one layer
 is another than that of the next. Its requests are known a layer ahead at best, so `lookahead`, which knows the next
-tokens, is simulated for Read-ME alone. `share` is that of all experts which the cache holds, so that it is the same of
-the memory of both. Cost is not simulated: a miss of Read-ME loads an expert of every layer.
+tokens, is simulated for Read-ME alone. `share` is that of all experts which the cache holds, rounded down to whole ones
+(one at least): `held` says how many of all there are. Cost is not simulated: a miss of Read-ME loads an expert of every
+layer.
 
 Rows: `hit_rate` for each run, share and policy (lru, lookahead with its window in tokens, belady: what no cache beats).
 """
@@ -58,7 +59,9 @@ def requests_of(parts, batches, tokens: int) -> tuple[list[int], int, int]:
         seen += chosen.shape[0] * chosen.shape[1]
         if seen >= tokens:
             break
-    each = round(len(found) / seen)
+    if not found:
+        raise UserError("its experts were wanted by no token")
+    each = max(1, round(len(found) / seen))
     return found[: tokens * each], experts * layers, each
 
 
@@ -69,20 +72,21 @@ def measurements(requests: Sequence[int], experts: int, each: int, shares, windo
 
     found = []
     for share in shares:
-        capacity = max(1, round(share * experts))
+        capacity = max(1, int(share * experts))
+        at = {"share": share, "held": f"{capacity} of {experts}"}
         policies = [("lru", 0, {}), ("belady", float("inf"), {})]
         if ahead:
             policies += [("lookahead", window * each, {"window": window}) for window in windows]
         for policy, window, conditions in policies:
             rate = hit_rate(requests, capacity, window=window)
-            found.append(measure("hit_rate", rate, share=share, policy=policy, **conditions))
+            found.append(measure("hit_rate", rate, policy=policy, **at, **conditions))
     return found
 
 
 def run(
     runs: Sequence[pathlib.Path | str],
     *,
-    shares: Sequence[float] = (0.25, 0.5, 0.75),
+    shares: Sequence[float] = (0.34, 0.5, 0.84),
     windows: Sequence[int] = (4, 16, 64),
     tokens: int = 20_000,
     out: pathlib.Path | None = None,
@@ -135,7 +139,7 @@ def run(
 def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_multi_string("runs", [], "directories of runs, or patterns; each may hold several")
-    flags.DEFINE_list("shares", ["0.25", "0.5", "0.75"], "of all experts, that the cache holds")
+    flags.DEFINE_list("shares", ["0.34", "0.5", "0.84"], "of all experts, that the cache holds")
     flags.DEFINE_list("windows", ["4", "16", "64"], "tokens that lookahead knows beforehand")
     flags.DEFINE_integer("tokens", 20_000, "of the test set")
     flags.DEFINE_string("out", None, "the directory of the rows and the table")

@@ -14,5 +14,17 @@ FAMILIES = {
     "dynamics": ("dynamics/mixer", {}),
     "language": ("language/recall_lm", {}),
     "meta_tokens": ("language/meta_tokens_lm", {}),
+    "branches": (
+        "language/domains_moe",
+        {
+            "model.ffn": "swiglu",
+            "transforms": ({"name": "branches", "count": 6},),
+            "objective": "branch_training",
+        },
+    ),
+    "read_me": (
+        "language/domains_moe",
+        {"model.ffn": "swiglu", "transforms": ({"name": "read_me", "experts": 6},)},
+    ),
     "block_transformer": ("language/recall_lm", {"model.name": "block_transformer"}),
 }

@@ -159,6 +159,8 @@ def assemble(
     def build(key: jax.Array) -> nnx.Module:
         model_key, own_key = jax.random.split(key)
         network = structure(build_network(config, facts, nnx.Rngs(model_key)))
+        if "meta_token" in facts and "meta" not in settings_of(type(network).__call__):
+            raise UserError("config.data.meta_tokens: the network behind config.transforms does not take meta-tokens")
         return objective.build(network, nnx.Rngs(own_key))
 
     def make(key: jax.Array) -> tuple[Tree, Tree, Tree]:

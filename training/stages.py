@@ -12,7 +12,9 @@ training batches), or by the converter, a function (old state, fresh state) -> s
 
 import inspect
 import itertools
+import json
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,7 @@ from jax.sharding import Mesh
 
 from lissom.models.registry import resolve
 from lissom.models.stack import stack_layers, unstack_layers
-from lissom.models.variables import Parts, flatten
+from lissom.models.variables import Parts, flatten, merge, split
 from lissom.training import sharding
 from lissom.training.building import Assembly, assemble
 from lissom.training.checkpoints import flat
@@ -97,16 +99,43 @@ def assembled(
         structure = structure_of(stage.config)
         pairs.append((stage, assemble(stage.config, facts, length, mesh, structure, offset=born - start)))
     for (_, before), (stage, after) in itertools.pairwise(pairs):
-        if stage.added and jax.process_count() > 1:
-            raise UserError(f"stage {stage.name!r} adds transforms, which is for one process")
+        if stage.added:
+            _check_added(stage, before, after, structure_of)
         check_carry(stage, before, after)
     return pairs
 
 
+def _check_added(stage: Stage, before: Assembly, after: Assembly, structure_of) -> None:
+    """Raises UserError where the transforms that a stage adds do not make its network of that of the stage before."""
+    where = f"stage {stage.name!r} adds transforms"
+    if jax.process_count() > 1:
+        raise UserError(f"{where}, which is for one process")
+    if before.stacks or after.stacks:
+        raise UserError(f"{where}, which go by layers that stand apart: set config.model.stack to 'loop' in both")
+    structure = structure_of(SimpleNamespace(transforms=stage.added))
+
+    def made():
+        trees = (before.shapes[kind] for kind in ("params", "stats", "frozen"))
+        zeros = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree) for tree in trees)
+        network = structure(before.objective.network(merge(Parts(before.graph, *zeros))))
+        return {kind: getattr(split(network), kind) for kind in ("params", "frozen")}
+
+    inside = "/".join((*after.objective.path, ""))
+    for kind, tree in jax.eval_shape(made).items():
+        have = {f"{inside}{name}": leaf.shape for name, leaf in flatten(tree).items()}
+        want = {name: leaf.shape for name, leaf in flatten(after.shapes[kind]).items() if _of_network(name, after)}
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise UserError(
+                    f"{where} to a network whose {name} has the shape {have.get(name)} behind them, and by the stage's "
+                    f"own settings {want.get(name)}: change the model in a stage of its own"
+                )
+
+
 def _added(before: Stage, stage: Stage) -> tuple:
     """The transforms of a stage that stand behind all of those of the stage before."""
-    had, has = (tuple(s.config.transforms) for s in (before, stage))
-    return () if stage.converter or has[: len(had)] != had else has[len(had) :]
+    had, has = (json.loads(json.dumps([dict(entry) for entry in s.config.transforms])) for s in (before, stage))
+    return () if stage.converter or has[: len(had)] != had else tuple(has[len(had) :])
 
 
 def final_config(config):

@@ -24,7 +24,7 @@ GATES = ("top_k", "noisy_top_k", "sigmoid_bias", "hash", "expert_choice", "soft"
 
 def get_config(arg: str = ""):
     config = base()
-    text = {"length": 64, "levels": 32, "train_size": 5800, "test_size": 256}
+    text = {"length": 64, "levels": 32, "train_size": 5500, "test_size": 256}
     config.data.update({"name": "domain_text", "batch_size": 48, "kwargs": {"domain_text": text}})
     config.model.update(
         {

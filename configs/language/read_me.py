@@ -22,6 +22,7 @@ def stages(dense: float, router: float, experts: float) -> tuple:
     carved = {"transforms": (CARVED,)}
     # Without a gradient a parameter would still decay.
     routing = {**carved, "objective": "router_tuning", "optim.decay": r"^router/.*kernel$"}
+    tuning = {**carved, "optim.decay": r"^network/.*(kernel|table)$"}
     stage = lambda name, duration, overrides: {
         "name": name,
         "duration": duration,
@@ -32,9 +33,9 @@ def stages(dense: float, router: float, experts: float) -> tuple:
     return (
         stage("dense", dense, {}),
         stage("router", router, routing),
-        stage("experts", experts, carved),
+        stage("experts", experts, tuning),
         stage("router again", router, routing),
-        stage("experts again", experts, carved),
+        stage("experts again", experts, tuning),
     )
 
 

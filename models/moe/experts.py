@@ -62,7 +62,8 @@ def with_capacity(choices: Choices, experts: int, capacity: float, priority: boo
 
     First choices of all tokens come before second ones, and of these earlier tokens before later ones (GShard, Lepikhin
     et al. 2020, arXiv:2006.16668); with `priority` those of tokens of a larger weight, the largest of their k, before
-    those of others (batch prioritised routing: Riquelme et al. 2021, arXiv:2106.05974). Weights stay as they are: a
+    those of others (batch prioritised routing: Riquelme et al. 2021, arXiv:2106.05974), for encoders: what is
+    dropped depends on later tokens then. Weights stay as they are: a
     token whose choice is dropped gets less.
     """
     batch, length, k = choices.experts.shape

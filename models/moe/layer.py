@@ -28,8 +28,8 @@ class MoE(nnx.Module):
     shared: so many more experts that every token has, as one layer (the same paper).
     capacity: None drops no choice; c lets an expert take ceil(c N k / E) of the batch's N k choices. The rest is
         dropped (`dropped` is its share), by `with_capacity`, which `priority` goes to.
-    search, search_temperatures, search_entropy: for so many training batches, which expert stands where at the gate is
-        searched (`LocalSearch`).
+    search, search_temperatures, search_entropy: for so many training batches (or micro-batches), which expert stands
+        where at the gate is searched (`LocalSearch`).
 
     The gate computes in float32. aux: the gate's losses, weighted; metrics load_entropy, max_load, dropped, the gate's
     own, and domain_use (`models/tallies.py`) where the context knows domains. Shazeer et al. 2017, arXiv:1701.06538;

@@ -27,7 +27,7 @@ ROUNDS = 30
 
 class LocalSearch(nnx.Module):
     """`soft(routing, shape)` and `hard(routing)`: the routing to experts in place of that to outputs of the gate;
-    `searching` says which is in force, `step(train)` goes on by one batch."""
+    `searching` says which is in force, `step()` goes on by one training batch (or micro-batch)."""
 
     def __init__(self, experts: int, *, steps: int, temperatures: tuple[float, float], entropy: float):
         first, last = temperatures
@@ -49,7 +49,9 @@ class LocalSearch(nnx.Module):
     def mixture(self) -> jax.Array:
         """P [outputs, experts], float32."""
         first, last = self.temperatures
-        temperature = first * (last / first) ** (self.done[...] / max(self.steps - 1, 1))
+        # Behind the search it stays: what is not used must not overflow either, or gradients are 0 x infinity.
+        share = jnp.minimum(self.done[...], self.steps - 1) / max(self.steps - 1, 1)
+        temperature = first * (last / first) ** share
         return sinkhorn(self.weights[...] / temperature)
 
     def losses(self) -> dict[str, jax.Array]:

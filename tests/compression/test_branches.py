@@ -133,6 +133,8 @@ def test_what_does_not_fit_is_one_sentence():
         filled(upcycled, network(), network(ffn="moe", ffn_kwargs={"moe": {"shared": 1}}))
     with pytest.raises(UserError, match="mixtures of experts already"):
         filled(upcycled, network(**MOE), network(**MOE))
+    with pytest.raises(UserError, match="experts have no biases"):
+        filled(upcycled, network(ffn="mlp"), network(ffn="moe", ffn_kwargs={"moe": {"experts": 3, "gated": False}}))
     with pytest.raises(UserError, match="layers of a network must stand apart"):
         Branches(count=2).structure(network(stack="scan"))
     with pytest.raises(UserError, match="without statistics"):

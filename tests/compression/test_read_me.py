@@ -126,6 +126,17 @@ def test_it_decodes_as_it_reads_and_does_not_see_the_future():
     assert module(TOKENS, domains=DOMAINS)[1]["metrics"]["domain_use"].sum() == 2 * 24
 
 
+def test_networks_of_other_seeds_get_other_routers():
+    kernels = []
+    for seed in (0, 0, 1):
+        source = lambda seed=seed: LanguageModel(vocab_size=11, width=12, depth=2, heads=2, rngs=nnx.Rngs(seed))
+        transform = ReadMe(experts=2, width=8)
+        kernels.append(
+            transform.values(transform.structure(source()), source(), iter([BATCH])).router.inner.kernel[...]
+        )
+    assert (kernels[0] == kernels[1]).all() and (kernels[0] != kernels[2]).any()
+
+
 def test_what_does_not_fit_is_one_sentence():
     with pytest.raises(UserError, match="every layer needs ffn='swiglu'"):
         ReadMe(experts=2).structure(network(ffn="mlp"))

@@ -78,11 +78,12 @@ def test_while_it_searches_an_output_is_a_mixture_and_has_a_gradient():
         y, aux = module(X, CONTEXT(train=True), KEY)
         return (y**2).sum(), (y, aux["losses"]["search_entropy"], p)
 
-    for done, searching in ((0, True), (1, True), (2, True), (3, False)):
+    for done, searching in ((0, True), (1, True), (2, True), (3, False), (10_000, False)):
         grads, (y, entropy, p) = jax.grad(run, has_aux=True)(parts.params, done)
         # t = 1, 1 / sqrt 10, 1 / 10
         if searching:
             close(p, sinkhorn(moe.search.weights[...] * 10 ** (done / 2)))
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
         assert bool((grads["search"]["weights"] != 0).any()) == searching
         close(entropy, 0.5 * float(-(p * jnp.log(p)).sum(-1).mean()) if searching else 0.0, 1e-4)
     # By hand, at t = 1: expert e in place of output i with P_ie.

@@ -38,6 +38,20 @@ def test_grid():
         script.grid(["model.mixer"])
 
 
+def test_modes_are_of_the_recipe_that_is_known():
+    variants = script.grid(["mode=tiny,other"])
+    asked = []
+
+    def of_mode(mode):
+        asked.append(mode)
+        return config(**{"model.depth": 2 if mode == "tiny" else 4})
+
+    found = script.configs_of(config(), variants, None, (), (), of_mode)
+    assert asked == ["tiny", "other"] and [c.model.depth for c in found.values()] == [2, 4]
+    with pytest.raises(UserError, match="the mode of a recipe is varied where the recipe is known"):
+        script.configs_of(config(), variants, None, (), ())
+
+
 def test_variants_beside_the_grid():
     wide = "wide: model.mixer=none model.mixer_kwargs.none={'a': 1}  model.width=128"
     variants = script.grid(["model.mixer=attention,none"], [wide])

@@ -120,6 +120,18 @@ def test_a_stage_that_adds_transforms_fills_them(tiny_run):
     assert quantized
 
 
+def test_a_stage_that_adds_transforms_to_another_network_is_an_error(tiny_run):
+    """Half of a network must not be drawn anew without a word."""
+    added = {"transforms": ({"name": "int8_weights"},), "model.channels": (4, 8)}
+    stages = (HALF, {"name": "b", "duration": 0.5, "optimizer": "reset", "overrides": added})
+    with pytest.raises(UserError, match="change the model in a stage of its own"):
+        tiny_run(RECIPE, **{"train.steps": 4, "stages": stages})
+    scanned = {"transforms": ({"name": "int8_weights"},), "model.stack": "loop"}
+    stages = (HALF, {"name": "b", "duration": 0.5, "optimizer": "reset", "overrides": scanned})
+    with pytest.raises(UserError, match="set config.model.stack to 'loop' in both"):
+        tiny_run("vision/mnist1d_transformer", **{"train.steps": 4, "stages": stages, "model.stack": "scan"})
+
+
 def test_what_the_network_froze_stays(tiny_run):
     frozen = {"transforms": ({"name": "int8_weights"},)}
     smooth = {"objective_kwargs": {"classification": {"label_smoothing": 0.1}}}

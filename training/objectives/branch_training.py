@@ -13,10 +13,14 @@ class BranchTraining(LanguageModelling):
     gradients of a run of its own, on as many sequences as the batch has of its domain. A branch whose domain is not in
     the batch has none. What is logged as `loss` is the mean over the domains of the batch.
 
-    For a network behind the transform `branches` with as many as the data has domains, and sequences of one domain
-    each. The optimizer is one: `optim.clip_norm` bounds the norm of all branches together. Micro-batches of a step
-    count alike, whatever domains they have. It is judged as an ensemble, which does not know the domain.
+    For a network behind the transform `branches`, without losses of its layers, with as many branches as the data has
+    domains, and sequences of one domain each. The optimizer is one: `optim.clip_norm` bounds the norm of all branches
+    together. Micro-batches of a step count alike, whatever domains they have. It is judged as an ensemble, which does
+    not know the domain.
     """
+
+    def __init__(self):
+        super().__init__()
 
     def prepare(self, facts):
         if "domains" not in facts:

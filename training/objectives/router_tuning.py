@@ -22,8 +22,8 @@ class RouterTuning(LanguageModelling):
     target is the paper leaves open.
     """
 
-    def __init__(self, *, temperature: float = 0.02, z_loss: float = 0.0):
-        super().__init__(z_loss=z_loss)
+    def __init__(self, *, temperature: float = 0.02):
+        super().__init__()
         if temperature <= 0:
             raise ValueError(f"objective.temperature={temperature} must be above 0")
         self.temperature = temperature
