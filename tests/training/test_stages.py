@@ -128,7 +128,7 @@ def test_a_stage_that_adds_transforms_to_another_network_is_an_error(tiny_run):
         tiny_run(RECIPE, **{"train.steps": 4, "stages": stages})
     scanned = {"transforms": ({"name": "int8_weights"},), "model.stack": "loop"}
     stages = (HALF, {"name": "b", "duration": 0.5, "optimizer": "reset", "overrides": scanned})
-    with pytest.raises(UserError, match="set config.model.stack to 'loop' in both"):
+    with pytest.raises(UserError, match=r"set config.model.stack to 'loop' in both"):
         tiny_run("vision/mnist1d_transformer", **{"train.steps": 4, "stages": stages, "model.stack": "scan"})
 
 
