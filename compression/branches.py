@@ -39,10 +39,7 @@ class Branches(Transform):
         self.count = count
 
     def structure(self, module: nnx.Module) -> nnx.Module:
-        try:
-            return Copies(module, self.count)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return Copies(module, self.count)
 
     def values(self, module: nnx.Module, source: nnx.Module, data) -> nnx.Module:
         del module, data

@@ -56,8 +56,11 @@ def structured(module: nnx.Module, transforms: Sequence[tuple[str, Transform]]) 
     UserError for a stack that is scanned."""
     if transforms and stacks(module):
         raise UserError(f"transform {transforms[0][0]!r} changes layers one by one: set config.model.stack to 'loop'")
-    for _, transform in transforms:
-        module = transform.structure(module)
+    for name, transform in transforms:
+        try:
+            module = transform.structure(module)
+        except ValueError as error:  # what a module says of its settings
+            raise UserError(f"transform {name!r}: {error}") from error
     return module
 
 

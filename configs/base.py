@@ -57,6 +57,27 @@ def base() -> ml_collections.ConfigDict:
     return config
 
 
+def decoder(**changes) -> dict:
+    """The fields of `config.model` for a `language` model of a recipe's own mixers, sizes and feed-forwards."""
+    fields = {
+        "name": "language",
+        "size": "small",
+        "mixer": "attention",
+        "mixer_kwargs": {"attention": {}},
+        "ffn": "swiglu",
+        "ffn_kwargs": {},
+        "norm": "rmsnorm",
+        "norm_kwargs": {},
+        "tied": True,
+        "embedding_multiplier": None,
+        "learned_positions": 0,
+        "dropout": 0.0,
+        "stack": None,
+        "remat": False,
+    }
+    return fields | changes
+
+
 def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """What every recipe's `tiny` mode shares: three steps of the smallest model, in seconds."""
     config.model.size = "tiny"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lissom.models.stack import stacks
-from lissom.models.variables import Parts, merge, split
+from lissom.models.variables import Parts, merge, repeat, split
 
 
 class Branches(nnx.Module):
@@ -25,7 +25,7 @@ class Branches(nnx.Module):
             raise ValueError("branches: the layers of a network must stand apart: set config.model.stack to 'loop'")
         if split(network).stats:
             raise ValueError("branches are of a network without statistics: each would have its own")
-        self.network, self.count = _repeated(network, count), count
+        self.network, self.count = repeat(network, count), count
 
     def __call__(
         self,
@@ -55,15 +55,3 @@ class Branches(nnx.Module):
 def _mean(aux: dict) -> dict:
     """Losses and metrics of the mapped networks, one of each."""
     return jax.tree.map(lambda leaf: leaf.mean(0), aux)
-
-
-def _repeated(network: nnx.Module, count: int) -> nnx.Module:
-    """Every variable of the module with a leading axis of `count`, in place."""
-    for _, node in list(nnx.iter_graph(network)):
-        if isinstance(node, nnx.Module):
-            for name, value in list(vars(node).items()):
-                if isinstance(value, nnx.Variable):
-                    axes = value.get_metadata().get("out_sharding")
-                    axes = {} if axes is None else {"out_sharding": (None, *axes)}
-                    setattr(node, name, type(value)(jnp.repeat(value[...][None], count, 0), **axes))
-    return network

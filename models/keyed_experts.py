@@ -8,7 +8,7 @@ from flax import nnx
 
 from lissom.models.bounds import at_least_one
 from lissom.models.ffn import NO_AUX
-from lissom.models.linear import KERNEL_INIT
+from lissom.models.linear import stacked_kernels
 from lissom.models.moe.routing import load_metrics
 from lissom.models.soft_top_k import soft_top_k
 from lissom.models.variables import Frozen, Param
@@ -133,8 +133,9 @@ class KeyedExperts(nnx.Module):
                 raise ValueError(f"model.{name}={value} must be at least 0")
         self.features = RandomFeatures(input_shape, filters=filters, kernel=kernel, pool=pool, dtype=dtype, rngs=rngs)
         width = self.features.size
-        drawn = [KERNEL_INIT(key, (width, classes), jnp.float32) for key in jax.random.split(rngs.params(), experts)]
-        self.kernel = Param(jnp.stack(drawn), out_sharding=("experts", "embed", "classes"))
+        self.kernel = Param(
+            stacked_kernels(experts, width, classes, rngs), out_sharding=("experts", "embed", "classes")
+        )
         self.bias = Param(jnp.zeros((experts, classes)), out_sharding=("experts", "classes"))
         keys = jax.random.normal(rngs.params(), (experts, width))
         keys = keys / (key_rate * jnp.linalg.norm(keys, axis=-1, keepdims=True))

@@ -14,6 +14,12 @@ from lissom.models.variables import Param
 KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
+def stacked_kernels(count: int, inputs: int, outputs: int, rngs: nnx.Rngs) -> jax.Array:
+    """float32 [count, inputs, outputs]: kernels of as many layers, each drawn as one alone."""
+    keys = jax.random.split(rngs.params(), count)
+    return jax.vmap(lambda key: KERNEL_INIT(key, (inputs, outputs), jnp.float32))(keys)
+
+
 class Linear(nnx.Module):
     """y[..., out] = x[..., in] W[in, out] + b[out]; `out` may be several axes, e.g. (heads, head_dim)."""
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lissom.models import ENVIRONMENT_GATES
 from lissom.models.bounds import at_least_one, shape_of
-from lissom.models.linear import KERNEL_INIT
+from lissom.models.linear import stacked_kernels
 from lissom.models.moe.routing import counts_of, load_metrics
 from lissom.models.registry import construct
 from lissom.models.variables import Param
@@ -71,9 +71,7 @@ class StackedLinear(nnx.Module):
     """E products with a parameter: kernel [E, inputs, outputs], bias [E, outputs] (None where there is none)."""
 
     def __init__(self, inputs: int, outputs: int, *, experts: int, axes: tuple, bias: bool = True, rngs: nnx.Rngs):
-        keys = jax.random.split(rngs.params(), experts)
-        kernels = jax.vmap(lambda key: KERNEL_INIT(key, (inputs, outputs), jnp.float32))(keys)
-        self.kernel = Param(kernels, out_sharding=("experts", *axes))
+        self.kernel = Param(stacked_kernels(experts, inputs, outputs, rngs), out_sharding=("experts", *axes))
         self.bias = Param(jnp.zeros((experts, outputs)), out_sharding=("experts", axes[1])) if bias else None
 
 

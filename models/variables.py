@@ -11,6 +11,7 @@ array, a stateful dropout) is an error at the split: random keys, caches and sta
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 # Logical axes are metadata for training/sharding.py; flax must not apply them while a module is built. Who makes a
@@ -128,16 +129,26 @@ def map_paths(function: Any, tree: Tree, prefix: tuple = ()) -> Tree:
 
 def freeze(module: nnx.Module) -> nnx.Module:
     """Turns every variable of the module into `Frozen`, in place, and returns it."""
+    return replace_variables(module, lambda variable, axes: Frozen(variable[...], **axes))
+
+
+def repeat(module: nnx.Module, count: int) -> nnx.Module:
+    """Gives every variable of the module a leading axis of `count` copies, in place, and returns it."""
+
+    def repeated(variable: nnx.Variable, axes: dict) -> nnx.Variable:
+        named = {name: (None, *names) for name, names in axes.items() if names is not None}
+        return type(variable)(jnp.repeat(variable[...][None], count, 0), **named)
+
+    return replace_variables(module, repeated)
+
+
+def replace_variables(module: nnx.Module, function: Any) -> nnx.Module:
+    """Puts function(variable, {"out_sharding": its logical axes} where it names them) in the place of every variable,
+    in place, and returns the module."""
     for _, node in list(nnx.iter_graph(module)):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
                 if isinstance(value, nnx.Variable):
-                    setattr(
-                        node,
-                        name,
-                        Frozen(
-                            value[...],
-                            **{k: v for k, v in value.get_metadata().items() if k == "out_sharding"},
-                        ),
-                    )
+                    axes = {key: axes for key, axes in value.get_metadata().items() if key == "out_sharding"}
+                    setattr(node, name, function(value, axes))
     return module

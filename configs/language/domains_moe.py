@@ -16,7 +16,7 @@ Sweep: model.ffn_kwargs.moe.gate=top_k,noisy_top_k,sigmoid_bias,hash,expert_choi
     model.ffn=moe,swiglu  data.kwargs.domain_text.levels
 """
 
-from lissom.configs.base import base, mode, tiny
+from lissom.configs.base import base, decoder, mode, tiny
 
 DOMAINS = ("python", "c", "english", "json", "arithmetic", "brackets")
 GATES = ("top_k", "noisy_top_k", "sigmoid_bias", "hash", "expert_choice", "soft", "dselect_k", "comet")
@@ -27,16 +27,12 @@ def get_config(arg: str = ""):
     text = {"length": 64, "levels": 32, "train_size": 5500, "test_size": 256}
     config.data.update({"name": "domain_text", "batch_size": 48, "kwargs": {"domain_text": text}})
     config.model.update(
-        {
-            "name": "language",
-            "size": "small",
-            "width": 32,
-            "depth": 3,
-            "mixer": "attention",
-            "mixer_kwargs": {"attention": {}},
-            "ffn": "moe",
+        decoder(
+            width=32,
+            depth=3,
+            ffn="moe",
             # A token goes through the same hidden width in both: 2 experts of expansion 2.
-            "ffn_kwargs": {
+            ffn_kwargs={
                 "moe": {
                     "gate": "top_k",
                     "gate_kwargs": {name: {} for name in GATES}
@@ -50,15 +46,7 @@ def get_config(arg: str = ""):
                 },
                 "swiglu": {"expansion": 4.0},
             },
-            "norm": "rmsnorm",
-            "norm_kwargs": {},
-            "tied": True,
-            "embedding_multiplier": None,
-            "learned_positions": 0,
-            "dropout": 0.0,
-            "stack": None,
-            "remat": False,
-        }
+        )
     )
     config.objective = "language_modelling"
     config.optim.update({"learning_rate": 1e-2, "weight_decay": 1e-2})

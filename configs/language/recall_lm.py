@@ -15,7 +15,7 @@ Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimina
     data.kwargs.sequences.pairs  data.meta_tokens=none,random (for meta_tokens, which is attention without)
 """
 
-from lissom.configs.base import base, mode, tiny
+from lissom.configs.base import base, decoder, mode, tiny
 
 RECALL = {"length": 64, "vocab_size": 64, "pairs": 8, "train_size": 50_000}
 SELECTORS = {
@@ -39,14 +39,12 @@ def get_config(arg: str = ""):
         }
     )
     config.model.update(
-        {
-            "name": "language",
-            "size": "",
-            "width": 64,
-            "depth": 2,
-            "heads": 2,
-            "mixer": "attention",
-            "mixer_kwargs": {
+        decoder(
+            size="",
+            width=64,
+            depth=2,
+            heads=2,
+            mixer_kwargs={
                 "attention": {},
                 "gqa": {},
                 "mla": {},
@@ -57,17 +55,7 @@ def get_config(arg: str = ""):
                 "token_elimination": {"keep": 0.5, "block": 4},
                 "meta_tokens": {},
             },
-            "ffn": "swiglu",
-            "ffn_kwargs": {},
-            "norm": "rmsnorm",
-            "norm_kwargs": {},
-            "tied": True,
-            "embedding_multiplier": None,
-            "learned_positions": 0,
-            "dropout": 0.0,
-            "stack": None,
-            "remat": False,
-        }
+        )
     )
     config.objective = "language_modelling"
     config.optim.update({"learning_rate": 3e-3, "weight_decay": 1e-2})

@@ -37,7 +37,7 @@ Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimina
     model.size=tiny,small,wide,medium  model.block_length=2,4,8  model.prefix=1,2  model.random_padding=True,False
 """
 
-from lissom.configs.base import base, mode, tiny
+from lissom.configs.base import base, decoder, mode, tiny
 
 # About a quarter of the scores at 128 tokens and blocks of 8; the papers' settings are for contexts 100 times as long.
 SELECTORS = {
@@ -58,11 +58,8 @@ def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "stdlib_text", "batch_size": 16, "kwargs": {"stdlib_text": {"length": 128}}})
     config.model.update(
-        {
-            "name": "language",
-            "size": "small",
-            "mixer": "attention",
-            "mixer_kwargs": {
+        decoder(
+            mixer_kwargs={
                 "attention": {},
                 "gqa": {"kv_heads": 2},
                 "mla": {},
@@ -73,17 +70,7 @@ def get_config(arg: str = ""):
                 "token_elimination": {"keep": 0.5, "block": 8},
                 "meta_tokens": {},
             },
-            "ffn": "swiglu",
-            "ffn_kwargs": {},
-            "norm": "rmsnorm",
-            "norm_kwargs": {},
-            "tied": True,
-            "embedding_multiplier": None,
-            "learned_positions": 0,
-            "dropout": 0.0,
-            "stack": None,
-            "remat": False,
-        }
+        )
     )
     config.objective = "language_modelling"
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})

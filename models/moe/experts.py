@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from lissom.models.bounds import UnsupportedForm
-from lissom.models.linear import KERNEL_INIT
+from lissom.models.linear import stacked_kernels
 from lissom.models.moe.routing import Choices, Everyone, Picks, Routing, Slots
 from lissom.models.shapes import BATCH
 from lissom.models.variables import Param
@@ -29,9 +29,7 @@ class Experts(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, experts: int, gated: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         def stacked(inputs: int, outputs: tuple[int, ...], axes: tuple) -> Param:
-            keys = jax.random.split(rngs.params(), experts)
-            shape = (inputs, math.prod(outputs))
-            kernels = jax.vmap(lambda key: KERNEL_INIT(key, shape, jnp.float32))(keys)
+            kernels = stacked_kernels(experts, inputs, math.prod(outputs), rngs)
             return Param(kernels.reshape(experts, inputs, *outputs), out_sharding=("experts", *axes))
 
         self.inner = stacked(width, (2 if gated else 1, hidden), ("embed", None, "mlp"))

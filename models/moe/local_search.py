@@ -10,8 +10,8 @@ with a temperature t that falls geometrically, so that P comes near a permutatio
 sum_i W_i,s(i), is fixed, and output i is expert s(i). While it searches every expert is computed on every token, as
 dense as the gates with trees are.
 
-What the paper leaves open, or the authors' code has otherwise: their temperatures fall from 1e-3 to 1e-7, for rates of
-learning near 1e-3; here both ends are settings. One permutation serves all trees of COMET. No noise is added to W.
+What the paper leaves open, or the authors' code has otherwise: their temperatures fall from 1e-3 to 1e-7, here both
+ends are settings. One permutation serves all trees of COMET. No noise is added to W.
 """
 
 import jax

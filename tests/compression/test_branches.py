@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from lissom.compression.branches import Branches, averaged, mixed, upcycled
+from lissom.compression.transforms import structured
 from lissom.models.language import LanguageModel
 from lissom.models.variables import flatten, map_paths, merge, split
 from lissom.training.errors import UserError
@@ -135,10 +136,14 @@ def test_what_does_not_fit_is_one_sentence():
         filled(upcycled, network(**MOE), network(**MOE))
     with pytest.raises(UserError, match="experts have no biases"):
         filled(upcycled, network(ffn="mlp"), network(ffn="moe", ffn_kwargs={"moe": {"experts": 3, "gated": False}}))
-    with pytest.raises(UserError, match="layers of a network must stand apart"):
+    with pytest.raises(UserError, match=r"set config.model.stack to 'loop'"):
+        structured(network(stack="scan"), [("branches", Branches(count=2))])
+    with pytest.raises(ValueError, match="layers of a network must stand apart"):
         Branches(count=2).structure(network(stack="scan"))
     with pytest.raises(UserError, match="without statistics"):
-        Branches(count=2).structure(network(**MOE))
+        structured(network(**MOE), [("branches", Branches(count=2))])
+    with pytest.raises(UserError, match="count must be at least 1, got 0"):
+        structured(network(), [("branches", Branches(count=0))])
     with pytest.raises(UserError, match="data that names domains"):
         BranchTraining().prepare({})
     for wrong in (network(), Branches(count=2).structure(network())):

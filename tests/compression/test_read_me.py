@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from lissom.compression.read_me import ReadMe
+from lissom.compression.transforms import structured
 from lissom.models.bounds import UnsupportedForm
 from lissom.models.context import Context
 from lissom.models.language import LanguageModel
@@ -153,6 +154,8 @@ def test_what_does_not_fit_is_one_sentence():
         ReadMe(experts=0)
     with pytest.raises(UserError, match="would be common, 1 active"):
         ReadMe(experts=2, share=0.04, common=0.01).structure(network())
+    with pytest.raises(UserError, match=r"transform 'read_me': .*heads=0"):
+        structured(network(), [("read_me", ReadMe(experts=2, heads=0))])
     with pytest.raises(UserError, match="needs the transform 'read_me'"):
         RouterTuning().build(network(), None)
     with pytest.raises(ValueError, match=r"objective.temperature=0 must be above 0"):
