@@ -13,7 +13,8 @@ from lissom.models.bounds import UnsupportedForm
 from lissom.models.context import Context
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Linear, dropout
-from lissom.models.moe.experts import Experts, activated
+from lissom.models.moe.experts import Experts
+from lissom.models.moe.forms import activated
 from lissom.models.moe.routing import Choices, counts_of, load_metrics, used
 from lissom.models.transformer import Transformer
 from lissom.models.variables import Frozen

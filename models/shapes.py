@@ -13,7 +13,7 @@ Logical axes name what a parameter's dimension *is*; `training/sharding.py` maps
 """
 
 # The mesh axes that split the batch; the rest of the mesh is the affair of training/sharding.py.
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp", "expert")
 
 LOGICAL_AXES = (
     "layers",

@@ -147,7 +147,7 @@ def batch_split(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "fsdp" not in mesh.axis_names:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(name for name in BATCH if name in mesh.axis_names)))
 
 
 def _layer_call(graph: nnx.GraphDef, remat: bool) -> Callable:

@@ -2,7 +2,7 @@
 
 data      splits the batch                          tensor     splits heads, hidden widths, vocabulary
 fsdp      splits the batch and every parameter      sequence   splits the tokens of a sequence
-expert    splits experts
+expert    splits the batch and experts
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
 
 def batch_ways(mesh: Mesh) -> int:
     """In how many parts the batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int, processes: int) -> None:
@@ -71,14 +71,14 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, processes: int) ->
     ways = batch_ways(mesh) * accumulate
     if batch_size % ways:
         raise UserError(
-            f"config.data.batch_size={batch_size} must be a multiple of {ways}: data x fsdp axes "
+            f"config.data.batch_size={batch_size} must be a multiple of {ways}: data x fsdp x expert axes "
             f"{batch_ways(mesh)} x accumulate {accumulate}"
         )
     if batch_ways(mesh) % processes:
         # Two processes that hold the same rows would have to read the same examples.
         raise UserError(
-            f"the data x fsdp axes of the mesh split the batch {batch_ways(mesh)} ways, which must be a multiple of "
-            f"the {processes} processes"
+            f"the data x fsdp x expert axes of the mesh split the batch {batch_ways(mesh)} ways, which must be a "
+            f"multiple of the {processes} processes"
         )
 
 
@@ -101,7 +101,7 @@ def put(tree: Any, places: Any) -> Any:
 
 
 def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """Rows over data and fsdp; the second axis of token arrays over sequence."""
+    """Rows over the axes of `BATCH`; the second axis of token arrays over sequence."""
 
     def place(leaf: Any) -> NamedSharding:
         tokens = mesh.shape["sequence"] > 1 and leaf.ndim == 2 and leaf.shape[1] % mesh.shape["sequence"] == 0

@@ -28,6 +28,8 @@ class MoE(nnx.Module):
     shared: so many more experts that every token has, as one layer (the same paper).
     capacity: None drops no choice; c lets an expert take ceil(c N k / E) of the batch's N k choices. The rest is
         dropped (`dropped` is its share), by `with_capacity`, which `priority` goes to.
+    buffer: on a mesh with an axis `expert`, how many times their even share devices send each other in one round; a
+        layer that is loaded unevenly needs several (`models/moe/devices.py`). Nothing is dropped by it.
     search, search_temperatures, search_entropy: for so many training batches (or micro-batches), which expert stands
         where at the gate is searched (`LocalSearch`).
 
@@ -49,6 +51,7 @@ class MoE(nnx.Module):
         shared: int = 0,
         capacity: float | None = None,
         priority: bool = False,
+        buffer: float = 1.5,
         search: int = 0,
         search_temperatures: tuple[float, float] = (0.1, 1e-3),
         search_entropy: float = 0.0,
@@ -62,12 +65,14 @@ class MoE(nnx.Module):
             raise ValueError(f"ffn.shared={shared} must be at least 0")
         if capacity is not None and not 0 < capacity < math.inf:
             raise ValueError(f"ffn.capacity={capacity} must be above 0, or None: nothing is dropped")
+        if not 0 < buffer < math.inf:
+            raise ValueError(f"ffn.buffer={buffer} must be above 0")
         hidden = round(expansion * width * 2 / 3 if gated else expansion * width)
         if hidden < 1:
             raise ValueError(f"ffn.expansion={expansion} of a width of {width} leaves no hidden feature")
         given = {"k": k} if "k" in settings_of(resolve(GATES, gate, "gate")) else {}
         self.gate = construct(GATES, gate, gate_kwargs, "gate", width=width, experts=experts, rngs=rngs, **given)
-        self.experts = Experts(width, hidden, experts=experts, gated=gated, dtype=dtype, rngs=rngs)
+        self.experts = Experts(width, hidden, experts=experts, gated=gated, buffer=buffer, dtype=dtype, rngs=rngs)
         always = SwiGLU if gated else MLP
         self.shared = always(width, expansion=shared * expansion, dtype=dtype, rngs=rngs) if shared else None
         if priority and capacity is None:

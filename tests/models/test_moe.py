@@ -137,32 +137,6 @@ def test_no_tokens_to_any_expert():
     assert not y.any() and not pull(jnp.ones_like(y))[0].any()
 
 
-def test_on_a_mesh_as_on_one_device():
-    """Sequences over two devices, experts over two, their hidden width over two: the output, and every gradient."""
-    moe = layer(settings={"balance": 1.0}, shared=1)
-    parts = split(moe)
-
-    def loss(params, x):
-        y, aux = merge(parts._replace(params=params))(x, CAUSAL(train=True))
-        return (y**2).sum() + aux["losses"]["balance"], y
-
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    names = ("data", "fsdp", "tensor", "expert")
-    mesh = jax.make_mesh((2, 1, 2, 2), names, (jax.sharding.AxisType.Auto,) * 4)
-    (_, y), grads = run(parts.params, X)
-    with jax.set_mesh(mesh):
-        (_, split_y), split_grads = run(parts.params, X)
-    close(split_y, y)
-    jax.tree.map(close, split_grads, grads)
-
-
-def test_experts_that_the_mesh_does_not_divide():
-    mesh = jax.make_mesh((2, 4), ("data", "expert"), (jax.sharding.AxisType.Auto,) * 2)
-    moe = layer(experts=6)
-    with jax.set_mesh(mesh), pytest.raises(UnsupportedForm, match=r"ffn.experts=6 must be a multiple of the 4 devices"):
-        jax.jit(lambda x: moe(x, CAUSAL())[0])(X)
-
-
 # ---- gates ------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"soft": {"slots": 2}}

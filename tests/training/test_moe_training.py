@@ -23,14 +23,15 @@ BATCH = {
 
 
 @functools.cache
-def one_step(gate: str, settings: tuple, devices: int, accumulate: int):
+def one_step(gate: str, settings: tuple, devices: int, accumulate: int, expert: int = 1):
     """({name: parameter after a step of gradient descent}, metrics, {name: statistic})."""
     moe = {"gate": gate, "gate_kwargs": {gate: dict(settings)}, "experts": 4, "k": 1}
     given = [
         ("optim.name", "sgd"),
         ("optim.learning_rate", 1.0),
         ("optim.accumulate", accumulate),
-        ("mesh.data", devices),
+        ("mesh.data", devices // expert),
+        ("mesh.expert", expert),
     ]
     given += [("model.ffn", "moe"), ("model.ffn_kwargs", {"moe": moe}), ("model.depth", 1)]
     config = overridden(load_recipe("configs/language/recall_lm.py:tiny"), given)
@@ -47,8 +48,8 @@ def one_step(gate: str, settings: tuple, devices: int, accumulate: int):
 
 def test_balance_over_ranks_and_micro_batches_is_that_of_the_batch():
     whole = one_step("top_k", (("balance", 1.0),), 1, 1)
-    for devices, accumulate in ((1, 4), (8, 2)):
-        parts = one_step("top_k", (("balance", 1.0),), devices, accumulate)
+    for devices, accumulate, expert in ((1, 4, 1), (8, 2, 4)):
+        parts = one_step("top_k", (("balance", 1.0),), devices, accumulate, expert)
         assert parts[1]["balance"] == pytest.approx(whole[1]["balance"], abs=1e-5)
         for name, value in whole[0].items():
             np.testing.assert_allclose(parts[0][name], value, atol=2e-5, err_msg=f"{devices} {accumulate} {name}")
