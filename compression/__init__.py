@@ -4,6 +4,7 @@ has two halves and is driven by settings or by path rules."""
 TRANSFORMS = {
     "int8_weights": "lissom.compression.weight_only:Int8Weights",
     "branches": "lissom.compression.branches:Branches",
+    "bricks": "lissom.compression.bricks:Bricks",
     "read_me": "lissom.compression.read_me:ReadMe",
     "yarn": "lissom.compression.positions:Yarn",
     "zero_meta_positions": "lissom.compression.positions:ZeroMetaPositions",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lissom.compression.channels import Recorder, copy_channels
 from lissom.compression.transforms import Transform, layer_paths, replace_layers
 from lissom.models.ffn import SwiGLU
 from lissom.models.language import LanguageModel
@@ -91,7 +92,7 @@ class ReadMe(Transform):
 
     def _activity(self, source: nnx.Module, data: Iterable[dict]) -> jax.Array:
         """a [layers, D, H] of the module's docstring."""
-        recorded = replace_layers(merge(split(source)), (SwiGLU,), lambda _, layer: Recorder(layer))
+        recorded = replace_layers(merge(split(source)), (SwiGLU,), lambda _, layer: Recorder(layer, mean=True))
         parts = split(recorded)
         run = jax.jit(lambda inputs: merge(parts)(inputs)[1]["metrics"]["activity"])
         total = None
@@ -108,17 +109,6 @@ class ReadMe(Transform):
         return total / jnp.maximum(total.sum(-1, keepdims=True), 1e-30)
 
 
-class Recorder(nnx.Module):
-    """A gated layer that says how active its channels are: mean over tokens of |activation|, [B, H]."""
-
-    def __init__(self, layer: SwiGLU):
-        self.layer = layer
-
-    def __call__(self, x: jax.Array, context, key: jax.Array | None = None):
-        y, _ = self.layer(x, context, key)
-        return y, {"losses": {}, "metrics": {"activity": jnp.abs(self.layer.inner(x)).mean(1)}}
-
-
 def _carve(new: Carved, old: SwiGLU, activity: jax.Array) -> None:
     """Copies the channels that `activity` [D, H] chooses."""
     count, hidden = new.common_channels.shape[0], new.channels.shape[1]
@@ -127,6 +117,5 @@ def _carve(new: Carved, old: SwiGLU, activity: jax.Array) -> None:
     own = jax.lax.top_k(rest, hidden)[1]
     gate, up, down = (layer.kernel[...] for layer in (old.gate, old.up, old.down))
     new.gate.kernel[...], new.up.kernel[...], new.down.kernel[...] = gate[:, common], up[:, common], down[common]
-    inner = jnp.stack([gate[:, own], up[:, own]], 2)  # [M, E, 2, F]
-    new.experts.inner[...], new.experts.down[...] = jnp.moveaxis(inner, 1, 0), down[own]
+    copy_channels(new.experts, old, own)
     new.common_channels[...], new.channels[...] = common.astype(jnp.int32), own.astype(jnp.int32)

@@ -26,5 +26,9 @@ FAMILIES = {
         "language/domains_moe",
         {"model.ffn": "swiglu", "transforms": ({"name": "read_me", "experts": 6},)},
     ),
+    "bricks": (
+        "language/domains_moe",
+        {"model.ffn": "swiglu", "transforms": ({"name": "bricks", "bricks": 5, "k": 2},)},
+    ),
     "block_transformer": ("language/recall_lm", {"model.name": "block_transformer"}),
 }

@@ -1,0 +1,41 @@
+"""Bricks: a dense decoder whose feed-forward channels are put into groups, of which a token has a quarter, in one run.
+
+Paper: Zhang et al. 2022, MoEfication, arXiv:2110.01786; Xiao et al. 2024, Configurable Foundation Models,
+    arXiv:2409.02877.
+Command: uv run train.py --config=configs/language/bricks.py (or :weights, :random, :dense behind the recipe: groups of
+    channels with similar columns; drawn ones; no groups)
+Time: not measured. Result: not measured.
+results/bricks_tuned: uv run scripts/compare.py --config=configs/language/bricks.py \
+    --vary=mode=dense,coactivation,weights,random --tune=optim.learning_rate=3e-3,1e-2,3e-2
+results/bricks: uv run scripts/bricks.py --runs='runs/compare/bricks_tuned/mode=dense_*' --out=results/bricks
+Sweep: train.steps
+"""
+
+from lissom.configs.base import mode
+from lissom.configs.language import domains_moe
+
+WAYS = ("coactivation", "weights", "random")
+MODES = (*WAYS, "dense", "tiny")
+BRICKS, K = 16, 4
+
+
+def get_config(arg: str = ""):
+    chosen = mode(arg, MODES) or "coactivation"
+    tiny = chosen == "tiny"
+    config = domains_moe.get_config("tiny" if tiny else "")
+    config.model.ffn = "swiglu"
+    config.model.ffn_kwargs.swiglu.expansion = 12.0  # 256 channels
+    if chosen != "dense":
+        by = "coactivation" if tiny else chosen
+        made = {"name": "bricks", "bricks": BRICKS, "k": K, "by": by}
+        config.stages = (
+            {"name": "dense", "duration": 1 if tiny else 0.8, "schedule": "stage"},
+            {
+                "name": "bricks",
+                "duration": 2 if tiny else 0.2,
+                "overrides": {"transforms": (made,)},
+                "optimizer": "reset",
+                "schedule": "stage",
+            },
+        )
+    return config
