@@ -1,6 +1,7 @@
 """The transform that puts the channels of trained feed-forward layers into bricks (`models/bricks.py`)."""
 
 import functools
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import optax
 from flax import nnx
 
 from lissom.compression import partitions
-from lissom.compression.channels import Recorder, copy_channels
+from lissom.compression.channels import copy_channels, recorded
 from lissom.compression.transforms import Transform, layer_paths, replace_layers
 from lissom.models.bricks import Bricked, Scores
 from lissom.models.ffn import SwiGLU
@@ -25,17 +26,19 @@ WAYS = ("coactivation", "weights", "random")
 class Bricks(Transform):
     """Every gated feed-forward layer of H channels becomes `bricks` of H / bricks, of which a token has `k`.
 
-    by: coactivation   channels that are active on the same tokens, active being among the `active` (share) most active
-                       ones of a token (`partitions.graph_parts`)
-        weights        channels whose columns of the gate's kernel are alike (`partitions.balanced_k_means`)
+    by: coactivation   channels that are active on the same tokens, active being among the `active` (share, None: a
+                       tenth) most active ones of a token (`partitions.graph_parts`)
+        weights        channels whose columns of the gate's kernel, at length 1, are alike
+                       (`partitions.balanced_k_means`)
         random         drawn: what the others must beat
-    router, router_width, router_steps: of `models/bricks.py`; "learned" is fitted here, by so many steps of Adam on
-        cross-entropy with the bricks' shares of a token's |activation|.
+    router, router_width, router_steps: of `models/bricks.py`; "learned" is fitted here, by so many (None: 500) steps of
+        Adam on cross-entropy with the bricks' shares of a token's |activation|.
     batches: of data, which layers are watched on. `seed`: of what is drawn.
 
     Source: Zhang et al. 2022, MoEfication, arXiv:2110.01786, for ReLU layers without a gate, whose activity has zeros.
     A network with ReLUs is not needed here: what is active is a share, and activity is |silu(x Wg) (x Wu)|. The paper
-    leaves the router's loss and width open.
+    leaves the router's loss and width open; the authors' code has binary cross-entropy with scores over their maximum,
+    a width of the number of experts, no biases, centres as first values, and inputs of length 1.
     """
 
     def __init__(
@@ -44,15 +47,21 @@ class Bricks(Transform):
         bricks: int,
         k: int,
         by: str = "coactivation",
-        active: float = 0.1,
+        active: float | None = None,
         router: str = "learned",
-        router_width: int = 32,
-        router_steps: int = 500,
+        router_width: int | None = None,
+        router_steps: int | None = None,
         batches: int = 8,
         seed: int = 0,
     ):
         if by not in WAYS:
             raise UserError(f"bricks: by={by!r} is none of {', '.join(WAYS)}")
+        if active is not None and by != "coactivation":
+            raise UserError(f"bricks: active={active} is of by='coactivation', not of {by!r}")
+        if router != "learned" and not router_width is router_steps is None:
+            raise UserError(f"bricks: router_width and router_steps are of router='learned', not of {router!r}")
+        active = 0.1 if active is None else active
+        router_width, router_steps = (32 if router_width is None else router_width), (router_steps or 500)
         if not 0 < active <= 1:
             raise UserError(f"bricks: active={active} must be above 0 and at most 1")
         least = {"bricks": bricks, "router_width": router_width, "router_steps": router_steps, "batches": batches}
@@ -66,6 +75,11 @@ class Bricks(Transform):
         if not layer_paths(module, (SwiGLU,)):
             raise UserError("bricks are made of gated feed-forward layers, such as ffn='swiglu', and there are none")
         rngs = nnx.Rngs(0)  # for shapes: `values` fills everything
+        for path in layer_paths(module, (SwiGLU,)):
+            if not re.search(r"(^|/)blocks/\d+/ffn$", path):
+                raise UserError(
+                    f"bricks are made of the feed-forward layers of blocks; {path} is part of another layer"
+                )
 
         def bricked(path: str, layer: SwiGLU) -> Bricked:
             width, channels = layer.up.kernel.shape
@@ -89,14 +103,14 @@ class Bricks(Transform):
         watched = watch(source, islice(data, self.batches))
         new, rng = layer_paths(module, (Bricked,)), np.random.default_rng(self.seed)
         for number, (path, old) in enumerate(layer_paths(source, (SwiGLU,)).items()):
-            inputs, activity = watched.inputs[number], watched.activity[number]
+            inputs, activity = watched[path]
             parts = self.partition(old, activity, rng)
             channels = partitions.numbered(parts, self.bricks)
             layer = new[path]
             copy_channels(layer.experts, old, jnp.asarray(channels))
             layer.channels[...] = jnp.asarray(channels, jnp.int32)
             if layer.centres is not None:
-                layer.centres[...] = old.gate.kernel[...][:, channels].mean(2).T.astype(jnp.float32)
+                layer.centres[...] = _unit(old)[:, channels].mean(2).T.astype(jnp.float32)
             if layer.learned is not None:
                 shares = activity[:, channels].sum(2)
                 shares /= np.maximum(shares.sum(1, keepdims=True), 1e-30)
@@ -108,7 +122,7 @@ class Bricks(Transform):
         if self.by == "random":
             return partitions.random(activity.shape[1], self.bricks, rng)
         if self.by == "weights":
-            return partitions.balanced_k_means(np.asarray(layer.gate.kernel[...], np.float64).T, self.bricks, rng)
+            return partitions.balanced_k_means(_unit(layer).T, self.bricks, rng)
         together = partitions.coactivation(partitions.active(activity, self.active))
         return partitions.graph_parts(together, self.bricks, rng)
 
@@ -120,24 +134,29 @@ class Bricks(Transform):
 
 
 class Watched(NamedTuple):
-    """What the L gated layers of a network saw and did on N tokens: inputs [L, N, M], activity [L, N, H]."""
+    """What a gated layer saw and did on N tokens: inputs [N, M], activity [N, H]."""
 
     inputs: np.ndarray
     activity: np.ndarray
 
 
-def watch(source: nnx.Module, batches: Iterable[dict]) -> Watched:
-    """UserError without data, or where layers are of different sizes."""
-    parts = split(replace_layers(merge(split(source)), (SwiGLU,), lambda _, layer: Recorder(layer)))
-    run = jax.jit(lambda inputs: merge(parts)(inputs)[1]["metrics"])
-    found = []
+def watch(source: nnx.Module, batches: Iterable[dict]) -> dict[str, Watched]:
+    """{path of a gated layer: what it did}. UserError without data."""
+    run, found = recorded(source), []
+    flat = lambda x: np.asarray(x, np.float32).reshape(-1, x.shape[-1])
     for batch in batches:
         told = run(batch["inputs"])
-        flat = lambda x: np.asarray(x, np.float32).reshape(len(x), -1, x.shape[-1])
-        found.append(Watched(flat(told["inputs"]), flat(told["activity"])))
+        found.append({path: Watched(flat(of["inputs"]), flat(of["activity"])) for path, of in told.items()})
     if not found:
         raise UserError("bricks are made by what layers do on data, and there is none here")
-    return Watched(*(np.concatenate(each, 1) for each in zip(*found, strict=True)))
+    join = lambda path: (np.concatenate(parts) for parts in zip(*(of_batch[path] for of_batch in found), strict=True))
+    return {path: Watched(*join(path)) for path in found[0]}
+
+
+def _unit(layer: SwiGLU) -> np.ndarray:
+    """float64 [M, H]: the columns of the gate, each at length 1."""
+    kernel = np.asarray(layer.gate.kernel[...], np.float64)
+    return kernel / np.maximum(np.linalg.norm(kernel, axis=0), 1e-30)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "steps", "rows"))

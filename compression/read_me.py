@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lissom.compression.channels import Recorder, copy_channels
+from lissom.compression.channels import copy_channels, recorded
 from lissom.compression.transforms import Transform, layer_paths, replace_layers
 from lissom.models.ffn import SwiGLU
 from lissom.models.language import LanguageModel
 from lissom.models.read_me import Carved, PreGated, Router
-from lissom.models.variables import merge, split
 from lissom.training.errors import UserError
 
 
@@ -92,9 +91,7 @@ class ReadMe(Transform):
 
     def _activity(self, source: nnx.Module, data: Iterable[dict]) -> jax.Array:
         """a [layers, D, H] of the module's docstring."""
-        recorded = replace_layers(merge(split(source)), (SwiGLU,), lambda _, layer: Recorder(layer, mean=True))
-        parts = split(recorded)
-        run = jax.jit(lambda inputs: merge(parts)(inputs)[1]["metrics"]["activity"])
+        run = recorded(source, mean=True)
         total = None
         for batch in islice(data, self.batches):
             if "domains" not in batch:
@@ -102,7 +99,8 @@ class ReadMe(Transform):
             found = batch["domains"].shape[-1]
             if found != self.experts:
                 raise UserError(f"read_me: there must be an expert for each of the data's {found} domains")
-            of_batch = jnp.einsum("bd,lbh->ldh", batch["domains"], run(batch["inputs"]))
+            activity = jnp.stack([told["activity"] for told in run(batch["inputs"]).values()])
+            of_batch = jnp.einsum("bd,lbh->ldh", batch["domains"], activity)
             total = of_batch if total is None else total + of_batch
         if total is None:
             raise UserError("read_me looks at data to tell the channels apart, and there is none here")

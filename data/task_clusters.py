@@ -42,20 +42,25 @@ def task_clusters(
         dims >= 1 and code >= 1 and noise >= 0, f"task_clusters: {dims=}, {code=} must be over 0, {noise=} not below"
     )
     require(0 <= shared <= 1, f"task_clusters: shared={shared} must be in 0..1")
-    rules = np.random.default_rng([seed, 0x7461736B])
-    count, waves = clusters + clusters * tasks, 8
-    directions = 2 / np.sqrt(dims) * rules.standard_normal((count, waves, dims))
-    phases = rules.uniform(0, 2 * np.pi, (count, waves))
-    codes = rules.standard_normal((clusters * tasks, code))
+    waves = 8
+
+    def drawn(of: int, count: int):
+        """Directions and phases of functions; those of clusters do not depend on how many tasks there are."""
+        rng = np.random.default_rng([seed, 0x7461736B, of])
+        return 2 / np.sqrt(dims) * rng.standard_normal((count, waves, dims)), rng.uniform(0, 2 * np.pi, (count, waves))
+
+    of_clusters, of_tasks = drawn(0, clusters), drawn(1, clusters * tasks)
+    codes = np.random.default_rng([seed, 0x7461736B, 2]).standard_normal((clusters * tasks, code))
 
     rng = np.random.default_rng([seed, draw])
     x, task = rng.standard_normal((size, dims)), rng.integers(0, clusters * tasks, size)
     cluster = task // tasks
 
-    def value(which: np.ndarray) -> np.ndarray:
+    def value(functions: tuple, which: np.ndarray) -> np.ndarray:
+        directions, phases = functions
         return np.sqrt(2 / waves) * np.sin(np.einsum("nwd,nd->nw", directions[which], x) + phases[which]).sum(1)
 
-    targets = np.sqrt(shared) * value(cluster) + np.sqrt(1 - shared) * value(clusters + task)
+    targets = np.sqrt(shared) * value(of_clusters, cluster) + np.sqrt(1 - shared) * value(of_tasks, task)
     targets += noise * rng.standard_normal(size)
     inputs = np.concatenate([x, codes[task]], 1)
     return Tasks(inputs.astype(np.float32), targets.astype(np.float32), task.astype(np.int32), cluster.astype(np.int32))

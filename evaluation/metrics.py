@@ -47,7 +47,7 @@ METRICS = {
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),
     "adjusted_rand": Metric("1", "higher", "adjusted Rand index of likeliest and true components, mean over test sets"),
     "trajectory_error": Metric("1", "lower", "mean squared error of the states of test trajectories behind the first"),
-    "purity": Metric("fraction", "higher", "test trajectories of the family that their expert has most of"),
+    "purity": Metric("fraction", "higher", "test examples of the family or cluster that their expert has most of"),
     "trial_loss": Metric("fraction", "lower", "test error of the chosen of n random trials / variance, expected"),
     "skipped_updates": Metric("fraction", "lower", "updates of the gate that found no clusters and were skipped"),
     "forgetting": Metric(

@@ -36,8 +36,8 @@ class Bricked(nnx.Module):
 
     router:
         learned   s = a small network on x (`Scores`), which was taught the bricks' shares of all activity
-        centre    s_e = cosine of x and the mean of the gate's columns of brick e (the paper's, for layers without a
-                  gate, is of the first kernel's)
+        centre    s_e = cosine of x and the mean of the gate's columns of brick e, each at length 1 (the paper's, for
+                  layers without a gate, is of the first kernel's)
         oracle    s_e = the sum of |activation| in brick e, for which all are computed: what a router can hope for
 
     Routers do not learn; the bricks do. `channels` int32 [E, F] says which of the layer's channels they are.

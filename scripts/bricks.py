@@ -3,14 +3,14 @@
     uv run scripts/bricks.py --runs='runs/compare/bricks_tuned/mode=dense_*' [--bricks=16] [--k=1,2,4,8]
         [--batches=8] [--restarts=100] --out=results/bricks
 
-For each run and each way of grouping (`compression/bricks.py`: coactivation, weights, random), made and watched on
-`batches` training batches:
+For each run and each way of grouping (`compression/bricks.py`: coactivation, weights, random), made on `batches`
+training batches:
 
     loss, excess_loss        on the test set, with k of the bricks a token, by each router; `excess_loss` is less that
                              of the network as it was (variant "dense")
-    router_agreement         of the k bricks that a router names, the share that the oracle names too, on the training
-                             tokens that the layers were watched on
-    coactive                 of the co-activation of channels, the share within bricks; a mean over layers
+    router_agreement         of the k bricks that a router names, the share that the oracle names too, on `batches` test
+                             batches; by chance k / bricks
+    coactive                 of the co-activation of channels on the same, the share within bricks; a mean over layers
     specialisation           of the channels that tell a domain best, the share in one brick
                              (`compression/partitions.py`); a mean over domains and layers
     specialisation_drawn     the same of drawn partitions, a mean of `restarts`
@@ -53,26 +53,21 @@ def judge_of(config, batches):
 
 
 def sequences(network, batches) -> tuple:
-    """(activity [layers, sequences, H], domains one-hot [sequences, D]) of the examples of `batches`."""
-    import jax
+    """({path: activity [sequences, H]}, domains one-hot [sequences, D]) of the examples of `batches`."""
     import numpy as np
 
-    from lissom.compression.channels import Recorder
-    from lissom.compression.transforms import replace_layers
-    from lissom.models.ffn import SwiGLU
-    from lissom.models.variables import merge, split
+    from lissom.compression.channels import recorded
 
-    told = split(replace_layers(merge(split(network)), (SwiGLU,), lambda _, layer: Recorder(layer, mean=True)))
-    run = jax.jit(lambda inputs: merge(told)(inputs)[1]["metrics"]["activity"])
-    activity, domains = [], []
+    run, activity, domains = recorded(network, mean=True), {}, []
     for batch in batches:
         real = np.asarray(batch["mask"]) > 0
-        activity.append(np.asarray(run(batch["inputs"]), np.float64)[:, real])
+        for path, told in run(batch["inputs"]).items():
+            activity.setdefault(path, []).append(np.asarray(told["activity"], np.float64)[real])
         domains.append(np.asarray(batch["domains"])[real])
-    return np.concatenate(activity, 1), np.concatenate(domains)
+    return {path: np.concatenate(parts) for path, parts in activity.items()}, np.concatenate(domains)
 
 
-def agreement(network, inputs) -> float:
+def agreement(network, watched) -> float:
     """The share of the bricks that the routers name which the oracle names too, on what the layers were given."""
     import jax
     import jax.numpy as jnp
@@ -82,8 +77,8 @@ def agreement(network, inputs) -> float:
     from lissom.models.bricks import Bricked
 
     found = []
-    for layer, x in zip(layer_paths(network, (Bricked,)).values(), inputs, strict=True):
-        x = jnp.asarray(x)[None]
+    for path, layer in layer_paths(network, (Bricked,)).items():
+        x = jnp.asarray(watched[path].inputs)[None]
         named, best = (
             jax.nn.one_hot(jax.lax.top_k(scores, layer.k)[1], scores.shape[-1]).sum(-2)
             for scores in (layer.scores(x), layer.activity(x))
@@ -93,15 +88,17 @@ def agreement(network, inputs) -> float:
 
 
 def apart(activity, domains, bricks: int, restarts: int, seed: int) -> tuple:
-    """(how well each channel tells each domain [layers][D, H], mean and standard deviation of the specialisation of
+    """({path: how well each channel tells each domain [D, H]}, mean and standard deviation of the specialisation of
     drawn partitions)."""
     import numpy as np
 
     from lissom.compression.partitions import predictivity, random, specialisation
 
     rng = np.random.default_rng(seed)
-    tells = [predictivity(layer, domains) for layer in activity]
-    once = lambda: np.mean([specialisation(each, random(each.shape[1], bricks, rng), bricks) for each in tells])
+    tells = {path: predictivity(layer, domains) for path, layer in activity.items()}
+    once = lambda: np.mean(
+        [specialisation(each, random(each.shape[1], bricks, rng), bricks) for each in tells.values()]
+    )
     drawn = [once() for _ in range(restarts)]
     return tells, float(np.mean(drawn)), float(np.std(drawn))
 
@@ -120,44 +117,46 @@ def of_run(source, config, dataset, bricks: int, ks: Sequence[int], batches: int
     from lissom.models.bricks import ROUTERS, Bricked
     from lissom.models.variables import merge, split
 
+    entry = {"bricks": bricks, "k": 1, "batches": batches, "seed": config.seed}
+    structured(merge(split(source)), [("bricks", Bricks(**entry))])  # says what is wrong in one sentence
     test = lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size)
     endless = data.train_batches(dataset, start_step=0, batch_size=config.data.batch_size, seed=config.seed)
-    train = list(itertools.islice(endless, batches))
+    train, held = list(itertools.islice(endless, batches)), list(itertools.islice(test(), batches))
     if "domains" not in train[0]:
         raise UserError(f"channels are told apart by domains, and the data {config.data.name!r} has none")
-    fresh = lambda: merge(split(source))
     loss_of = judge_of(config, test)
     dense = loss_of(source)
     found = {"dense": [measure("loss", dense)]}
-    watched = watch(source, train)
+    watched = watch(source, held)
     tells, mean, deviation = apart(*sequences(source, test()), bricks, restarts, config.seed)
     for way, router in itertools.product(WAYS, ROUTERS):
-        entry = {"bricks": bricks, "k": 1, "by": way, "router": router, "batches": batches, "seed": config.seed}
-        transforms = [("bricks", Bricks(**entry))]
-        structured(fresh(), transforms)  # says what is wrong with the settings in one sentence
-        network = applied(fresh(), transforms, iter(train))
-        layers = list(layer_paths(network, (Bricked,)).values())
+        transforms = [("bricks", Bricks(**entry, by=way, router=router))]
+        network = applied(merge(split(source)), transforms, iter(train))
+        layers = layer_paths(network, (Bricked,))
         measured = found.setdefault(way, [])
         for k in ks:
-            for layer in layers:
+            for layer in layers.values():
                 layer.k = k
             loss, at = loss_of(network), {"router": router, "k": k}
             measured += [measure("loss", loss, **at), measure("excess_loss", loss - dense, **at)]
             if router != "oracle":
-                measured.append(measure("router_agreement", agreement(network, watched.inputs), **at))
+                measured.append(measure("router_agreement", agreement(network, watched), **at))
         if router != ROUTERS[0]:
             continue  # the bricks are the same
-        share = transforms[0][1].active
-        channels = [np.asarray(layer.channels[...]) for layer in layers]
-        parts = [np.argsort(each.reshape(-1)) // each.shape[1] for each in channels]
-        graphs = [partitions.coactivation(partitions.active(each, share)) for each in watched.activity]
-        special = float(np.mean([partitions.specialisation(t, p, bricks) for t, p in zip(tells, parts, strict=True)]))
+        coactive, special = [], []
+        for path, layer in layers.items():
+            channels = np.asarray(layer.channels[...])
+            parts = np.argsort(channels.reshape(-1)) // channels.shape[1]
+            graph = partitions.coactivation(partitions.active(watched[path].activity, transforms[0][1].active))
+            coactive.append(partitions.within(graph, parts))
+            special.append(partitions.specialisation(tells[path], parts, bricks))
         measured += [
-            measure("coactive", float(np.mean([partitions.within(g, p) for g, p in zip(graphs, parts, strict=True)]))),
-            measure("specialisation", special),
+            measure("coactive", float(np.mean(coactive))),
+            measure("specialisation", float(np.mean(special))),
             measure("specialisation_drawn", mean),
-            measure("specialisation_excess", (special - mean) / deviation),
         ]
+        if deviation:
+            measured.append(measure("specialisation_excess", (float(np.mean(special)) - mean) / deviation))
     return found
 
 
@@ -171,12 +170,14 @@ def run(
     out: pathlib.Path | None = None,
 ) -> list:
     """Measures, writes and returns the rows."""
+    if bricks < 2:
+        raise UserError(f"--bricks={bricks} must be at least 2")
     if not ks or not all(1 <= k <= bricks for k in ks):
         raise UserError(f"--k={','.join(map(str, ks))} must be at least 1 and at most --bricks={bricks}")
     if batches < 1 or restarts < 2:
         raise UserError(f"--batches={batches} must be at least 1 and --restarts={restarts} at least 2")
     from lissom.eval import check_writable, overrides_of, task_name
-    from lissom.evaluation.rows import Identity, Row, provenance
+    from lissom.evaluation.rows import Identity, Row, provenance, write_rows
     from lissom.evaluation.tables import write_report
     from lissom.models.variables import merge
     from lissom.training.building import load_dataset
@@ -185,18 +186,18 @@ def run(
 
     if out is not None:
         check_writable(out, "--out")
-    here, rows = provenance(), []
+    here, rows, settings = provenance(), [], {"bricks": bricks, "batches": batches, "restarts": restarts}
     for path in runs:
         given = read_config(path)
         config = final_config(given)
         dataset = load_dataset(config)
         source = merge(load_network(path))
         for variant, found in of_run(source, config, dataset, bricks, ks, batches, restarts).items():
-            identity = Identity(
-                config.recipe, f"bricks, {task_name(config)}", config.seed, overrides_of(given), variant=variant
-            )
-            rows.append(Row(identity, here, tuple(found)))
+            task, overrides = f"bricks, {task_name(config)}", overrides_of(given) | settings
+            rows.append(Row(Identity(config.recipe, task, config.seed, overrides, variant=variant), here, tuple(found)))
             print(f"{path}, {variant}: " + ", ".join(f"{m.name} {m.value:.3f}" for m in found if not m.conditions))
+        if out is not None:  # after each: what a run that is stopped has measured is kept
+            write_rows(out / "rows.jsonl", rows)
     if out is not None:
         write_report(rows, out, plot=False)
     return rows

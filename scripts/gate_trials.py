@@ -3,21 +3,23 @@
     uv run scripts/gate_trials.py [--gates=top_k,noisy_top_k,sigmoid_bias,hash,dselect_k,comet] [--trials=32]
         [--steps=1500] [--seeds=3] [--tiny] [--out=results/gate_trials]
 
-Data: `lissom.data.task_clusters`, four clusters of four regression tasks of 4,096 training examples; an expert of eight
-hidden units is too small for two clusters. A network is a linear layer, a mixture of four experts with one gate and a
-linear layer; each gate also with the local search of COMET over the first tenth of the steps ("+ search"). A trial
-draws its learning rate from 1e-3 to 3e-2, the weight of its gate's loss and that of the search's entropy from 1e-3 to
-1e-1, all log-uniform, and its own initial values; the trial of the least validation loss is chosen.
+Data: `lissom.data.task_clusters`, four clusters of four regression tasks of 4,096 training examples. A network is a
+linear layer, a mixture of eight experts of eight hidden units, of which an example has two, and a linear layer; each
+gate also with the local search of COMET over the first tenth of the steps ("+ search"). A trial draws its learning rate
+from 1e-3 to 3e-2, the weight of its gate's loss (`balance`, `entropy`) and that of the search's entropy from 1e-3 to
+1e-1, all log-uniform, and its own initial values; other settings of gates are their defaults. The trial of the least
+validation loss is chosen.
 
     trial_loss    mean squared error of the chosen one of n trials on test data, expected over all draws of n of them,
                   as a share of the targets' variance
-    purity        test examples of the cluster that their expert has most of: mean of all trials, and ("best") of the
-                  chosen one of all
+    purity        test examples of the cluster that their heaviest expert has most of: mean of all trials, and ("best")
+                  of the chosen one of all
 
-"known clusters" sends each cluster to its own expert. Every gate has k=1 at inference; dselect_k and comet weigh all
-experts while they are trained.
+"known clusters" (ceiling) gives each cluster two experts of its own, "no clusters" (floor) the same two to all. In
+training dselect_k, comet and all that is searched compute all experts; afterwards all have two.
 
---out gets rows.jsonl and the table. --tiny checks the script itself; it writes to a given --out only.
+--out gets rows.jsonl and the table. --tiny checks the script itself, on few examples, trials and steps; it writes to a
+given --out only.
 """
 
 import pathlib
@@ -33,7 +35,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAME = "scripts/gate_trials.py"
 OUT = ROOT / "results" / "gate_trials"
 GATES = ("top_k", "noisy_top_k", "sigmoid_bias", "hash", "dselect_k", "comet")
-WIDTH, EXPERTS, HIDDEN, BATCH, K = 16, 4, 8, 256, 1
+WIDTH, EXPERTS, HIDDEN, BATCH, K = 16, 8, 8, 256, 2
+CLUSTERS = 4
+FIXED = {"known clusters": "ceiling", "no clusters": "floor"}
 WEIGHTED = {"top_k": "balance", "noisy_top_k": "balance", "dselect_k": "entropy", "comet": "entropy"}
 BUDGETS = (1, 2, 4, 8, 16, 32)
 NAMES = ("rate", "gate_weight", "search_weight")
@@ -41,8 +45,9 @@ RATES, WEIGHTS = (1e-3, 3e-2), (1e-3, 1e-1)
 
 
 def make_network(gate: str, inputs: int, steps: int, rngs):
-    """gate: a name, or "known clusters". Losses of the gate and of the search come with weight 1; search: its steps, or
+    """gate: a name, or one of FIXED. Losses of the gate and of the search come with weight 1; search: its steps, or
     0."""
+    import jax.numpy as jnp
     from flax import nnx
 
     from lissom.models.context import Context
@@ -59,9 +64,10 @@ def make_network(gate: str, inputs: int, steps: int, rngs):
             self.inner = Linear(inputs, WIDTH, axes=(None, None), rngs=rngs)
             self.outer = Linear(WIDTH, 1, axes=(None, None), rngs=rngs)
             settings = {gate: {WEIGHTED[gate]: 1.0}} if gate in WEIGHTED else {}
-            known = gate == "known clusters"
+            if gate == "top_k":  # the batch is one sequence here
+                settings[gate]["balance_sequences"] = 1
             kinds = {"width": WIDTH, "experts": EXPERTS, "k": K, "rngs": rngs}
-            self.gate = None if known else construct(KINDS, gate, settings, "gate", **kinds)
+            self.gate = None if gate in FIXED else construct(KINDS, gate, settings, "gate", **kinds)
             self.experts = Experts(WIDTH, HIDDEN, experts=EXPERTS, gated=False, dtype="float32", rngs=rngs)
             self.search = LocalSearch(EXPERTS, steps=steps, temperatures=(0.1, 1e-3), entropy=1.0) if steps else None
 
@@ -70,7 +76,9 @@ def make_network(gate: str, inputs: int, steps: int, rngs):
             h = self.inner(x)[None]
             losses = {}
             if self.gate is None:
-                routing = Choices(cluster[None, :, None], (cluster >= 0).astype(h.dtype)[None, :, None])
+                own = cluster if gate == "known clusters" else 0 * cluster
+                chosen = jnp.stack([2 * own, 2 * own + 1], -1)[None]
+                routing = Choices(chosen, jnp.full(chosen.shape, 0.5))
             else:
                 routing, aux = self.gate(h, Context(train=train, tokens=task[None]), key)
                 losses = dict(aux["losses"])
@@ -153,7 +161,7 @@ def judged(graph, states, data) -> tuple:
     @jax.vmap
     def run(state):
         y, weights, _ = merge(Parts(graph, *state))(inputs, task, cluster, False, False, None)
-        use = jax.ops.segment_sum(jax.nn.one_hot(weights.argmax(-1), EXPERTS), cluster, EXPERTS)
+        use = jax.ops.segment_sum(jax.nn.one_hot(weights.argmax(-1), EXPERTS), cluster, CLUSTERS)
         return jnp.square(y - targets).mean() / targets.var(), use
 
     errors, uses = run(states)
@@ -182,13 +190,15 @@ def run(
     from lissom.evaluation.trials import expected_best
 
     out = OUT if out is None and not tiny else out
+    trials, steps = (min(trials, 2), min(steps, 20)) if tiny else (trials, steps)
     if out is not None:
         check_writable(out, "--out")
     variants = [(gate, gate + end, search) for gate in gates for end, search in (("", 0), (" + search", steps // 10))]
     here, rows = provenance(), []
     for seed in range(seeds):
-        draws = [task_clusters(seed=seed, draw=draw, size=256 if tiny else 4096) for draw in range(3)]
-        for gate, label, search in [("known clusters", "known clusters", 0), *variants]:
+        sizes = (256, 256, 256) if tiny else (4096, 4096, 8192)
+        draws = [task_clusters(seed=seed, draw=n, size=size, clusters=CLUSTERS) for n, size in enumerate(sizes)]
+        for gate, label, search in [*((name, name, 0) for name in FIXED), *variants]:
             graph, states = trained(gate, search, steps, draws[0], trials, seed)
             chosen_by, _ = judged(graph, states, draws[1])
             values, pure = judged(graph, states, draws[2])
@@ -198,8 +208,7 @@ def run(
             ]
             found.append(measure("purity", float(pure.mean()), of="mean"))
             found.append(measure("purity", expected_best(chosen_by, pure, trials), of="best"))
-            role = "ceiling" if gate == "known clusters" else "variant"
-            overrides = {"trials": trials, "steps": steps}
+            role, overrides = FIXED.get(gate, "variant"), {"trials": trials, "steps": steps}
             identity = Identity(NAME, "task_clusters", seed, overrides, variant=label, role=role)
             rows.append(Row(identity, here, tuple(found)))
             print(f"{label}, seed {seed}: " + ", ".join(f"{m.value:.3f}" for m in found))

@@ -15,7 +15,7 @@ OPTIONS = {
     "optim.name": ("adamw", "sgd", "lion"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "optim.accumulate": (1, 2),
-    "mesh": ("data=1", "data=8", "data=2 fsdp=2 tensor=2"),
+    "mesh": ("data=1", "data=8", "data=2 fsdp=2 tensor=2", "data=2 expert=4"),
     "evaluation.transforms": ((), ({"name": "int8_weights"},)),
 }
 COMPRESSIONS = {"query_compression": 1, "cache_compression": 2}

@@ -20,7 +20,8 @@ from lissom.models.variables import Tree
 from lissom.ops import dispatch
 from lissom.training.errors import UserError
 
-AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+# Those of the batch first, so that the rows of a process are its own where they divide by the processes.
+AXES = (*BATCH, "tensor", "sequence")
 RULES = {
     "embed": "fsdp",
     "channels": "fsdp",

@@ -8,11 +8,12 @@ device does. Tokens lie on other devices than their experts:
               not fit goes in further rounds, so that none is dropped: as many rounds as the fullest buffer of any
               device needs, which is one where experts are loaded alike, at most P / b for P devices. The rounds behind
               the first keep nothing for the backward pass, which repeats them. (All-to-all: Lepikhin et al. 2020,
-              GShard, arXiv:2006.16668. The rounds are ours.)
+              GShard, arXiv:2006.16668. The rounds are ours.) Of all this `train_flops` counts the buffers of the
+              first round, padding too.
     Everyone  Every device of the axis gets the tokens of all and computes its own experts; a sum of which each gets
               its own tokens brings the parts together.
 
-Where the mesh does not divide the batch every device has all of it, and one sum is all that is exchanged.
+Where the axis does not divide the batch its devices all have the same tokens, and one sum is all that is exchanged.
 """
 
 import math
@@ -44,8 +45,8 @@ def over_devices(kernels: Kernels, x: jax.Array, routing: Choices | Everyone, bu
     # What an axis does not divide is whole on each of its devices, as parameters are (training/sharding.py).
     tensor = "tensor" if "tensor" in split and hidden % split["tensor"] == 0 else None
     batch = tuple(name for name in BATCH if name in split)
-    if len(x) % math.prod(split[name] for name in batch):
-        batch = ()
+    while len(x) % math.prod(split[name] for name in batch):
+        batch = batch[:-1]
     axis = "expert" if devices > 1 else None
     specs = Kernels(PartitionSpec(axis, None, None, tensor), PartitionSpec(axis, tensor, None))
 
@@ -106,7 +107,10 @@ def exchanged(
     device = (jnp.arange(len(rows))[:, None] >= jnp.cumsum(counts)).sum(1)  # P for the choices of no expert
     within = jnp.arange(len(rows)) - jnp.append(starts, 0)[device]
 
-    def one(number: jax.Array | int) -> jax.Array:
+    # In float32, so that the gradients of several rounds are summed in it.
+    wide = jax.tree.map(lambda kernel: kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)), kernels)
+
+    def one(rows: jax.Array, kernels: Kernels, number: jax.Array | int) -> jax.Array:
         """What the experts say to the rows of round `number`, zeros for others."""
         at = number * room + jnp.arange(room)
         row = jnp.where(at < counts[:, None], starts[:, None] + at, len(rows))
@@ -115,19 +119,30 @@ def exchanged(
         got = jax.lax.all_to_all(packed(rows, places), "expert", 0, 0)
         expert = (at[:, None] >= ends[:, None, :]).sum(-1)
         local = permutation(expert.reshape(-1, 1), own)
+        kernels = jax.tree.map(lambda kernel: kernel.astype(rows.dtype), kernels)
         y = grouped(kernels, permute(got.reshape(-1, rows.shape[1]), local), local.group_sizes)
         y = unpermute(y, local, jnp.ones((len(y), 1), y.dtype)).reshape(got.shape)
         return unpacked(jax.lax.all_to_all(y, "expert", 0, 0), places)
 
-    y = one(0)
+    y = one(rows, wide, 0)
     most = math.ceil(len(rows) / room)
     if most > 1:
         needed = jax.lax.pmax(-(-counts.max() // room), axes)
-        # On its own, and not with y, which the backward pass does not need.
-        further = jax.checkpoint(
-            lambda number: jax.lax.cond(number < needed, one, lambda _: jnp.zeros_like(rows), number)
+
+        def fallback(rows: jax.Array, kernels: Kernels) -> jax.Array:
+            """All further rounds; by this name it is no part of the count of operations."""
+
+            def add(y: jax.Array, number: jax.Array):
+                further = lambda number: one(rows, kernels, number)
+                return y + jax.lax.cond(number < needed, further, lambda _: jnp.zeros_like(rows), number), None
+
+            return jax.lax.scan(jax.checkpoint(add), jnp.zeros_like(rows), jnp.arange(1, most))[0]
+
+        # One question for all of them: where one round does it, neither pass does anything for the others.
+        ask = lambda rows, kernels: jax.lax.cond(
+            needed > 1, jax.jit(fallback), lambda rows, _: jnp.zeros_like(rows), rows, kernels
         )
-        y = jax.lax.scan(lambda y, number: (y + further(number), None), y, jnp.arange(1, most))[0]
+        y = y + jax.checkpoint(ask)(rows, wide)
     return unpermute(y, by, choices.weights.reshape(-1, k)).reshape(x.shape)
 
 

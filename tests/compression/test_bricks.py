@@ -24,7 +24,8 @@ def network(**settings):
 
 
 def bricked(data=(BATCH,), **settings):
-    transform = Bricks(**{"bricks": 4, "k": 2, "router_steps": 20, **settings})
+    steps = {"router_steps": 20} if settings.get("router", "learned") == "learned" else {}
+    transform = Bricks(**{"bricks": 4, "k": 2, **steps, **settings})
     return transform.values(transform.structure(network()), network(), iter(data))
 
 
@@ -51,14 +52,15 @@ def test_a_token_has_the_bricks_that_its_router_names():
 
 def test_a_centre_is_the_mean_of_the_columns_of_a_gate():
     layer, dense = bricked(router="centre").blocks[1].ffn, network().blocks[1].ffn
-    centre = np.asarray(dense.gate.kernel[...])[:, np.asarray(layer.channels[...])[2]].mean(1)
+    columns = np.asarray(dense.gate.kernel[...])[:, np.asarray(layer.channels[...])[2]]
+    centre = (columns / np.linalg.norm(columns, axis=0)).mean(1)
     expected = X @ centre / np.linalg.norm(centre)
     np.testing.assert_allclose(layer.scores(X)[..., 2], expected, atol=1e-5)
 
 
 def test_a_taught_router_finds_the_active_bricks():
     """More often than one that was hardly taught, on what it was taught on."""
-    seen = jnp.asarray(watch(network(), [BATCH]).inputs[0])[None]
+    seen = jnp.asarray(watch(network(), [BATCH])["blocks/0/ffn"].inputs)[None]
 
     def agreement(steps):
         layer = bricked(router_steps=steps, by="weights").blocks[0].ffn
@@ -80,10 +82,16 @@ def test_channels_that_act_together_lie_together():
 
 
 def test_watching_is_what_the_layers_do():
-    watched = watch(network(), [BATCH, BATCH])
-    assert watched.inputs.shape == (2, 48, 12) and watched.activity.shape == (2, 48, 32)
-    inner = network().blocks[1].ffn.inner(jnp.asarray(watched.inputs[1]))
-    np.testing.assert_allclose(watched.activity[1], np.abs(inner), atol=1e-5)
+    watched = watch(network(), [BATCH, BATCH])["blocks/1/ffn"]
+    assert watched.inputs.shape == (48, 12) and watched.activity.shape == (48, 32)
+    inner = network().blocks[1].ffn.inner(jnp.asarray(watched.inputs))
+    np.testing.assert_allclose(watched.activity, np.abs(inner), atol=1e-5)
+
+
+def test_layers_of_different_sizes():
+    """As a block transformer's, whose two decoders see other tokens."""
+    module = network(ffn=("swiglu", "mlp"))
+    assert set(watch(module, [BATCH])) == {"blocks/0/ffn"}
 
 
 def test_routers_do_not_learn():
@@ -110,6 +118,8 @@ def test_decoding_goes_on_where_reading_ended():
         ({"by": "colour"}, r"by='colour' is none of coactivation"),
         ({"active": 0.0}, r"active=0.0 must be above 0"),
         ({"router": "none"}, r"router='none' is none of learned"),
+        ({"by": "random", "active": 0.2}, r"active=0.2 is of by='coactivation'"),
+        ({"router": "centre", "router_steps": 5}, r"are of router='learned', not of 'centre'"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -120,5 +130,8 @@ def test_bad_settings(settings, message):
 def test_no_such_layers_and_no_data():
     with pytest.raises(UserError, match="are made of gated feed-forward layers"):
         Bricks(bricks=4, k=2).structure(network(ffn="mlp"))
+    shared = network(ffn="moe", ffn_kwargs={"moe": {"shared": 1}})
+    with pytest.raises(UserError, match="ffn/shared is part of another layer"):
+        Bricks(bricks=4, k=2).structure(shared)
     with pytest.raises(UserError, match="there is none here"):
         bricked(data=())

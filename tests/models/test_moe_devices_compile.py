@@ -19,7 +19,7 @@ from lissom.ops import dispatch, testing
 from lissom.training import sharding
 
 WIDTH, EXPERTS, K, SEQUENCES, LENGTH = 512, 16, 2, 16, 256
-SIZES = {"data 2, expert 4": (2, 1, 1, 1, 4), "expert 4, tensor 2": (1, 1, 2, 1, 4)}
+SIZES = {"data 2, expert 4": (2, 1, 4, 1, 1), "expert 4, tensor 2": (1, 1, 4, 2, 1)}
 AUTO = (AxisType.Auto,) * len(sharding.AXES)
 
 

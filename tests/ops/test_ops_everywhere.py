@@ -17,9 +17,10 @@ from lissom.ops.attention import BlockSparse, Causal, KeyColumns, Neighbourhood,
 from lissom.ops.decode_attention import decode_attention
 from lissom.ops.grouped_matmul import grouped_matmul
 from lissom.ops.softmax import softmax
+from lissom.ops.spiking import spike_scan
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-NAMES = ("attention", "decode_attention", "grouped_matmul", "softmax")
+NAMES = ("attention", "decode_attention", "grouped_matmul", "softmax", "spiking")
 OPS = {name: importlib.import_module(f"lissom.ops.{name}").OP for name in NAMES}
 
 LIST = np.zeros((1, 1, 2, 1), np.int32)
@@ -42,6 +43,10 @@ def product(name, x):
     return jax.grad(f, argnums=(0, 1))(x, w)
 
 
+def spikes(name, x):
+    return jax.grad(lambda x: spike_scan(x, decay=0.9, implementation=name)[0].astype(jnp.float32).sum())(x)
+
+
 PROGRAMS = {
     **{f"attention {m}": ("attention", (2, 256, 4, 64), functools.partial(attend, mask)) for m, mask in MASKS.items()},
     "decode": (
@@ -57,6 +62,7 @@ PROGRAMS = {
         ),
     ),
     "groups": ("grouped_matmul", (64, 256), product),
+    "spiking": ("spiking", (20, 8, 128), spikes),
     "softmax": ("softmax", (64, 256), lambda n, x: jax.grad(lambda x: softmax(x, implementation=n)[0].sum())(x)),
 }  # fmt: skip
 

@@ -29,5 +29,7 @@ def test_rows_of_a_dense_run(tiny_run, tmp_path):
 def test_settings_are_checked():
     with pytest.raises(UserError, match=r"--k=9 must be at least 1 and at most --bricks=4"):
         bricks.run([], bricks=4, ks=[9])
+    with pytest.raises(UserError, match=r"--bricks=1 must be at least 2"):
+        bricks.run([], bricks=1, ks=[1])
     with pytest.raises(UserError, match=r"--restarts=1 at least 2"):
         bricks.run([], restarts=1)

@@ -73,7 +73,7 @@ def test_nothing_is_thrown_away_where_every_checkpoint_is_damaged(tiny_run):
     assert Checkpoints(workdir / "checkpoints").steps() == [3]
 
 
-MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "expert": 4}]
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet", "sequence_scan", "language", "block_transformer"])
