@@ -136,6 +136,60 @@ def torch_grouped_mm(inputs, options):
     return sets, run, device
 
 
+def snntorch_leaky(inputs, options):
+    """A leaky neuron of snnTorch over the time of currents [t, ...]; with options.backward its gradient too."""
+    import snntorch
+    from snntorch import surrogate
+
+    neuron = snntorch.Leaky(beta=options["decay"], spike_grad=surrogate.atan(), reset_mechanism="zero")
+
+    def forward(currents):
+        membrane, spikes = neuron.init_leaky(), []
+        for current in currents:
+            spike, membrane = neuron(current, membrane)
+            spikes.append(spike)
+        return spikes
+
+    return _neuron_over_time(forward, inputs, options)
+
+
+def spikingjelly_lif(inputs, options):
+    """A leaky neuron of SpikingJelly, multi-step, as `snntorch_leaky`."""
+    from spikingjelly.activation_based import functional, neuron, surrogate
+
+    layer = neuron.LIFNode(
+        tau=1 / (1 - options["decay"]),
+        decay_input=False,
+        surrogate_function=surrogate.ATan(),
+        detach_reset=True,
+        v_reset=0.0,
+        step_mode="m",
+    )
+
+    def forward(currents):
+        functional.reset_net(layer)
+        return layer(currents)
+
+    return _neuron_over_time(forward, inputs, options)
+
+
+def _neuron_over_time(forward, inputs, options):
+    import torch
+
+    device, backward = options["device"], options["backward"]
+    sets = [
+        tuple(tensor(a, device).requires_grad_(backward and n == 0) for n, a in enumerate(arrays)) for arrays in inputs
+    ]
+
+    def run(currents, *cotangent):
+        with torch.set_grad_enabled(backward):
+            spikes = forward(currents)
+            spikes = torch.stack(spikes) if isinstance(spikes, list) else spikes
+        return (spikes, *torch.autograd.grad(spikes, currents, cotangent[0])) if backward else (spikes,)
+
+    return sets, run, device
+
+
 def torch_sdpa(inputs, options):
     """torch.nn.functional.scaled_dot_product_attention.
 
@@ -283,6 +337,8 @@ CASES = {
     "torch_scale": torch_scale,
     "torch_softmax": torch_softmax,
     "torch_grouped_mm": torch_grouped_mm,
+    "snntorch_leaky": snntorch_leaky,
+    "spikingjelly_lif": spikingjelly_lif,
     "torch_sdpa": torch_sdpa,
     "torch_flex_attention": torch_flex_attention,
     "transformers_logits": transformers_logits,

@@ -5,5 +5,6 @@ ENTRIES = {
     "decode_attention": "lissom.evaluation.benchmarks.decode_attention",
     "grouped_matmul": "lissom.evaluation.benchmarks.grouped_matmul",
     "softmax": "lissom.evaluation.benchmarks.softmax",
+    "spiking": "lissom.evaluation.benchmarks.spiking",
 }
 """Op -> the module of its problems."""
