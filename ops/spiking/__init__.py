@@ -17,7 +17,8 @@ OP = dispatch.Op(
     implementations={
         "reference": "lissom.ops.spiking.reference",
         "xla": "lissom.ops.spiking.xla",
-        # Never run on its hardware: in no default order.
+        # Never run on their hardware: in no default order.
+        "pallas_gpu": "lissom.ops.spiking.pallas_gpu",
         "pallas_tpu": "lissom.ops.spiking.pallas_tpu",
     },
     defaults={"default": ("xla",)},

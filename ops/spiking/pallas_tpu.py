@@ -5,7 +5,7 @@ v5p; no number here was measured.
 
 Forward it reads currents and writes spikes, once each; potentials never leave the chip. Backward it reads currents and
 cotangents and writes gradients, once each: the potentials of all steps are taken once more, into VMEM, and then the
-gradients from the last step to the first, by the step's own equations (`neuron.step`). Nothing but the arguments is
+gradients from the last step to the first, by `neuron.pulled`. Nothing but the arguments is
 kept between the passes.
 
 Arrays are [t, rows, columns], the columns a multiple of 128: the last axis of the neurons where it is one, so that
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lissom.ops.interpreting import is_interpreting
-from lissom.ops.spiking.neuron import Rates, Rule, State, step
+from lissom.ops.spiking.neuron import Rates, Rule, State, fired, pulled, step
 
 LOCAL = True
 
@@ -185,7 +185,7 @@ def _forward_kernel(rule: Rule, rows: int, current_ref, state_refs: State, rate_
     rates = jax.tree.map(lambda ref: ref[...], rate_refs)
 
     def body(t, state):
-        state, spikes = step(rule, rates, state, current_ref[t].astype(jnp.float32))
+        state, spikes = step(rule, rates, state, current_ref[t].astype(jnp.float32), fired)
         spikes_ref[t] = spikes.astype(spikes_ref.dtype)
         return state
 
@@ -207,7 +207,7 @@ def _backward_kernel(
 
     def forward(t, state):
         jax.tree.map(lambda ref, part: ref.__setitem__(t, part), held_refs, state)
-        return step(rule, rates, state, now(t))[0]
+        return step(rule, rates, state, now(t), fired)[0]
 
     jax.lax.fori_loop(0, time, forward, jax.tree.map(lambda ref: ref[...], state_refs))
 
@@ -215,8 +215,8 @@ def _backward_kernel(
         d_state, d_rates = carry
         t = time - 1 - n
         state = jax.tree.map(lambda ref: ref[t], held_refs)
-        _, pull = jax.vjp(functools.partial(step, rule), rates, state, now(t))
-        d_now_rates, d_state, d_now = pull((d_state, d_spikes_ref[t].astype(jnp.float32)))
+        d_spikes = d_spikes_ref[t].astype(jnp.float32)
+        d_now_rates, d_state, d_now = pulled(rule, rates, state, now(t), d_state, d_spikes)
         d_current_ref[t] = d_now.astype(d_current_ref.dtype)
         return d_state, jax.tree.map(jnp.add, d_rates, d_now_rates)
 

@@ -2,8 +2,7 @@
 
 What is kept between the passes is, beside the arguments, the state in front of every SEGMENT steps: 1 / SEGMENT of the
 current for each part of a state. The backward pass goes over the segments from the last to the first, and of each takes
-the states once more, which lie in cache where the current does not, then the gradients step by step, those of the
-step's own equations (`neuron.step`).
+the states once more, which lie in cache where the current does not, then the gradients step by step (`neuron.pulled`).
 """
 
 import functools
@@ -11,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lissom.ops.spiking.neuron import Rates, Rule, State, step
+from lissom.ops.spiking.neuron import Rates, Rule, State, fired, pulled, step
 
 LOCAL = False
 
@@ -54,7 +53,7 @@ def _forward_pieces(rule: Rule, current: jax.Array, state: State, rates: Rates):
     """(spikes, state behind the last step, of each piece the states in front of its segments)."""
 
     def one(state, now):
-        state, spikes = step(rule, rates, state, now.astype(state.v.dtype))
+        state, spikes = step(rule, rates, state, now.astype(state.v.dtype), fired)
         return state, spikes.astype(current.dtype)
 
     def segment(state, now):
@@ -82,13 +81,13 @@ def _backward(rule: Rule, kept, cotangents):
     spread = jax.tree.map(lambda rate: jnp.broadcast_to(rate, neurons), rates)
 
     def before(state, now):
-        return step(rule, rates, state, now.astype(wide))[0], state
+        return step(rule, rates, state, now.astype(wide), fired)[0], state
 
     def back(carry, over):
         d_state, d_rates = carry
         state, now, d_spike = over
-        _, pull = jax.vjp(functools.partial(step, rule), spread, state, now.astype(wide))
-        d_now_rates, d_state, d_now = pull((d_state, d_spike.astype(wide)))
+        d_spike = d_spike.astype(wide)
+        d_now_rates, d_state, d_now = pulled(rule, spread, state, now.astype(wide), d_state, d_spike)
         return (d_state, jax.tree.map(jnp.add, d_rates, d_now_rates)), d_now.astype(current.dtype)
 
     def segment(carry, over):
