@@ -57,7 +57,7 @@ def _spike_jvp(surrogate, slope, primals, tangents):
 
 
 def step(rule: Rule, rates: Rates, state: State, current: jax.Array, fire: Callable = spike) -> tuple[State, jax.Array]:
-    """(state behind the step, spikes), as `spike_scan` says. fire: `spike`, or `fired` where `pulled` has the gradient."""
+    """(state behind the step, spikes), as `spike_scan` says. fire: `fired` where `pulled` has the gradient."""
     i, a = state.i, state.a
     if i is not None:
         i = current = rates.current_decay * i + current
