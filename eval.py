@@ -54,6 +54,15 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
     return found
 
 
+def given_runs(argv: list[str], script: str) -> list[pathlib.Path]:
+    """What the flag --runs names, of a script that reads finished runs and takes no recipe. UserError without one."""
+    if command_line.parse(argv, recipe=False):
+        raise UserError(f"--config is no flag of {script}: every run holds its own")
+    if not flags.FLAGS.runs:
+        raise UserError("--runs=PATTERN is missing, for example --runs='runs/*'")
+    return find_runs(flags.FLAGS.runs, lambda text: print(text, file=sys.stderr))
+
+
 def _unfinished(run: pathlib.Path) -> str | None:
     """Why a directory holds no finished run, or None."""
     from lissom.training.checkpoints import Checkpoints

@@ -61,7 +61,8 @@ class Bricks(Transform):
         if router != "learned" and not router_width is router_steps is None:
             raise UserError(f"bricks: router_width and router_steps are of router='learned', not of {router!r}")
         active = 0.1 if active is None else active
-        router_width, router_steps = (32 if router_width is None else router_width), (router_steps or 500)
+        router_width = 32 if router_width is None else router_width
+        router_steps = 500 if router_steps is None else router_steps
         if not 0 < active <= 1:
             raise UserError(f"bricks: active={active} must be above 0 and at most 1")
         least = {"bricks": bricks, "router_width": router_width, "router_steps": router_steps, "batches": batches}

@@ -13,7 +13,7 @@ from lissom.models.context import Context
 from lissom.models.linear import Linear, dropout
 from lissom.models.moe.experts import Experts
 from lissom.models.moe.forms import activated
-from lissom.models.moe.routing import Choices, counts_of, load_metrics, used
+from lissom.models.moe.routing import Choices, counts_of, domain_use, load_metrics
 from lissom.models.variables import Frozen, freeze
 
 ROUTERS = ("learned", "centre", "oracle")
@@ -87,6 +87,5 @@ class Bricked(nnx.Module):
         y, _ = self.experts(x, routing, None)
         experts = len(self.channels[...])
         metrics = load_metrics(counts_of(chosen, experts))
-        if context.domains is not None:
-            metrics["domain_use"] = context.domains.T @ used(routing, x.shape[:2], experts)
+        metrics |= domain_use(context, routing, x.shape[:2], experts)
         return dropout(y, self.dropout, key, context.train), {"losses": {}, "metrics": metrics}

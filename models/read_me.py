@@ -15,7 +15,7 @@ from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Linear, dropout
 from lissom.models.moe.experts import Experts
 from lissom.models.moe.forms import activated
-from lissom.models.moe.routing import Choices, counts_of, load_metrics, used
+from lissom.models.moe.routing import Choices, counts_of, domain_use, load_metrics
 from lissom.models.transformer import Transformer
 from lissom.models.variables import Frozen
 from lissom.ops.attention import masks
@@ -62,8 +62,7 @@ class Carved(nnx.Module):
         y = self.down(inner) + self.experts(x, routing, None)[0]
         experts = len(self.channels[...])
         metrics = load_metrics(counts_of(routing.experts, experts))
-        if context.domains is not None:
-            metrics["domain_use"] = context.domains.T @ used(routing, x.shape[:2], experts)
+        metrics |= domain_use(context, routing, x.shape[:2], experts)
         if context.compare:
             metrics["overlap"] = self._overlap(x, inner)
         y = dropout(y, self.dropout, key, context.train)

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lissom.training import flags as command_line
 from lissom.training.errors import UserError, one_sentence
 
 
@@ -212,18 +211,13 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("restarts", 100, "partitions that are drawn for comparison")
     flags.DEFINE_string("out", None, "the directory of the rows and the table")
     with one_sentence():
-        if command_line.parse(argv, recipe=False):
-            raise UserError("--config is no flag of bricks.py: every run holds its own")
-        given = flags.FLAGS
-        if not given.runs:
-            raise UserError("--runs=PATTERN is missing, for example --runs='runs/*'")
+        from lissom.eval import given_runs
+
+        runs, given = given_runs(argv, "bricks.py"), flags.FLAGS
         try:
             ks = [int(k) for k in given.k]
         except ValueError as error:
             raise UserError(f"--k holds whole numbers: {error}") from error
-        from lissom.eval import find_runs
-
-        runs = find_runs(given.runs, lambda text: print(text, file=sys.stderr))
         out = pathlib.Path(given.out) if given.out else None
         run(runs, bricks=given.bricks, ks=ks, batches=given.batches, restarts=given.restarts, out=out)
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lissom.training import flags as command_line
 from lissom.training.errors import UserError, one_sentence
 
 
@@ -144,18 +143,13 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("tokens", 20_000, "of the test set")
     flags.DEFINE_string("out", None, "the directory of the rows and the table")
     with one_sentence():
-        if command_line.parse(argv, recipe=False):
-            raise UserError("--config is no flag of expert_cache.py: every run holds its own")
-        given = flags.FLAGS
-        if not given.runs:
-            raise UserError("--runs=PATTERN is missing, for example --runs='runs/*'")
+        from lissom.eval import given_runs
+
+        runs, given = given_runs(argv, "expert_cache.py"), flags.FLAGS
         try:
             shares, windows = [float(share) for share in given.shares], [int(window) for window in given.windows]
         except ValueError as error:
             raise UserError(f"--shares and --windows hold numbers: {error}") from error
-        from lissom.eval import find_runs
-
-        runs = find_runs(given.runs, lambda text: print(text, file=sys.stderr))
         out = pathlib.Path(given.out) if given.out else None
         run(runs, shares=shares, windows=windows, tokens=given.tokens, out=out)
 

@@ -1,5 +1,5 @@
-"""Runs reference implementations (torch, transformers, llama.cpp) for scripts/benchmark_ops.py and tests, in an
-interpreter of their own.
+"""Runs reference implementations (torch, transformers, llama.cpp, snnTorch, SpikingJelly) for scripts/benchmark_ops.py
+and tests, in an interpreter of their own.
 
     LISSOM_REFERENCE_PYTHON=/path/to/python uv run scripts/benchmark_ops.py --op=attention
 

@@ -14,7 +14,7 @@ from lissom.models.linear import dropout as dropped_out
 from lissom.models.moe import GATES
 from lissom.models.moe.experts import Experts
 from lissom.models.moe.local_search import LocalSearch
-from lissom.models.moe.routing import Routing, used
+from lissom.models.moe.routing import Routing, domain_use
 from lissom.models.registry import construct, resolve, settings_of
 
 
@@ -97,10 +97,8 @@ class MoE(nnx.Module):
             losses = {**losses, **(self.search.losses() if context.train else {})}
             if context.train:
                 self.search.step()
-        if context.domains is not None:
-            metrics["domain_use"] = context.domains.T @ used(
-                routing if self.search is None else self.search.hard(routing), x.shape[:2], len(self.experts.down[...])
-            )
+        chosen = routing if self.search is None else self.search.hard(routing)
+        metrics |= domain_use(context, chosen, x.shape[:2], len(self.experts.down[...]))
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         y = dropped_out(y, self.dropout, drop_key, context.train)

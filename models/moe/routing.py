@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lissom.models.context import Context
+
 
 class Choices(NamedTuple):
     """Every token names k experts. experts: int32 [B, T, k], a number outside of 0 <= e < E is no expert; weights:
@@ -65,6 +67,11 @@ def used(routing: Routing, shape: tuple[int, int], experts: int) -> jax.Array:
                 .set(combine.sum(-1).reshape(-1, experts))
             )
             return flat.reshape(*shape, experts).sum(1)
+
+
+def domain_use(context: Context, routing: Routing, shape: tuple[int, int], experts: int) -> dict[str, jax.Array]:
+    """{"domain_use": float32 [D, E]} (`models/tallies.py`) where the context knows the domains of the B sequences."""
+    return {} if context.domains is None else {"domain_use": context.domains.T @ used(routing, shape, experts)}
 
 
 def load_metrics(counts: jax.Array) -> dict[str, jax.Array]:

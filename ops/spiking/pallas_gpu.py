@@ -3,7 +3,7 @@
 NEVER RUN ON A GPU: interpreted and lowered for CUDA in tests, and in no default order.
 
 Forward it reads currents and writes spikes, once each; potentials stay in registers. Backward it reads currents twice
-(the second time, a few microseconds later, from L2), cotangents once and writes gradients once: the states of all steps
+(the second time soon after the first), cotangents once and writes gradients once: the states of all steps
 are taken once more, into shared memory, each thread its own, and then the gradients from the last step to the first, by
 `neuron.pulled`. Nothing but the arguments is kept between the passes.
 

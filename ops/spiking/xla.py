@@ -2,7 +2,7 @@
 
 What is kept between the passes is, beside the arguments, the state in front of every SEGMENT steps: 1 / SEGMENT of the
 current for each part of a state. The backward pass goes over the segments from the last to the first, and of each takes
-the states once more, which lie in cache where the current does not, then the gradients step by step (`neuron.pulled`).
+the states once more, then the gradients step by step (`neuron.pulled`).
 """
 
 import functools

@@ -119,6 +119,7 @@ def test_decoding_goes_on_where_reading_ended():
         ({"active": 0.0}, r"active=0.0 must be above 0"),
         ({"router": "none"}, r"router='none' is none of learned"),
         ({"by": "random", "active": 0.2}, r"active=0.2 is of by='coactivation'"),
+        ({"router_steps": 0}, r"router_steps=0 must be at least 1"),
         ({"router": "centre", "router_steps": 5}, r"are of router='learned', not of 'centre'"),
     ],
 )

@@ -11,6 +11,7 @@ from lissom.ops import testing
 from lissom.ops.spiking import OP, State, spike_scan, xla
 from lissom.ops.spiking.cases import TINY
 from lissom.ops.spiking.surrogates import SURROGATES
+from tests.ops.neurons import whole
 
 PLAIN = [name for name in OP.implementations if not name.startswith("pallas")]  # kernels have files of their own
 FORMS = [name for name in PLAIN if name != "reference"]
@@ -100,21 +101,6 @@ def test_equals_reference(name, implementation, dtype):
     (current,) = testing.normal(0, (case.t, *case.neurons), dtype=dtype)
     call = lambda i, current: tuple(jax.tree.leaves(spike_scan(current, **case.settings, implementation=i)))
     testing.check_case(OP, call, {"current": current}, implementation, dtype)
-
-
-def whole(implementation, neuron, settings, current):
-    """(spikes and state, gradients by current, state and rates) with fixed cotangents."""
-    rates = {name: jnp.asarray(rate, jnp.float32) for name, rate in neuron.items()}
-    parts = (True, "current_decay" in neuron, "adaptation_decay" in neuron)
-    state = State(*(jnp.full(current.shape[1:], 0.2) if part else None for part in parts))
-
-    @jax.jit
-    def run(current, state, rates):
-        f = lambda current, state, rates: spike_scan(current, state, **rates, **settings, implementation=implementation)
-        out, pull = jax.vjp(f, current, state, rates)
-        return out, pull(jax.tree.map(lambda x: jnp.sin(jnp.arange(float(x.size))).reshape(x.shape), out))
-
-    return run(current, state, rates)
 
 
 @pytest.mark.parametrize("implementation", FORMS)

@@ -1,8 +1,6 @@
 """The Hopper kernels of spiking neurons, interpreted against the reference, and lowered for CUDA. No GPU is needed, and
 none is used."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,9 @@ import pytest
 
 from lissom.ops import testing
 from lissom.ops.interpreting import interpreting
-from lissom.ops.spiking import OP, State, spike_scan
+from lissom.ops.spiking import OP, spike_scan
 from lissom.ops.spiking.surrogates import SURROGATES
+from tests.ops.neurons import whole
 
 LIF = {"decay": 0.9}
 BOTH = {**LIF, "current_decay": 0.8, "adaptation_decay": 0.9, "adaptation_step": 0.1}
@@ -44,18 +43,10 @@ def test_equals_reference(name, no_races):
 
 def test_gradients_of_numbers_and_of_the_state(no_races):
     current = 0.5 + jax.random.normal(jax.random.key(0), (4, 2, 128))
-    state = State(jnp.full((2, 128), 0.2))
-    decay = jnp.linspace(0.5, 0.95, 128)
-
-    def run(name):
-        f = functools.partial(spike_scan, implementation=name, attached=True, surrogate="triangle")
-        both = lambda current, state, decay, threshold: f(current, state, decay=decay, threshold=threshold)
-        out, pull = jax.vjp(both, current, state, decay, jnp.float32(0.9))
-        return out, pull(jax.tree.map(lambda x: jnp.sin(jnp.arange(float(x.size))).reshape(x.shape), out))
-
-    expected = run("reference")
+    rates, settings = {"decay": np.linspace(0.5, 0.95, 128), "threshold": 0.9}, {"attached": True}
+    expected = whole("reference", rates, {**settings, "surrogate": "triangle"}, current)
     with interpreting():
-        found = run("pallas_gpu")
+        found = whole("pallas_gpu", rates, {**settings, "surrogate": "triangle"}, current)
     np.testing.assert_array_equal(found[0][0], expected[0][0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-5), found, expected)
 

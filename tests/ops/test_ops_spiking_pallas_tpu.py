@@ -1,7 +1,5 @@
 """The TPU kernels of spiking neurons, interpreted against the reference. No TPU is needed."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,8 @@ import pytest
 
 from lissom.ops import testing
 from lissom.ops.interpreting import interpreting
-from lissom.ops.spiking import OP, State, pallas_tpu, spike_scan
+from lissom.ops.spiking import OP, pallas_tpu, spike_scan
+from tests.ops.neurons import whole
 
 LIF = {"decay": 0.9}
 COLUMNS = np.linspace(0.5, 0.95, 128).astype(np.float32)
@@ -49,17 +48,10 @@ def test_gradients_of_numbers_and_of_the_state(decay, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "BLOCK", 8 * 128 * 4)
     rows = 11 if decay is COLUMNS or np.ndim(decay) == 0 or np.shape(decay)[0] == 11 else 3
     current = 0.5 + jax.random.normal(jax.random.key(0), (4, rows, 128))
-    state = State(jnp.full((rows, 128), 0.2))
-
-    def run(name):
-        f = functools.partial(spike_scan, implementation=name, attached=True, surrogate="sigmoid")
-        both = lambda current, state, decay, threshold: f(current, state, decay=decay, threshold=threshold)
-        out, pull = jax.vjp(both, current, state, jnp.asarray(decay), jnp.float32(0.9))
-        return out, pull(jax.tree.map(lambda x: jnp.sin(jnp.arange(float(x.size))).reshape(x.shape), out))
-
-    expected = run("reference")
+    rates, settings = {"decay": decay, "threshold": 0.9}, {"attached": True, "surrogate": "sigmoid"}
+    expected = whole("reference", rates, settings, current)
     with interpreting():
-        found = run("pallas_tpu")
+        found = whole("pallas_tpu", rates, settings, current)
     np.testing.assert_array_equal(found[0][0], expected[0][0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-5), found, expected)
 
