@@ -28,7 +28,8 @@ FAMILIES = {
     ),
     "bricks": (
         "language/domains_moe",
-        {"model.ffn": "swiglu", "transforms": ({"name": "bricks", "bricks": 5, "k": 2},)},
+        # A width of 24 has 64 channels in its feed-forward layers; tiny's 16 has 43, a prime.
+        {"model.width": 24, "model.ffn": "swiglu", "transforms": ({"name": "bricks", "bricks": 4, "k": 2},)},
     ),
     "block_transformer": ("language/recall_lm", {"model.name": "block_transformer"}),
 }
