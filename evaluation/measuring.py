@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lissom.evaluation import costs, floors, memory, mixtures
+from lissom.evaluation import costs, energy, floors, memory, mixtures
 from lissom.evaluation.latency import latency_measurements, measure_interleaved
 from lissom.evaluation.metrics import JUDGED, METRICS
 from lissom.evaluation.rows import Identity, Measurement, Provenance, Row, measure
@@ -75,7 +75,10 @@ def measure_subject(subject: Subject) -> None:
     note = subject.measurements.append
     judge = jax.jit(lambda state, batch, key: subject.judge(subject.merge(subject.graph, state), batch, key))
     for settings, batches in (({}, subject.batches), *subject.further):
-        subject.measurements += _test_means(subject, judge, settings, batches())
+        totals = _totals(subject, judge, batches())
+        subject.measurements += _test_means(subject, totals, settings)
+        if not settings:
+            subject.measurements += _modelled(subject, totals)
     note(measure("parameters", memory.parameter_count((subject.state[0], subject.state[2])), "compiled"))
     note(measure("parameter_bytes", memory.parameter_bytes((subject.state[0], subject.state[2])), "compiled"))
     note(measure("artefact_bytes", subject.artefact_bytes))
@@ -90,12 +93,30 @@ def measure_subject(subject: Subject) -> None:
         note(measure("cache_bytes_per_token", memory.cache_bytes_per_token(init_cache, length), "compiled"))
 
 
-def _test_means(subject: Subject, judge: Callable, settings: Mapping[str, Any], batches: Iterable[dict]):
-    """What the objective judges of one test set. `settings`, by which it is another than the run's own, stand in the
-    conditions; of such a one there are only `JUDGED`: what layers say of themselves they say of the run's own."""
+def _totals(subject: Subject, judge: Callable, batches: Iterable[dict]) -> tallies.Totals:
+    """What the objective judges of one test set, summed."""
     totals: tallies.Totals = {}
     for batch in batches:
         tallies.add(totals, judge(subject.state, batch, jax.random.key(0)))
+    return totals
+
+
+def _modelled(subject: Subject, totals: tallies.Totals) -> list[Measurement]:
+    """The energies of a network that counts what its layers do."""
+    if "layer_activity" not in totals:
+        return []
+    activity, _ = totals["layer_activity"]
+    work = subject.merge(subject.graph, subject.state).work()
+    operations, traffic = energy.energy(work, activity[:, 2] / activity[:, 3])
+    return [
+        measure("inference_energy", operations + traffic, "modelled"),
+        measure("operation_energy", operations, "modelled"),
+    ]
+
+
+def _test_means(subject: Subject, totals: tallies.Totals, settings: Mapping[str, Any]) -> list[Measurement]:
+    """The means of one test set. `settings`, by which it is another than the run's own, stand in the
+    conditions; of such a one there are only `JUDGED`: what layers say of themselves they say of the run's own."""
     tokens, found = subject.kind == "tokens", []
     for name, (mean, count) in tallies.means(totals).items():
         if name not in METRICS:  # what a layer of another package reports stands in metrics.jsonl

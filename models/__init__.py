@@ -17,6 +17,7 @@ MODELS = {
     "mixture_of_fields": "lissom.models.mixture_of_fields:MixtureOfFields",
     "block_transformer": "lissom.models.block_transformer:BlockTransformer",
     "keyed_experts": "lissom.models.keyed_experts:KeyedExperts",
+    "spiking": "lissom.models.spiking.network:SpikingNet",
 }
 
 ENVIRONMENT_GATES = {
@@ -100,6 +101,14 @@ SIZES = {
         "small": {"experts": 64, "k": 8, "filters": 32, **KEYED},
         # The largest ensemble of the authors' code.
         "large": {"experts": 1024, "k": 32, "filters": 32, **KEYED},
+    },
+    "spiking": {
+        "tiny": {"widths": (4, 4), "strides": (2, 2)},
+        "small": {"widths": (16, 32, 64), "strides": (1, 2, 2)},
+        # As deep as spikes may have to vanish.
+        "deep": {"widths": (16, 16, 16, 32, 32, 32, 64, 64, 64), "strides": (1, 1, 1, 2, 1, 1, 2, 1, 1)},
+        # For examples without space.
+        "dense": {"widths": (), "strides": (), "hidden": (128, 128)},
     },
     "block_transformer": {
         "tiny": {"width": 16, "depth": 2, "heads": 4, **BLOCKS},

@@ -4,6 +4,8 @@ set, and what they say is read off the sums.
     domain_use   float32 [D, E] of a layer: choices of expert e by the tokens of domain d
     family_use   float32 [F, E]: trajectories of family f that are brought to expert e
     class_hits   float32 [C, 2] of an objective: examples of class c that are predicted, and all of them
+    layer_activity   float32 [L, 4] of a spiking network, of each layer: spikes, spikes that there could have been,
+                 synaptic operations (of each spike that comes in the outputs that it goes to), and the examples
 
 Only a network that is judged (not one in training) counts.
 """
@@ -45,7 +47,26 @@ def class_accuracy(hits: np.ndarray) -> dict[str, float]:
     return {f"{CLASS_ACCURACY}{c}": float(hit / seen) for c, (hit, seen) in enumerate(hits) if seen}
 
 
-TALLIES = {"domain_use": domain_information, "family_use": purity, "class_hits": class_accuracy}
+FIRING_RATE = "firing_rate/"  # and the number of the layer
+
+
+def firing(activity: np.ndarray) -> dict[str, float]:
+    """activity [L, 4] -> spikes a neuron and step, of all neurons and of each layer that has some, and the synaptic
+    operations of an example."""
+    spikes, places, operations, examples = activity.T
+    if not places.any():
+        return {}
+    rates = {f"{FIRING_RATE}{n}": float(s / p) for n, (s, p) in enumerate(zip(spikes, places, strict=True)) if p}
+    found = {"firing_rate": spikes.sum() / places.sum(), "synaptic_operations": (operations / examples).sum()}
+    return {name: float(value) for name, value in found.items()} | rates
+
+
+TALLIES = {
+    "domain_use": domain_information,
+    "family_use": purity,
+    "class_hits": class_accuracy,
+    "layer_activity": firing,
+}
 
 
 def add(totals: Totals, sums: Mapping[str, tuple]) -> None:

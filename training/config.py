@@ -16,6 +16,7 @@ import ml_collections
 from lissom.models import ENVIRONMENT_GATES, FFNS, MODELS, NORMS, SET_ENCODERS, SIZES
 from lissom.models.mixers import MIXERS
 from lissom.models.registry import UnknownName, check_name, nearest
+from lissom.models.spiking import ACTIVATIONS, DECODERS, ENCODERS
 from lissom.training import OBJECTIVES, OPTIMIZERS, SCHEDULES
 from lissom.training.errors import UserError
 from lissom.training.fields import DURATIONS, check_fields, check_stage
@@ -196,7 +197,16 @@ def _check_one(config: ml_collections.ConfigDict) -> None:
             f"model {config.model.name!r} has no size {config.model.size!r}: it has "
             f"{', '.join(sizes)}{nearest(config.model.size, sizes)}"
         )
-    tables = {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "encoder": SET_ENCODERS, "gate": ENVIRONMENT_GATES}
+    tables = {
+        "mixer": MIXERS,
+        "ffn": FFNS,
+        "norm": NORMS,
+        "encoder": SET_ENCODERS,
+        "gate": ENVIRONMENT_GATES,
+        "neuron": ACTIVATIONS,
+        "encoding": ENCODERS,
+        "decoding": DECODERS,
+    }
     for field, table in tables.items():
         value = config.model.get(field)
         for name in (value,) if isinstance(value, str) else value or ():

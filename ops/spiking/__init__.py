@@ -10,7 +10,7 @@ from lissom.ops import dispatch
 from lissom.ops.spiking.neuron import Rates, Rule, State
 from lissom.ops.spiking.surrogates import SURROGATES
 
-__all__ = ["OP", "State", "spike_scan"]
+__all__ = ["OP", "RESETS", "State", "spike_scan"]
 
 OP = dispatch.Op(
     name="spiking",

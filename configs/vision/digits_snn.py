@@ -1,0 +1,42 @@
+"""A plain convolutional spiking network on MNIST digits, and its dense twins.
+
+Paper: trained by surrogate gradients (Neftci et al. 2019, arXiv:1901.09948); parametric leak (Fang et al. 2021,
+    arXiv:2007.05785); BatchNorm of the membrane potential (MPBN, Guo et al. 2023, arXiv:2308.08359).
+Command: uv run train.py --config=configs/vision/digits_snn.py
+Time: not measured. Result: not measured.
+Sweep: model.time_steps=1,2,4,8  model.neuron=if,lif,plif,alif,cuba  model.size=small,deep  model.batch_norm=True,False
+    model.neuron_kwargs.lif.membrane_norm=none,channel,element  model.encoding=direct,rate,latency,phase
+    model.decoding=mean,count,max_membrane,first_spike
+    (the dense twins: model.neuron=relu,clip_floor with model.time_steps=1)
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    config.data.update({"name": "digits", "batch_size": 64})
+    config.model.update(
+        {
+            "name": "spiking",
+            "size": "small",
+            "hidden": (),
+            "recurrent": False,
+            "kernel": 3,
+            "neuron": "lif",
+            "neuron_kwargs": {
+                "if": {},
+                "lif": {"decay": 0.5, "threshold": 1.0, "learn_threshold": False, "membrane_norm": "none"},
+                "clip_floor": {"levels": 255},
+            },
+            "batch_norm": True,
+            "encoding": "direct",
+            "encoding_kwargs": {},
+            "decoding": "mean",
+            "decoding_kwargs": {},
+            "time_steps": 4,
+        }
+    )
+    config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
+    config.train = {"epochs": 30}
+    return tiny(config) if mode(arg, ("tiny",)) else config

@@ -1,0 +1,184 @@
+"""A plain spiking network, and its dense twins."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models.bounds import at_least_one
+from lissom.models.linear import Linear
+from lissom.models.registry import construct
+from lissom.models.spiking import DECODERS, ENCODERS
+from lissom.models.spiking.layers import SpikingLayer, Work
+
+
+class SpikingNet(nnx.Module):
+    """inputs [B, *space, C], or with an encoding of timed examples [B, T, *space, C] -> logits [B, classes].
+
+    `widths[i]` channels with stride `strides[i]` in the convolutions, one behind the other without shortcuts; `hidden`
+    features in the dense layers behind them, which see all places of the last convolution. Examples without space have
+    dense layers alone. Each layer has neurons (`neuron`, of `ACTIVATIONS`) behind BatchNorm (`SpikingLayer`); with
+    "relu" or "clip_floor" it is the dense twin.
+
+    time_steps: how often the network sees an example; 0 where the examples have a time axis (encoding "frames" or
+    "delta"). At one step neurons have no use of their decay and their reset: the network is one of activations in
+    {0, 1}. The last layer has weights alone, on the mean over places where no dense layer stands in front, or, if the
+    decoding reads spikes, neurons.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        classes: int,
+        widths: Sequence[int],
+        strides: Sequence[int],
+        kernel: int = 3,
+        hidden: Sequence[int] = (),
+        recurrent: bool = False,
+        neuron: str = "lif",
+        neuron_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        batch_norm: bool = True,
+        encoding: str = "direct",
+        encoding_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        decoding: str = "mean",
+        decoding_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        time_steps: int = 4,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.encoder = construct(ENCODERS, encoding, encoding_kwargs, "encoding", rngs=rngs)
+        self.decoder = construct(DECODERS, decoding, decoding_kwargs, "decoding", rngs=rngs)
+        if self.encoder.timed and time_steps:
+            raise ValueError(f"model.encoding={encoding!r} reads the time of the examples: set model.time_steps to 0")
+        if not self.encoder.timed and time_steps < 1:
+            raise ValueError(f"model.time_steps={time_steps} must be at least 1 with model.encoding={encoding!r}")
+        if self.encoder.timed and len(input_shape) < 2:
+            raise ValueError(f"model.encoding={encoding!r} reads examples [time, ...], not {list(input_shape)}")
+        *space, channels = input_shape[1:] if self.encoder.timed else input_shape
+        _check_sizes(space, input_shape, widths, strides, kernel, hidden, recurrent)
+        self.steps, self.classes, self.dtype = time_steps or input_shape[0], classes, dtype
+        kinds = {
+            "neuron": neuron,
+            "neuron_kwargs": neuron_kwargs,
+            "batch_norm": batch_norm,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
+        inputs, layers = self.encoder.channels(channels), []
+        for width, stride in zip(widths, strides, strict=True):
+            layers.append(SpikingLayer(inputs, width, space, kernel=kernel, stride=stride, **kinds))
+            inputs, space = width, layers[-1].after
+        self.first_dense, self.places = len(layers), math.prod(space)
+        dense = [*hidden, *((classes,) if self.decoder.spiking else ())]
+        if dense:
+            inputs *= self.places
+        for number, width in enumerate(dense):
+            layers.append(SpikingLayer(inputs, width, (), recurrent=recurrent and number < len(hidden), **kinds))
+            inputs = width
+        if not layers[-1].is_spiking and self.encoder.repeats and time_steps > 1:
+            raise ValueError(
+                f"model.neuron={neuron!r} has no memory, and model.time_steps={time_steps} would compute the same so "
+                "many times: set it to 1"
+            )
+        if self.decoder.spiking and not layers[-1].is_spiking:
+            raise ValueError(f"model.decoding={decoding!r} reads spikes, and model.neuron={neuron!r} has none")
+        self.layers = nnx.List(layers)
+        self.head = None if self.decoder.spiking else Linear(inputs, classes, axes=("mlp", "classes"), rngs=rngs)
+
+    def start(self, batch: int) -> tuple:
+        """What `advance` begins with."""
+        return (None,) * len(self.layers), self.decoder.start(batch, self.classes)
+
+    def advance(self, x: jax.Array, steps: int, carry: tuple, *, train: bool = False):
+        """Encoded x [steps, B, ...], or one step that stands for `steps` equal ones -> (scores [steps, B, classes]
+        after each step, carry, activity float32 [layers, 4]). Several calls that hand on the carry give what one of all
+        their steps gives.
+
+        activity, summed over steps and examples: spikes, outputs that may be spikes, synaptic operations, examples.
+        """
+        states, activity, x = [], [], x.astype(self.dtype)
+        for number, (layer, state) in enumerate(zip(self.layers, carry[0], strict=True)):
+            if number == self.first_dense:
+                x = x.reshape(*x.shape[:2], -1)
+            y, state = layer(x, steps, state, train=train)
+            states.append(state)
+            spikes = [(y != 0).sum(), y.size] if layer.is_spiking else [0, 0]
+            activity.append([*spikes, layer.synapses(x, y), y.shape[1]])
+            x = y
+        outputs = x.astype(jnp.float32)
+        if self.head is not None:
+            activity.append([0, 0, (x != 0).sum() * self.classes, x.shape[1]])
+            # The head is linear: that of the mean over places is the mean of those of the spikes.
+            outputs = self.head(outputs if outputs.ndim == 3 else outputs.mean(tuple(range(2, outputs.ndim - 1))))
+        scores, decoded = self.decoder(outputs, carry[1])
+        told = jnp.stack([jnp.stack([jnp.asarray(value, jnp.float32) for value in row]) for row in activity])
+        return scores, (tuple(states), decoded), told
+
+    def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
+        scores, _, activity = self._run(inputs, train, key)
+        if not train:
+            return scores[-1], {"losses": {}, "metrics": {"layer_activity": activity}}
+        spikes, places = activity[:, 0].sum(), activity[:, 1].sum()
+        rate = {"firing_rate": spikes / places} if self.layers[0].is_spiking else {}
+        return scores[-1], {"losses": {}, "metrics": rate}
+
+    def running(self, inputs: jax.Array) -> jax.Array:
+        """scores [T, B, classes]: the answer after each step."""
+        return self._run(inputs, False, None)[0]
+
+    def _run(self, inputs: jax.Array, train: bool, key: jax.Array | None):
+        x = self.encoder(inputs, self.steps, key)
+        return self.advance(
+            x, inputs.shape[1] if self.encoder.timed else self.steps, self.start(len(inputs)), train=train
+        )
+
+    def work(self) -> list[Work]:
+        """What each layer does for one example; the last weights are a layer too."""
+        found, binary = [], self.encoder.binary
+        for number, layer in enumerate(self.layers):
+            once = number == 0 and self.encoder.repeats
+            found.append(layer.work(self.steps, once=once, binary=binary))
+            binary = layer.is_spiking
+        if self.head is not None:
+            features = self.head.kernel.shape[0]
+            # Spikes are multiplied where they are, since there is nothing to multiply; numbers behind the mean.
+            inputs = features * (self.places if binary and self.first_dense == len(self.layers) else 1)
+            found.append(
+                Work(
+                    products=inputs * self.classes * self.steps,
+                    passes=self.steps,
+                    steps=self.steps,
+                    weights=features * self.classes,
+                    inputs=inputs,
+                    outputs=self.classes,
+                    binary=binary,
+                    spiking=False,
+                    leaks=False,
+                    bits=found[-1].bits,
+                )
+            )
+        return found
+
+
+def _check_sizes(space, input_shape, widths, strides, kernel: int, hidden, recurrent: bool) -> None:
+    at_least_one("model", kernel=kernel)
+    for name, sizes in (("widths", widths), ("strides", strides), ("hidden", hidden)):
+        if sizes:
+            at_least_one("model", **{name: sizes})
+    if len(widths) != len(strides):
+        raise ValueError(f"model.widths {tuple(widths)} and model.strides {tuple(strides)} must be as long")
+    if space and not widths:
+        raise ValueError(f"model.widths is empty, and examples {list(input_shape)} have space to convolve over")
+    if widths and not space:
+        raise ValueError(
+            f"model.widths {tuple(widths)} are convolutions over space, and examples {list(input_shape)} have none: "
+            "set model.widths and model.strides to (), and model.hidden"
+        )
+    if not widths and not hidden:
+        raise ValueError("model.hidden is empty, and a network without space has dense layers alone")
+    if recurrent and not hidden:
+        raise ValueError("model.recurrent is of dense layers, and model.hidden is empty")
