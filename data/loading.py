@@ -60,7 +60,9 @@ def load(name: str, *, data_dir: str | None = None, **settings) -> Dataset:
         return _plug_in(name, settings)
     if "/" in name or "\\" in name or name.startswith((".", "~")) or Path(name).is_dir():
         read = load_recordings if is_recordings(name) else load_folder
-        return read(name, **check(name, read, settings, skip=1))
+        defaults = keywords(read, skip=1)
+        check(name, read, settings, skip=1)
+        return read(name, **{key: typed(name, key, value, defaults[key]) for key, value in settings.items()})
     return load_tfds(name, data_dir, known=DATASETS, **check(name, load_tfds, settings, skip=3))
 
 

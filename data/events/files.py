@@ -67,6 +67,7 @@ def load_recordings(
     rendering = Rendering(dataset=repr(path), steps=steps, binning=binning, polarity=polarity, tau=tau, control=control)
     whole = sensor is None or (len(sensor) == 2 and all(isinstance(n, int) and n >= 1 for n in sensor))
     require(whole, f"dataset {path!r}: sensor must be (rows, columns), got {sensor!r}")
+    require(seed >= 0, f"dataset {path!r}: seed must be at least 0, got {seed}")
     found = {split: _recordings(_split_folder(folder, split)) for split in SPLITS}
     names = sorted({name for files in found.values() for _, name in files if name is not None}, key=_numeric)
     labels = {

@@ -101,6 +101,7 @@ def moving_digits(
     require(0.01 <= threshold < np.inf, f"moving_digits: threshold must be at least 0.01, got {threshold}")
     require(0 <= noise <= 100, f"moving_digits: noise must be in 0..100 events a pixel, got {noise}")
     require(train_size > 0 and test_size > 0, "moving_digits: train_size and test_size must be above 0")
+    require(seed >= 0, f"moving_digits: seed must be at least 0, got {seed}")
     rendering = Rendering(
         dataset="moving_digits", steps=steps, binning=binning, polarity=polarity, tau=tau, control=control
     )

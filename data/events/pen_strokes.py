@@ -62,6 +62,7 @@ def pen_strokes(
         jitter > 0 or noise > 0, "pen_strokes: with jitter=0 and noise=0 the test repeats training examples; raise one"
     )
     require(train_size > 0 and test_size > 0, "pen_strokes: train_size and test_size must be above 0")
+    require(seed >= 0, f"pen_strokes: seed must be at least 0, got {seed}")
     rendering = Rendering(
         dataset="pen_strokes", steps=steps, binning=binning, polarity="merged", tau=tau, control=control
     )
