@@ -13,9 +13,10 @@ from lissom.data.errors import DataError, nearest
 
 
 def shift(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Moves by up to an eighth of each spatial axis, zeros moving in. Image [H, W, C] or signal [L, C]."""
+    """Moves by up to an eighth of each spatial axis, zeros moving in. Image [H, W, C], signal [L, C], or
+    frames [T, H, W, C], all of them alike: time is not moved."""
     out = inputs
-    for axis in range(inputs.ndim - 1):
+    for axis in range(int(inputs.ndim == 4), inputs.ndim - 1):
         reach = inputs.shape[axis] // 8
         step = int(rng.integers(-reach, reach + 1))
         moved = np.zeros_like(out)
@@ -30,7 +31,7 @@ def shift(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def flip(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors the last spatial axis (an image's width, a signal's length) with probability 1/2."""
+    """Mirrors the last spatial axis (the width of an image or of frames, a signal's length) with probability 1/2."""
     return inputs[..., ::-1, :] if rng.integers(2) else inputs
 
 
@@ -48,7 +49,7 @@ def augmentations(names: str | Sequence[str] | None, kind: str) -> list:
     for name in names:
         if name not in AUGMENTATIONS:
             raise DataError(f"unknown augmentation {name!r}{nearest(name, AUGMENTATIONS)}")
-        if kind not in ("image", "signal"):
+        if kind not in ("image", "signal", "frames"):
             of = {"tokens": "tokens", "set": "sets", "trajectory": "trajectories"}[kind]
-            raise DataError(f"augmentation {name!r} changes images and signals, and this dataset is of {of}")
+            raise DataError(f"augmentation {name!r} changes images, signals and frames, and this dataset is of {of}")
     return [AUGMENTATIONS[name] for name in names]

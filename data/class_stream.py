@@ -40,7 +40,7 @@ class ClassStream:
         replay_size: int = 0,
     ):
         require(
-            dataset.kind in ("image", "signal"),
+            dataset.kind in ("image", "signal", "frames"),
             f"order='by_class' needs one label an example, and dataset {dataset.name!r} is {dataset.kind} data",
         )
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")

@@ -1,9 +1,10 @@
 """What every dataset looks like to the rest of the house: two random-access sources and the facts about them.
 
-Fields of one example, by kind (H height, W width, C channels, L length, T tokens):
+Fields of one example, by kind (H height, W width, C channels, L length, T tokens, states or frames):
 
     image    inputs [H, W, C] float32, usually in [0, 1];  labels int32 scalar
     signal   inputs [L, C] float32;                        labels int32 scalar
+    frames   inputs [T, H, W, C] float32, T frames in order of time, often counts of events;  labels int32 scalar
     tokens   inputs [T] int32;  labels [T] int32;  weights [T] float32 (0 where a position does not score);
              pauses [P] int32, where the dataset names places for meta-tokens (`meta_tokens.py`);
              domains [D] float32, where it knows which of D kinds of text the tokens are of: their shares
@@ -22,7 +23,7 @@ import numpy as np
 
 from lissom.data.errors import DataError
 
-KINDS = ("image", "signal", "tokens", "set", "trajectory")
+KINDS = ("image", "signal", "frames", "tokens", "set", "trajectory")
 
 Example = dict[str, np.ndarray]
 
@@ -39,10 +40,11 @@ class Source(Protocol):
 class Dataset:
     """A named dataset with a training and a test source.
 
-    `info` holds `classes` (image, signal, set), `vocab_size` (tokens) or `environments` and `interval` (trajectory: how
-    many systems there are, and the time from one state to the next), `input_shape` (of one example), `train_examples`,
-    `test_examples`, and where they are known `chance` (accuracy of guessing), `systems` (the equation of each
-    environment), `anchors` (name -> published or exact accuracy) and facts that belong into a row, such as `sha256`.
+    `info` holds `classes` (image, signal, frames, set), `vocab_size` (tokens) or `environments` and `interval`
+    (trajectory: how many systems there are, and the time from one state to the next), `input_shape` (of one example),
+    `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `systems` (the equation
+    of each environment), `anchors` (name -> published or exact accuracy) and facts that belong into a row, such as
+    `sha256`.
     """
 
     name: str
@@ -61,8 +63,9 @@ class Dataset:
 def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
     """Stored fields -> the fields above; works on one example and on a stack of them.
 
-    Stored arrays may be compact: uint8 images (0..255 become [0, 1]), tokens and weights of any integer type,
-    and for running text one field `text` of T + 1 tokens, whose inputs and labels are the two shifted views.
+    Stored arrays may be compact: uint8 images and signals (0..255 become [0, 1]), frames of any type (values stay as
+    they are: integers are counts), tokens and weights of any integer type, and for running text one field `text` of T +
+    1 tokens, whose inputs and labels are the two shifted views.
     """
     if kind == "tokens":
         if "text" in stored:
@@ -83,7 +86,8 @@ def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
         whole = ("labels", "sizes", "environment")
         return {name: np.asarray(x).astype(np.int32 if name in whole else np.float32) for name, x in stored.items()}
     inputs = np.asarray(stored["inputs"])
-    scaled = inputs.astype(np.float32) / np.float32(255) if inputs.dtype == np.uint8 else inputs
+    picture = inputs.dtype == np.uint8 and kind != "frames"
+    scaled = inputs.astype(np.float32) / np.float32(255) if picture else inputs
     return {
         "inputs": scaled.astype(np.float32, copy=False),
         "labels": np.asarray(stored["labels"]).astype(np.int32),

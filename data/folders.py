@@ -8,16 +8,17 @@ import numpy as np
 from lissom.data.dataset import ArraySource, Dataset, gather
 from lissom.data.errors import DataError, nearest, require
 
-KINDS = ("image", "signal", "tokens")
+KINDS = ("image", "signal", "frames", "tokens")
 
 
 def load_folder(path: str, *, kind: str | None = None) -> Dataset:
     """Arrays with examples along the first axis, all in memory.
 
     kind: `image` (inputs [N, H, W] or [N, H, W, C]; uint8 is divided by 255), `signal` (inputs [N, L] or [N,
-    L, C]) or `tokens` (inputs and labels [N, T] integers, `weights` [N, T] optional). Default: read off the
-    arrays: labels with T positions are tokens, inputs of 2 or 3 axes a signal (grey images without their
-    channel axis look the same: say kind="image"), of 4 an image.
+    L, C]), `frames` (inputs [N, T, H, W] or [N, T, H, W, C]; integers are counts and stay as they are) or `tokens`
+    (inputs and labels [N, T] integers, `weights` [N, T] optional). Default: read off the arrays: labels with T
+    positions are tokens, inputs of 2 or 3 axes a signal (grey images without their channel axis look the same: say
+    kind="image"), of 4 an image (frames without their channel axis look the same: say kind="frames"), of 5 frames.
     """
     folder = Path(path).expanduser()
     require(kind is None or kind in KINDS, f"dataset {path!r}: unknown kind {kind!r}{nearest(str(kind), KINDS)}")
@@ -66,8 +67,8 @@ def _kind(path: str, arrays: dict[str, np.ndarray]) -> str:
     if arrays["labels"].ndim == 2:
         return "tokens"
     axes = arrays["inputs"].ndim
-    require(axes in (2, 3, 4), f"dataset {path!r}: inputs must have 2, 3 or 4 axes, got {arrays['inputs'].shape}")
-    return "image" if axes == 4 else "signal"
+    require(2 <= axes <= 5, f"dataset {path!r}: inputs must have 2, 3, 4 or 5 axes, got {arrays['inputs'].shape}")
+    return {4: "image", 5: "frames"}.get(axes, "signal")
 
 
 def _shaped(path: str, split: str, kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -86,7 +87,7 @@ def _shaped(path: str, split: str, kind: str, arrays: dict[str, np.ndarray]) -> 
             )
         return arrays
     require("weights" not in arrays, f"{where}: weights belong to tokens, and this dataset is of kind {kind}")
-    axes = {"image": 4, "signal": 3}[kind]
-    require(inputs.ndim in (axes - 1, axes), f"{where}: an {kind} has {axes} axes, got inputs {inputs.shape}")
+    axes = {"image": 4, "signal": 3, "frames": 5}[kind]
+    require(inputs.ndim in (axes - 1, axes), f"{where}: inputs of kind {kind} have {axes} axes, got {inputs.shape}")
     require(labels.ndim == 1, f"{where}: labels must be [N], got {labels.shape}")
     return {"inputs": inputs if inputs.ndim == axes else inputs[..., None], "labels": labels}

@@ -21,6 +21,8 @@ from lissom.data import (
 from lissom.data.content import Definition
 from lissom.data.dataset import Dataset
 from lissom.data.errors import DataError, nearest, require
+from lissom.data.events import moving_digits, pen_strokes
+from lissom.data.events.files import is_recordings, load_recordings
 from lissom.data.folders import load_folder
 from lissom.data.preparation import prepared
 from lissom.data.tfds import load_tfds
@@ -33,6 +35,8 @@ DATASETS = {
     "cue_match": Definition(cue_match.cue_match),
     "dynamics": Definition(dynamics.dynamics),
     "gaussian_mixtures": Definition(gaussian_mixtures.gaussian_mixtures),
+    "moving_digits": Definition(moving_digits.moving_digits),
+    "pen_strokes": Definition(pen_strokes.pen_strokes, facts=pen_strokes.facts),
     "sequences": Definition(sequences.sequences, version="1.1.0", choice=("task", sequences.TASKS)),
     "domain_text": Definition(domain_text.domain_text, version="1.1.0", facts=domain_text.facts),
     "stdlib_text": Definition(stdlib_text.stdlib_text, facts=stdlib_text.facts),
@@ -43,8 +47,8 @@ def load(name: str, *, data_dir: str | None = None, **settings) -> Dataset:
     """The dataset of that name, prepared under `data_dir` on first use.
 
     name: one of `DATASETS`; `package.module:function` (a callable that takes the settings and returns a
-    `Dataset`); a path of a folder of .npz arrays (see `folders.py`); any other name is a TFDS dataset, read
-    from its prepared `array_record` directory (see `tfds.py`).
+    `Dataset`); a path of a folder of .npz arrays (see `folders.py`) or of recordings of events (`events/files.py`); any
+    other name is a TFDS dataset, read from its prepared `array_record` directory (see `tfds.py`).
     data_dir: default the environment's TFDS_DATA_DIR, else ~/.cache/lissom/datasets.
 
     Raises `DataError`, one sentence, for what is missing or not understood.
@@ -55,7 +59,10 @@ def load(name: str, *, data_dir: str | None = None, **settings) -> Dataset:
     if ":" in name and not Path(name).exists():
         return _plug_in(name, settings)
     if "/" in name or "\\" in name or name.startswith((".", "~")) or Path(name).is_dir():
-        return load_folder(name, **check(name, load_folder, settings, skip=1))
+        read = load_recordings if is_recordings(name) else load_folder
+        defaults = keywords(read, skip=1)
+        check(name, read, settings, skip=1)
+        return read(name, **{key: typed(name, key, value, defaults[key]) for key, value in settings.items()})
     return load_tfds(name, data_dir, known=DATASETS, **check(name, load_tfds, settings, skip=3))
 
 

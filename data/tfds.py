@@ -1,7 +1,8 @@
 """Any other TFDS dataset, read from its prepared `array_record` directory. No TensorFlow, no download.
 
-Images (features `image` and `label`): inputs [H, W, C] float32 in [0, 1]. Text (a feature `text`, as in
-lm1b): bytes 0..255, cut or padded to `length`.
+Images (features `image` and `label`): inputs [H, W, C] float32 in [0, 1]. Frames (features `video` and `label`, where
+`video` is a tensor of one shape [T, H, W, C], as binned events are): their values as they are. Text (a feature `text`,
+as in lm1b): bytes 0..255, cut or padded to `length`.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lissom.data.dataset import ArraySource, Dataset, Example
+from lissom.data.dataset import ArraySource, Dataset, Example, finish
 from lissom.data.errors import DataError, nearest, require
 from lissom.data.preparation import (
     IN_MEMORY_BYTES,
@@ -50,6 +51,12 @@ def load_tfds(
         kind = "image"
         sources = {key: ImageRecords(builder, split, image_size) for key, split in splits.items()}
         info = {"classes": features["label"].num_classes}
+    elif "video" in features and "label" in features:
+        kind = "frames"
+        _check_video(name, features["video"])
+        require(image_size is None, f"dataset {name!r}: image_size= is for images, and these are frames")
+        sources = {key: FrameRecords(builder, split) for key, split in splits.items()}
+        info = {"classes": features["label"].num_classes}
     elif "text" in features:
         kind = "tokens"
         require(length >= 1, f"dataset {name!r}: length must be at least 1, got {length}")
@@ -57,7 +64,8 @@ def load_tfds(
         info = {"vocab_size": 256}
     else:
         raise DataError(
-            f"dataset {name!r} has features {', '.join(sorted(features))}; image + label or text are readable"
+            f"dataset {name!r} has features {', '.join(sorted(features))}; image + label, video + label or text are "
+            "readable"
         )
     example = sources["train"][0]
     _check_fixed_size(name, builder, kind, image_size)
@@ -98,6 +106,27 @@ class ImageRecords:
         inputs = stored["inputs"]
         top = np.iinfo(inputs.dtype).max if np.issubdtype(inputs.dtype, np.integer) else 1
         return {"inputs": inputs.astype(np.float32) / np.float32(top), "labels": stored["labels"]}
+
+
+class FrameRecords:
+    """Tensors of frames of one split."""
+
+    def __init__(self, builder, split: str):
+        self.records = data_source(builder, split, [])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def stored(self, index: int) -> Example:
+        """Frames [T, H, W, C] and their label."""
+        return self.decoded(self.records[int(index)])
+
+    def decoded(self, record: Example) -> Example:
+        """A record as `stored` gives it."""
+        return {"inputs": np.asarray(record["video"]), "labels": np.asarray(record["label"], np.int32)}
+
+    def __getitem__(self, index: int) -> Example:
+        return finish("frames", self.stored(index))
 
 
 class TextRecords:
@@ -190,9 +219,20 @@ def _check_fixed_size(name: str, builder, kind: str, image_size: int | None) -> 
         )
 
 
+def _check_video(name: str, feature) -> None:
+    """What TFDS calls a Video is encoded pictures one by one, which only TensorFlow prepares: it is no events."""
+    import tensorflow_datasets as tfds
+
+    require(
+        isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 4 and None not in feature.shape,
+        f"dataset {name!r}: its videos are not read; frames are a feature `video` that is a tensor of one shape "
+        "[T, H, W, C]",
+    )
+
+
 def _in_memory(source, kind: str):
-    """Small images become arrays at once; larger sets and texts are read record by record."""
-    if kind != "image":
+    """Small images and frames become arrays at once; larger sets and texts are read record by record."""
+    if kind == "tokens":
         return source
     first = source.stored(0)
     if first["inputs"].dtype != np.uint8 or first["inputs"].nbytes * len(source) > IN_MEMORY_BYTES:

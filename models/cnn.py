@@ -1,4 +1,4 @@
-"""A plain convolutional classifier over one or two spatial axes."""
+"""A plain convolutional classifier over one to three axes of space, or of time and space."""
 
 from collections.abc import Sequence
 

@@ -86,6 +86,7 @@ def test_before_jax(args, words, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+SMALL_STROKES = ("size=16", "steps=2", "train_size=40", "test_size=20")
 LATE = [
     (("--config.mesh.data=16",), ["needs 16 devices"]),
     (("--config.mesh.data=8", "--config.data.batch_size=12"), ["batch_size=12", "multiple of 8"]),
@@ -100,6 +101,14 @@ LATE = [
     (("--config.model.mixer_kwargs.attention.implementation=flash",), ["has no 'flash'"]),
     (("--config.mesh.data=1", "--config.mesh.tensor=4"), ["heads", "2 entries", "4 shards"]),
     (("--config.data.name=mnist1d",), ["reads examples [rows, columns, channels]", "[40, 1]"]),
+    (
+        ("--config.data.name=moving_digits", "--config.data.kwargs.moving_digits.tau=2.0"),
+        ["tau=2.0 belongs to binning='surface', and binning is 'counts'"],
+    ),
+    (
+        ("--config.data.name=pen_strokes", *(f"--config.data.kwargs.pen_strokes.{s}" for s in SMALL_STROKES)),
+        ["reads examples [rows, columns, channels]", "[2, 16, 16, 1]"],
+    ),
     (("--config.data.name=mnist99",), ["mnist99"]),
     (("--config.data.name=json:dumps",), ["json:dumps", "cannot be called"]),
     (("--config.model.ffn_kwargs.mlp.expansion=inf",), ["expansion='inf'", "must be a number"]),

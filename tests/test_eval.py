@@ -98,6 +98,18 @@ def test_ceiling(tiny_run):
     assert rows[0].identity.task == "cue_match(items=4, length=32, test_size=100, train_size=200)"
 
 
+def test_floors_of_frames(tiny_run):
+    """Frames train the convolutional network, time as one more axis, and have the floors of one label an example."""
+    settings = {"train_size": 40, "test_size": 20, "size": 16, "steps": 4, "classes_of": "direction"}
+    of = {"data.name": "moving_digits", "evaluation.floor": True, "data.kwargs": {"moving_digits": settings}}
+    _, run = tiny_run("vision/mnist1d_cnn", **of)
+    rows = evaluate([run])
+    floors = [row.identity.label for row in rows if row.identity.role == "floor"]
+    assert floors == ["1-nearest neighbour", "linear"]
+    # Channels 4, 4, kernel 3 x 3 x 3, stride 2: of 4 x 16 x 16 there is left 1 x 4 x 4.
+    assert values(rows[0])["parameters"] == (27 * 2 * 4 + 4) + (27 * 4 * 4 + 4) + (16 * 4 * 4 + 4)
+
+
 def test_ceiling_and_floors_of_sets(tiny_run):
     """A fit by expectation maximisation is nearer to the true mixture than one Gaussian, and both are rows."""
     settings = {"test_size": 40, "train_size": 20, "size": 200, "deviations": (0.2, 0.3), "concentration": 10.0}

@@ -47,6 +47,14 @@ def test_a_pass_by_hand():
     assert set(np.concatenate([numbers(batch) for batch in found])) == set(range(26))
 
 
+def test_frames_take_the_same_places_as_images():
+    images, source = numbered(), numbered().train.arrays
+    arrays = {"inputs": source["inputs"][:, None], "labels": source["labels"]}  # [N, 1, 4, 4, 1]
+    frames = Dataset("frames", "frames", ArraySource("frames", arrays), ArraySource("frames", arrays), {"classes": 4})
+    for image, frame in zip(batches(images, stream(images)), batches(frames, stream(frames)), strict=True):
+        np.testing.assert_array_equal(image["inputs"], frame["inputs"][:, 0])
+
+
 def test_rows_behind_a_pass_are_of_a_new_one():
     """7 examples in batches of 4 for 7 steps are 4 whole passes."""
     dataset = numbered()

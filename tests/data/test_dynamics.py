@@ -124,5 +124,5 @@ def test_bad_settings_give_a_sentence(settings, words):
 
 
 def test_trajectories_are_not_augmented():
-    with pytest.raises(DataError, match="changes images and signals, and this dataset is of trajectories"):
+    with pytest.raises(DataError, match="changes images, signals and frames, and this dataset is of trajectories"):
         augmentations("noise", "trajectory")

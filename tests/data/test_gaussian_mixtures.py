@@ -80,5 +80,5 @@ def test_bad_settings_give_a_sentence(settings, words):
 
 
 def test_sets_are_not_augmented():
-    with pytest.raises(DataError, match="changes images and signals, and this dataset is of sets"):
+    with pytest.raises(DataError, match="changes images, signals and frames, and this dataset is of sets"):
         augmentations("noise", "set")

@@ -140,6 +140,26 @@ def test_npz_folder(tmp_path):
     assert "inputs" in sentence(str(tmp_path), kind="signal")
 
 
+def test_npz_folder_of_frames(tmp_path):
+    counts = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", inputs=counts[..., None], labels=np.array([0, 4]))
+    data = load(str(tmp_path))
+    assert data.kind == "frames" and data.info["classes"] == 5 and data.info["input_shape"] == (3, 4, 5, 1)
+    np.testing.assert_array_equal(data.test[1]["inputs"][..., 0], counts[1])  # counts, not divided by 255
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", inputs=counts, labels=np.array([0, 4]))
+    assert load(str(tmp_path)).kind == "image"  # four axes
+    np.testing.assert_array_equal(load(str(tmp_path), kind="frames").test[1]["inputs"][..., 0], counts[1])
+    assert "inputs of kind frames have 5 axes, got (2, 4)" in sentence_of_frames(tmp_path)
+
+
+def sentence_of_frames(folder):
+    for split in ("train", "test"):
+        np.savez(folder / f"{split}.npz", inputs=np.zeros((2, 4)), labels=np.array([0, 4]))
+    return sentence(str(folder), kind="frames")
+
+
 def test_npz_folder_of_tokens(tmp_path):
     tokens = np.array([[1, 2, 3], [4, 5, 6]])
     for split in ("train", "test"):
@@ -256,6 +276,28 @@ def test_prepared_tfds_images(tmp_path):
     assert small.train[0]["inputs"].shape == (4, 4, 3) and len(small.train) == 2
     assert "no setting 'imagesize'; did you mean 'image_size'" in sentence(
         "toy_set", data_dir=str(tmp_path), imagesize=4
+    )
+
+
+def test_prepared_tfds_frames(tmp_path):
+    import tensorflow_datasets as tfds
+
+    def prepare(folder, **tensor):
+        feature = tfds.features.Tensor(**tensor)
+        features = {"video": feature, "label": tfds.features.ClassLabel(num_classes=4)}
+        prepare_with_tfds(folder, features, [{"video": x, "label": i} for i, x in enumerate(counts)])
+        return str(folder)
+
+    counts = np.random.default_rng(0).integers(0, 9, (3, 2, 4, 5, 2), dtype=np.uint8)
+    fixed = prepare(tmp_path / "fixed", shape=(2, 4, 5, 2), dtype=np.uint8, encoding="bytes")
+    data = load("toy_set", data_dir=fixed)
+    assert data.kind == "frames" and data.info["classes"] == 4 and data.info["input_shape"] == (2, 4, 5, 2)
+    np.testing.assert_array_equal(data.train[2]["inputs"], counts[2])
+    assert data.train[2]["labels"] == 2
+    assert "image_size= is for images" in sentence("toy_set", data_dir=fixed, image_size=4)
+    loose = prepare(tmp_path / "loose", shape=(None, 4, 5, 2), dtype=np.uint8, encoding="bytes")
+    assert "its videos are not read; frames are a feature `video` that is a tensor" in sentence(
+        "toy_set", data_dir=loose
     )
 
 

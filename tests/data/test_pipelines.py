@@ -156,6 +156,31 @@ def test_shift_moves_the_picture_and_fills_with_zeros():
     assert sums == {64.0, 56.0, 49.0}  # by at most one pixel an axis: 8*8, 8*7, 7*7
 
 
+def test_frames_are_changed_alike_at_all_times():
+    frames = np.zeros((16, 8, 8, 1), np.float32)
+    frames[np.arange(16), 2, 3, 0] = np.arange(16)  # each with its number at one place
+    expected = {
+        "shift": {(row, column, 0) for row in (1, 2, 3) for column in (2, 3, 4)},  # by at most an eighth of 8
+        "flip": {(2, 3, 0), (2, 4, 0)},
+    }
+    for name, places in expected.items():
+        seen = set()
+        for seed in range(100):
+            changed = AUGMENTATIONS[name](frames, np.random.default_rng(seed))
+            assert changed.sum((1, 2, 3)).tolist() == list(range(16))  # no frame has moved in time
+            at = {tuple(np.argwhere(frame)[0].tolist()) for frame in changed[1:]}
+            assert len(at) == 1
+            seen |= at
+        assert seen == places
+
+
+def test_frames_take_augmentations():
+    source = ArraySource("frames", {"inputs": np.ones((3, 2, 4, 4, 1), np.uint8), "labels": np.zeros(3, np.int32)})
+    dataset = Dataset("f", "frames", source, source)
+    inputs = train_batch(dataset, step=0, batch_size=3, seed=0, augment="noise")["inputs"]
+    assert abs(inputs.std() - 0.05) < 0.02 and abs(inputs.mean() - 1) < 0.02
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -20,7 +20,7 @@ class Classification(Objective):
     by class have their `forgetting`.
     """
 
-    kinds = ("image", "signal")
+    kinds = ("image", "signal", "frames")
 
     def __init__(self, *, loss: str = "cross_entropy", label_smoothing: float = 0.0, class_accuracy: bool = False):
         where = "objective_kwargs.classification"
