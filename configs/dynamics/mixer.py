@@ -3,8 +3,10 @@
 Paper: Nzoyem et al. 2025, MixER, arXiv:2502.05335.
 Command: uv run scripts/compare.py --config=configs/dynamics/mixer.py --vary=model.gate=mixer,softmax \
     --also="one expert: model.gate=softmax model.experts=1"
-Time: not measured.
-Result: not measured.
+Time: two minutes on one core.
+Result: a mean squared error of 0.06 ± 0.05 with mixer, 0.06 ± 0.02 with softmax, 0.04 ± 0.01 of one expert (three
+    seeds; the best rate of all is the largest tried).
+results/mixer: the command with --tune=optim.learning_rate=1e-3,3e-3,9e-3
 Sweep: model.gate=mixer,softmax  model.experts=1,3,6  model.context_size  model.gate_kwargs.mixer.every=1,10,100
     model.gate_kwargs.softmax.balance=0.0,0.01,0.1  data.kwargs.dynamics.train_size
     data.kwargs.dynamics.environments

@@ -4,7 +4,8 @@ Paper: Zhang et al. 2022, MoEfication, arXiv:2110.01786; Xiao et al. 2024, Confi
     arXiv:2409.02877.
 Command: uv run train.py --config=configs/language/bricks.py (or :weights, :random, :dense behind the recipe: groups of
     channels with similar columns; drawn ones; no groups, trained in the same two stages)
-Time: not measured. Result: not measured.
+Time: two minutes on one core. Result: losses of 2.697 ± 0.006 nats a token dense, 2.730 ± 0.006 by co-activation,
+    2.744 ± 0.006 by weights, 2.764 ± 0.004 drawn (three seeds).
 results/bricks_tuned: uv run scripts/compare.py --config=configs/language/bricks.py \
     --vary=mode=dense,coactivation,weights,random --tune=optim.learning_rate=3e-3,1e-2,3e-2
 results/bricks: uv run scripts/bricks.py --runs='runs/compare/bricks_tuned/mode=dense_*' --out=results/bricks

@@ -100,6 +100,8 @@ def test_the_least_that_is_allowed(name):
     if name == "keyed_experts":  # one number has no contrast
         least |= {"kernel": 2, "experts": 1, "k": 1, "filters": 1, "pool": 1}
     least |= {"widths": (1,), "blocks": (1,), "mixer_kwargs": {"attention": {"rope_theta": 0.0}}}
+    if name == "spiking":
+        least |= {"strides": (1,), "hidden": (1,), "time_steps": 1}
     taken = settings_of(resolve(MODELS, name, "model"))
     build(name, **{key: value for key, value in least.items() if key in taken})
 
