@@ -31,5 +31,12 @@ FAMILIES = {
         # A width of 24 has 64 channels in its feed-forward layers; tiny's 16 has 43, a prime.
         {"model.width": 24, "model.ffn": "swiglu", "transforms": ({"name": "bricks", "bricks": 4, "k": 2},)},
     ),
+    "spiking": (
+        "vision/digits_snn",
+        {
+            "model.neuron": "plif",
+            "model.neuron_kwargs": {"plif": {"membrane_norm": "channel", "learn_threshold": True}},
+        },
+    ),
     "block_transformer": ("language/recall_lm", {"model.name": "block_transformer"}),
 }
