@@ -3,7 +3,7 @@
 Nothing here is measured but the synaptic operations. Energies are those of a 45 nm process at 0.9 V (Horowitz 2014,
 "Computing's energy problem", ISSCC, figure 1.1.9), in pJ:
 
-    addition          8-bit 0.03, 32-bit 0.1, float32 0.9
+    addition          32-bit 0.1, float32 0.9
     multiplication    8-bit 0.2, 32-bit 3.1, float32 3.7
     64 bits of a cache of 8 kB 10, of 32 kB 20, of 1 MB 100;  of DRAM 1,300 (its lower end)
 
@@ -11,12 +11,12 @@ An access costs its bits / 64 of that, with the size of the memory interpolated 
 (arXiv:2210.13107) do; below 8 kB it is that of 8 kB, above 1 MB DRAM. Each layer has a memory of its own for its
 weights, its inputs and its potentials.
 
-What is moved, for both kinds of layer without reuse between operations, weights and numbers at `bits` (8, or floats):
+What is moved, for both kinds of layer without reuse between operations, weights and numbers at 8 bits, or floats:
 
     dense     of each multiplication a weight and an input are read; sums stay in a register; each output is written
     spiking   of each synaptic operation a weight is read, and a 32-bit potential read and written: events come in any
-              order. Each spike is written and read as a 32-bit address. At each step each neuron's potential is read
-              and written, compared, and, where it leaks, multiplied
+              order. Each spike is written and read as a 32-bit address. At each step all that each neuron keeps (its
+              potential, a current or an adaptation) is read, added to and written, and multiplied as often as it asks
 
 A first layer that sees numbers is a dense one, whose sums are written as 32-bit currents and read at every step. A
 dense layer is not given the zeros of its inputs to skip; a spiking one lives off them.
@@ -30,13 +30,14 @@ import numpy as np
 from lissom.models.spiking.layers import Work
 
 PICO = 1e-12
-ADD = {8: 0.03, 32: 0.1, "float": 0.9}
+ADD = {32: 0.1, "float": 0.9}
 MULTIPLY = {8: 0.2, 32: 3.1, "float": 3.7}
 CACHES = ((8 * 1024, 10.0), (32 * 1024, 20.0), (1024 * 1024, 100.0))
 DRAM = 1300.0
 LINE = 64  # bits of the access that these are the energies of
 POTENTIAL = 32  # bits of potentials, sums and addresses
-WEIGHT = 8  # bits of the weights of a spiking layer, and of all that are no floats
+NUMBER = 8  # bits of weights and of numbers that are no floats
+FLOAT = 32
 
 
 class Energy(NamedTuple):
@@ -57,23 +58,23 @@ def energy(work: Sequence[Work], synaptic_operations: Sequence[float]) -> Energy
     """Of all layers; `synaptic_operations` are those of each layer for a mean example."""
     operations = traffic = 0.0
     for layer, synapses in zip(work, synaptic_operations, strict=True):
-        found = _spiking(layer, float(synapses)) if layer.spiking or layer.binary else _dense(layer)
+        found = _spiking(layer, float(synapses)) if layer.states or layer.binary else _dense(layer)
         operations, traffic = operations + found[0], traffic + found[1]
     return Energy(operations * PICO, traffic * PICO)
 
 
 def _dense(layer: Work) -> tuple[float, float]:
-    kind = "float" if layer.bits == 32 else 8
-    bits = 32 if layer.bits == 32 else WEIGHT
-    operations = layer.products * (MULTIPLY[kind] + ADD["float" if kind == "float" else POTENTIAL])
+    bits, product = (
+        (FLOAT, MULTIPLY["float"] + ADD["float"]) if layer.floats else (NUMBER, MULTIPLY[NUMBER] + ADD[POTENTIAL])
+    )
     read = access(bits, layer.weights * bits / 8) + access(bits, layer.inputs * bits / 8)
     written = layer.outputs * layer.steps * access(bits, layer.outputs * bits / 8)
-    return operations, layer.products * read + written
+    return layer.products * product, layer.products * read + written
 
 
 def _spiking(layer: Work, synapses: float) -> tuple[float, float]:
-    held, state = layer.weights * WEIGHT / 8, layer.outputs * POTENTIAL / 8
-    weight, potential = access(WEIGHT, held), 2 * access(POTENTIAL, state)
+    held, state = layer.weights * NUMBER / 8, layer.outputs * POTENTIAL / 8
+    weight, potential = access(NUMBER, held), 2 * access(POTENTIAL, state)
     if layer.binary:
         operations, traffic = synapses * ADD[POTENTIAL], synapses * (weight + potential)
         # A spike goes to about as many outputs as any other.
@@ -82,11 +83,9 @@ def _spiking(layer: Work, synapses: float) -> tuple[float, float]:
     else:
         # Numbers come in: all of them where they stay the same, those that are not 0 where they are events.
         products = layer.products if layer.passes == 1 else synapses
-        operations = products * (MULTIPLY[8] + ADD[POTENTIAL])
-        traffic = products * (weight + access(WEIGHT, layer.inputs * WEIGHT / 8))
+        operations = products * (MULTIPLY[NUMBER] + ADD[POTENTIAL])
+        traffic = products * (weight + access(NUMBER, layer.inputs * NUMBER / 8))
         traffic += layer.outputs * (layer.passes + layer.steps) * access(POTENTIAL, state)
-    if layer.spiking:
-        updates = layer.outputs * layer.steps
-        operations += updates * (ADD[POTENTIAL] + (MULTIPLY[POTENTIAL] if layer.leaks else 0.0))
-        traffic += updates * potential
-    return operations, traffic
+    updates = layer.outputs * layer.steps
+    operations += updates * (layer.states * ADD[POTENTIAL] + layer.multiplications * MULTIPLY[POTENTIAL])
+    return operations, traffic + updates * layer.states * potential

@@ -110,6 +110,16 @@ def test_floors_of_frames(tiny_run):
     assert values(rows[0])["parameters"] == (27 * 2 * 4 + 4) + (27 * 4 * 4 + 4) + (16 * 4 * 4 + 4)
 
 
+def test_costs_of_spiking_networks_and_their_twins(tiny_run):
+    _, spiking = tiny_run("vision/digits_snn", "spiking")
+    _, twin = tiny_run("vision/digits_snn", "twin", **{"model.neuron": "clip_floor", "model.time_steps": 1})
+    ours, theirs = (values(row) for row in evaluate([spiking, twin]))
+    assert 0 < ours["firing_rate"] < 1 and ours["synaptic_operations"] > 0
+    assert "firing_rate" not in theirs and "synaptic_operations" not in theirs
+    for found in (ours, theirs):
+        assert 0 < found["operation_energy"] < found["inference_energy"] < 1e-3
+
+
 def test_ceiling_and_floors_of_sets(tiny_run):
     """A fit by expectation maximisation is nearer to the true mixture than one Gaussian, and both are rows."""
     settings = {"test_size": 40, "train_size": 20, "size": 200, "deviations": (0.2, 0.3), "concentration": 10.0}

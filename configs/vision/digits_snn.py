@@ -1,4 +1,4 @@
-"""A plain convolutional spiking network on MNIST digits, and its dense twins.
+"""A plain convolutional spiking network on scikit-learn's handwritten digits, and its dense twins.
 
 Paper: trained by surrogate gradients (Neftci et al. 2019, arXiv:1901.09948); parametric leak (Fang et al. 2021,
     arXiv:2007.05785); BatchNorm of the membrane potential (MPBN, Guo et al. 2023, arXiv:2308.08359).

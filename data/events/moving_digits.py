@@ -24,6 +24,7 @@ from lissom.data import digits, mnist5k
 from lissom.data.content import Content
 from lissom.data.errors import nearest, require
 from lissom.data.events.binning import Rendering
+from lissom.data.events.drawing import check_drawn, drawn_splits
 from lissom.data.events.stream import Events, joined, noise_events, reversed_in_time, simulate
 
 CLASSES = ("digit", "direction", "digit_direction")
@@ -97,30 +98,25 @@ def moving_digits(
         ("motion", motion, MOTIONS),
     ):
         require(value in known, f"moving_digits has no {setting} {value!r}{nearest(value, known)}")
-    require(16 <= size <= 128, f"moving_digits: size must be in 16..128, got {size}")
+    check_drawn("moving_digits", size=size, noise=noise, train_size=train_size, test_size=test_size, seed=seed)
     require(0.01 <= threshold < np.inf, f"moving_digits: threshold must be at least 0.01, got {threshold}")
-    require(0 <= noise <= 100, f"moving_digits: noise must be in 0..100 events a pixel, got {noise}")
-    require(train_size > 0 and test_size > 0, "moving_digits: train_size and test_size must be above 0")
-    require(seed >= 0, f"moving_digits: seed must be at least 0, got {seed}")
     rendering = Rendering(
         dataset="moving_digits", steps=steps, binning=binning, polarity=polarity, tau=tau, control=control
     )
     pictures = SOURCES[source]()
     names = MOTIONS[motion][1]
-    splits = []
-    for split, (count, stored) in enumerate(((train_size, pictures.train), (test_size, pictures.test))):
-        frames, labels = [], np.empty(count, np.int32)
-        for index in range(count):
-            rng = np.random.default_rng([seed, split, index])
-            which, direction = int(rng.integers(len(stored["labels"]))), index % len(names)
-            events = recording(rng, ink(stored["inputs"][which]), motion, direction, size, steps, threshold, noise)
-            frames.append(rendering.frames(events, (size, size), 0.0, 1.0, rng))
-            digit = int(stored["labels"][which])
-            labels[index] = {"digit": digit, "direction": direction}.get(classes_of, digit * len(names) + direction)
-        splits.append({"inputs": np.stack(frames), "labels": labels})
+
+    def example(rng: np.random.Generator, split: int, index: int) -> tuple[np.ndarray, int]:
+        stored = (pictures.train, pictures.test)[split]
+        which, direction = int(rng.integers(len(stored["labels"]))), index % len(names)
+        events = recording(rng, ink(stored["inputs"][which]), motion, direction, size, steps, threshold, noise)
+        frames, digit = rendering.frames(events, (size, size), 0.0, 1.0, rng), int(stored["labels"][which])
+        return frames, {"digit": digit, "direction": direction}.get(classes_of, digit * len(names) + direction)
+
+    train, test = drawn_splits(example, (train_size, test_size), seed)
     classes = {"digit": 10, "direction": len(names)}.get(classes_of, 10 * len(names))
     info = {"classes": classes, "chance": 1 / classes, "directions": list(names)}
-    return Content(kind="frames", train=splits[0], test=splits[1], info=info)
+    return Content(kind="frames", train=train, test=test, info=info)
 
 
 def ink(picture: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from lissom.data.content import Content
 from lissom.data.errors import nearest, require
 from lissom.data.events.binning import Rendering
+from lissom.data.events.drawing import check_drawn, drawn_splits
 from lissom.data.events.stream import Events, joined, noise_events, ordered, reversed_in_time
 
 DIRECTIONS = ("forwards", "backwards")
@@ -55,30 +56,26 @@ def pen_strokes(
         importlib.util.find_spec("HersheyFonts") is not None,
         "pen_strokes needs the package Hershey-Fonts, which holds its strokes: uv sync --extra datasets",
     )
-    require(16 <= size <= 128, f"pen_strokes: size must be in 16..128, got {size}")
+    check_drawn("pen_strokes", size=size, noise=noise, train_size=train_size, test_size=test_size, seed=seed)
     require(0 <= jitter <= 1.5, f"pen_strokes: jitter must be in 0..1.5, got {jitter}")
-    require(0 <= noise <= 100, f"pen_strokes: noise must be in 0..100 events a pixel, got {noise}")
     require(
         jitter > 0 or noise > 0, "pen_strokes: with jitter=0 and noise=0 the test repeats training examples; raise one"
     )
-    require(train_size > 0 and test_size > 0, "pen_strokes: train_size and test_size must be above 0")
-    require(seed >= 0, f"pen_strokes: seed must be at least 0, got {seed}")
     rendering = Rendering(
         dataset="pen_strokes", steps=steps, binning=binning, polarity="merged", tau=tau, control=control
     )
     letters = strokes_of(glyphs, fonts)
-    splits = []
-    for split, count in enumerate((train_size, test_size)):
-        frames, labels = [], np.arange(count, dtype=np.int32) % (2 * len(glyphs))
-        for index, label in enumerate(labels):
-            rng = np.random.default_rng([seed, split, index])
-            strokes = letters[int(rng.integers(len(fonts)))][label // 2]
-            events = writing(rng, strokes, size=size, jitter=jitter, noise=noise, backwards=bool(label % 2))
-            frames.append(rendering.frames(events, (size, size), 0.0, 1.0, rng))
-        splits.append({"inputs": np.stack(frames), "labels": labels})
     classes = 2 * len(glyphs)
+
+    def example(rng: np.random.Generator, split: int, index: int) -> tuple[np.ndarray, int]:
+        label = index % classes
+        strokes = letters[int(rng.integers(len(fonts)))][label // 2]
+        events = writing(rng, strokes, size=size, jitter=jitter, noise=noise, backwards=bool(label % 2))
+        return rendering.frames(events, (size, size), 0.0, 1.0, rng), label
+
+    train, test = drawn_splits(example, (train_size, test_size), seed)
     info = {"classes": classes, "chance": 1 / classes, "letters": glyphs, "directions": list(DIRECTIONS)}
-    return Content(kind="frames", train=splits[0], test=splits[1], info=info)
+    return Content(kind="frames", train=train, test=test, info=info)
 
 
 def facts() -> dict[str, str]:

@@ -12,7 +12,7 @@ from lissom.models.variables import Param
 class ReLU(nnx.Module):
     """max(0, x), of each step alone, in floats."""
 
-    is_spiking, bits = False, 32
+    states, multiplications, floats = 0, 0, True
 
     def __init__(self, channels: int, space: Sequence[int], *, rngs: nnx.Rngs):
         del channels, space, rngs
@@ -33,16 +33,15 @@ class ClipFloor(nnx.Module):
     meant. With 255 levels it is an 8-bit activation.
     """
 
-    is_spiking = False
+    states, multiplications = 0, 0
 
     def __init__(self, channels: int, space: Sequence[int], *, levels: int = 4, limit: float = 4.0, rngs: nnx.Rngs):
         del channels, space, rngs
-        if levels < 1:
-            raise ValueError(f"neuron.levels={levels} must be at least 1")
+        if not 1 <= levels <= 255:
+            raise ValueError(f"neuron.levels={levels} must be at least 1 and, in 8 bits, at most 255")
         if limit <= 0:
             raise ValueError(f"neuron.limit={limit} must be above 0")
         self.limit, self.levels = Param(jnp.array([float(limit)]), out_sharding=("norm",)), levels
-        self.bits = levels.bit_length()
 
     def __call__(self, current: jax.Array, state=None, *, train: bool):
         del train

@@ -13,9 +13,9 @@ from flax import nnx
 
 class Encoder(nnx.Module):
     """timed: the examples have the time axis. binary: all that is given is 0 or 1. repeats: it is the same at all steps
-    and given once. `channels(c)`: how many channels c of them become."""
+    and given once. draws: by the key. `channels(c)`: how many channels c of them become."""
 
-    timed, binary, repeats = False, True, False
+    timed, binary, repeats, draws = False, True, False, False
 
     def __init__(self, *, rngs: nnx.Rngs):
         del rngs
@@ -37,7 +37,9 @@ class Direct(Encoder):
 
 class Rate(Encoder):
     """1 with probability clip(gain x value, 0, 1), drawn apart for each step. Without a key, where a network is judged,
-    the draws are those of one fixed key."""
+    the draws are those of one fixed key; in training the network asks for one."""
+
+    draws = True
 
     def __init__(self, *, gain: float = 1.0, rngs: nnx.Rngs):
         if gain <= 0:

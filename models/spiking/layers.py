@@ -20,8 +20,9 @@ class Work(NamedTuple):
 
     products: multiplications of a weight if nothing is skipped, of all `passes`; passes: how often its inputs come, 1
     where they stay the same; steps: how often its outputs are made. weights, inputs, outputs: how many there are, the
-    last two of one step. binary: inputs are 0 or 1. spiking: outputs are those of neurons, with a potential each,
-    which `leaks` or not. bits: of a number that is no spike; 32 is a float.
+    last two of one step. binary: inputs are 0 or 1. states, multiplications: what the neuron of each output keeps from
+    step to step (its potential, and more), and multiplies at each; 0 where there are no neurons. floats: numbers that
+    are no spikes are floats, not of 8 bits.
     """
 
     products: int
@@ -31,9 +32,9 @@ class Work(NamedTuple):
     inputs: int
     outputs: int
     binary: bool
-    spiking: bool
-    leaks: bool
-    bits: int
+    states: int
+    multiplications: int
+    floats: bool
 
 
 class SpikingLayer(nnx.Module):
@@ -80,7 +81,7 @@ class SpikingLayer(nnx.Module):
     @property
     def is_spiking(self) -> bool:
         """Whether its outputs are spikes of neurons with a state."""
-        return self.neuron.is_spiking
+        return self.neuron.states > 0
 
     def __call__(self, x: jax.Array, steps: int, state=None, *, train: bool):
         """(y [steps, B, ...], state to go on with)."""
@@ -123,7 +124,6 @@ class SpikingLayer(nnx.Module):
         products = int(self.fan_out().sum()) * self.inputs
         if self.back is not None:
             weights, fed, products = weights + self.outputs**2, fed + neurons, products + self.outputs**2
-        rates = self.neuron.rates() if self.is_spiking else {}
         return Work(
             products=products * passes,
             passes=passes,
@@ -132,9 +132,9 @@ class SpikingLayer(nnx.Module):
             inputs=fed,
             outputs=neurons,
             binary=binary,
-            spiking=self.is_spiking,
-            leaks="decay" in rates and not (isinstance(rates["decay"], float) and rates["decay"] == 1.0),
-            bits=getattr(self.neuron, "bits", 8),
+            states=self.neuron.states,
+            multiplications=self.neuron.multiplications,
+            floats=getattr(self.neuron, "floats", False),
         )
 
     def synapses(self, x: jax.Array, y: jax.Array) -> jax.Array:

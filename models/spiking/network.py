@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lissom.models.bounds import at_least_one
-from lissom.models.linear import Linear
+from lissom.models.linear import Linear, needed
 from lissom.models.registry import construct
 from lissom.models.spiking import DECODERS, ENCODERS
 from lissom.models.spiking.layers import SpikingLayer, Work
@@ -95,10 +95,11 @@ class SpikingNet(nnx.Module):
 
     def advance(self, x: jax.Array, steps: int, carry: tuple, *, train: bool = False):
         """Encoded x [steps, B, ...], or one step that stands for `steps` equal ones -> (scores [steps, B, classes]
-        after each step, carry, activity float32 [layers, 4]). Several calls that hand on the carry give what one of all
-        their steps gives.
+        after each step, carry, activity float32 [layers, 4]). Several calls that hand on the carry give the scores of
+        one of all their steps.
 
-        activity, summed over steps and examples: spikes, outputs that may be spikes, synaptic operations, examples.
+        activity, of this call, summed over steps and examples: spikes, outputs that may be spikes, synaptic operations,
+        examples.
         """
         states, activity, x = [], [], x.astype(self.dtype)
         for number, (layer, state) in enumerate(zip(self.layers, carry[0], strict=True)):
@@ -115,8 +116,7 @@ class SpikingNet(nnx.Module):
             # The head is linear: that of the mean over places is the mean of those of the spikes.
             outputs = self.head(outputs if outputs.ndim == 3 else outputs.mean(tuple(range(2, outputs.ndim - 1))))
         scores, decoded = self.decoder(outputs, carry[1])
-        told = jnp.stack([jnp.stack([jnp.asarray(value, jnp.float32) for value in row]) for row in activity])
-        return scores, (tuple(states), decoded), told
+        return scores, (tuple(states), decoded), jnp.array(activity, jnp.float32)
 
     def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
         scores, _, activity = self._run(inputs, train, key)
@@ -131,10 +131,11 @@ class SpikingNet(nnx.Module):
         return self._run(inputs, False, None)[0]
 
     def _run(self, inputs: jax.Array, train: bool, key: jax.Array | None):
+        if train and self.encoder.draws:
+            key = needed(key, "an encoding that draws")
         x = self.encoder(inputs, self.steps, key)
-        return self.advance(
-            x, inputs.shape[1] if self.encoder.timed else self.steps, self.start(len(inputs)), train=train
-        )
+        steps = inputs.shape[1] if self.encoder.timed else self.steps
+        return self.advance(x, steps, self.start(len(inputs)), train=train)
 
     def work(self) -> list[Work]:
         """What each layer does for one example; the last weights are a layer too."""
@@ -156,9 +157,9 @@ class SpikingNet(nnx.Module):
                     inputs=inputs,
                     outputs=self.classes,
                     binary=binary,
-                    spiking=False,
-                    leaks=False,
-                    bits=found[-1].bits,
+                    states=0,
+                    multiplications=0,
+                    floats=found[-1].floats,
                 )
             )
         return found

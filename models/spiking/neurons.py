@@ -4,6 +4,7 @@ What they compute is `lissom.ops.spiking.spike_scan`; here stand the numbers tha
 the membrane potential, which has to look at all neurons of a batch at every step.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -37,7 +38,8 @@ class Neuron(nnx.Module):
     what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again.
     """
 
-    is_spiking = True
+    # What a neuron keeps from step to step, and multiplies at each.
+    states, multiplications = 1, 1
 
     def __init__(
         self,
@@ -73,9 +75,7 @@ class Neuron(nnx.Module):
         self.threshold = Param(at, out_sharding=("norm",)) if learn_threshold else threshold
         self.reset, self.attached, self.surrogate, self.slope = reset, attached, surrogate, slope
         self.features = tuple(space) if membrane_norm == "element" else ()
-        width = channels
-        for size in self.features:
-            width *= size
+        width = channels * math.prod(self.features)
         self.norm = None if membrane_norm == "none" else BatchNorm(width, rngs=rngs)
 
     def rates(self) -> dict[str, float | jax.Array]:
@@ -121,6 +121,8 @@ class Neuron(nnx.Module):
 class IF(Neuron):
     """Integrates and fires: nothing leaks (decay 1)."""
 
+    multiplications = 0
+
     def rates(self):
         return {"decay": 1.0}
 
@@ -155,6 +157,8 @@ class ALIF(LIF):
     """A LIF neuron whose threshold rises by `adaptation_step` with each spike and falls back by `adaptation_decay` a
     step (Bellec et al. 2018, arXiv:1803.09574)."""
 
+    states, multiplications = 2, 3
+
     def __init__(
         self,
         channels: int,
@@ -176,6 +180,8 @@ class ALIF(LIF):
 
 class CUBA(LIF):
     """A current-based LIF neuron: its current i_t = current_decay i_{t-1} + current_t leaks too."""
+
+    states, multiplications = 2, 2
 
     def __init__(self, channels: int, space: Sequence[int], *, current_decay: float = 0.5, rngs: nnx.Rngs, **settings):
         _fraction(current_decay=current_decay)

@@ -10,7 +10,7 @@ PICO = 1e-12
 
 def work(**changes):
     given = {"products": 1000, "passes": 1, "steps": 1, "weights": 100, "inputs": 50, "outputs": 20, "binary": False}
-    return Work(**{**given, "spiking": False, "leaks": False, "bits": 8, **changes})
+    return Work(**{**given, "states": 0, "multiplications": 0, "floats": False, **changes})
 
 
 def test_access_is_interpolated():
@@ -25,7 +25,7 @@ def test_a_dense_layer():
     found = energy([work()], [0.0])
     assert found.operations == pytest.approx(1000 * (0.2 + 0.1) * PICO)
     assert found.traffic == pytest.approx((1000 * 2 * 1.25 + 20 * 1.25) * PICO)
-    floats = energy([work(bits=32)], [0.0])
+    floats = energy([work(floats=True)], [0.0])
     assert floats.operations == pytest.approx(1000 * (3.7 + 0.9) * PICO)
     assert floats.traffic == pytest.approx((1000 * 2 * 5 + 20 * 5) * PICO)
     # What the inputs are has no part in it.
@@ -34,14 +34,18 @@ def test_a_dense_layer():
 
 def test_a_spiking_layer():
     """1,000 products in 2 steps of 50 inputs: 10 a spike. 300 synaptic operations are 30 spikes."""
-    layer = work(binary=True, spiking=True, passes=2, steps=2)
+    layer = work(binary=True, states=1, passes=2, steps=2)
     found = energy([layer], [300.0])
     assert found.operations == pytest.approx((300 * 0.1 + 40 * 0.1) * PICO)
     # A weight, a potential twice; a spike's address twice; each potential twice a step.
     assert found.traffic == pytest.approx((300 * (1.25 + 10) + 30 * 10 + 40 * 10) * PICO)
-    leaking = energy([layer._replace(leaks=True)], [300.0])
+    leaking = energy([layer._replace(multiplications=1)], [300.0])
     assert leaking.operations - found.operations == pytest.approx(40 * 3.1 * PICO)
     assert leaking.traffic == found.traffic
+    # A current beside the potential: two states, each added to, read and written.
+    current = energy([layer._replace(states=2)], [300.0])
+    assert current.operations - found.operations == pytest.approx(40 * 0.1 * PICO)
+    assert current.traffic - found.traffic == pytest.approx(40 * 10 * PICO)
     silent = energy([layer], [0.0])
     assert silent.operations == pytest.approx(40 * 0.1 * PICO)
     assert silent.traffic == pytest.approx(40 * 10 * PICO)
@@ -49,16 +53,16 @@ def test_a_spiking_layer():
 
 def test_the_first_layer_of_a_spiking_network():
     """The same numbers at all of 4 steps are multiplied once, their currents written once and read four times."""
-    found = energy([work(spiking=True, passes=1, steps=4)], [300.0])
+    found = energy([work(states=1, passes=1, steps=4)], [300.0])
     assert found.operations == pytest.approx((1000 * 0.3 + 80 * 0.1) * PICO)
     assert found.traffic == pytest.approx((1000 * 2.5 + 20 * 5 * 5 + 80 * 10) * PICO)
     # Events that are numbers come at each step, and only those that are not 0.
-    events = energy([work(spiking=True, passes=4, steps=4)], [300.0])
+    events = energy([work(states=1, passes=4, steps=4)], [300.0])
     assert events.operations == pytest.approx((300 * 0.3 + 80 * 0.1) * PICO)
 
 
 def test_layers_add_up():
-    layers = [work(spiking=True, passes=1, steps=4), work(binary=True, passes=4, steps=4), work()]
+    layers = [work(states=1, passes=1, steps=4), work(binary=True, passes=4, steps=4), work()]
     whole = energy(layers, [10.0, 20.0, 30.0])
     parts = [energy([layer], [count]) for layer, count in zip(layers, (10.0, 20.0, 30.0), strict=True)]
     assert whole.operations == pytest.approx(sum(part.operations for part in parts))

@@ -29,6 +29,18 @@ def test_domain_information_by_hand():
     assert tallies.domain_information(np.zeros((1, 2, 2))) == {}
 
 
+def test_firing_by_hand():
+    """Two layers of neurons and the weights behind them, of 5 examples: spikes, places for them, operations."""
+    activity = np.array([[30.0, 100, 400, 5], [10, 300, 150, 5], [0, 0, 50, 5]])
+    assert tallies.firing(activity) == {
+        "firing_rate": pytest.approx(0.1),
+        "synaptic_operations": pytest.approx(120),
+        "firing_rate/0": pytest.approx(0.3),
+        "firing_rate/1": pytest.approx(10 / 300),
+    }
+    assert tallies.firing(np.array([[0.0, 0, 400, 5]])) == {}  # no neurons: the dense twin
+
+
 def test_tallies_are_summed_before_they_are_read():
     totals = {}
     # Each batch alone has no information (one domain is seen), both together have a bit.
