@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lissom.models.bounds import at_least_one
-from lissom.models.linear import Linear, needed
-from lissom.models.registry import construct
-from lissom.models.spiking import DECODERS, ENCODERS
+from lissom.models.linear import Linear
 from lissom.models.spiking.layers import SpikingLayer, Work
+from lissom.models.spiking.stepwise import StepwiseNetwork
 
 
-class SpikingNet(nnx.Module):
+class SpikingNet(StepwiseNetwork):
     """inputs [B, *space, C], or with an encoding of timed examples [B, T, *space, C] -> logits [B, classes].
 
     `widths[i]` channels with stride `strides[i]` in the convolutions, one behind the other without shortcuts; `hidden`
@@ -23,10 +22,9 @@ class SpikingNet(nnx.Module):
     dense layers alone. Each layer has neurons (`neuron`, of `ACTIVATIONS`) behind BatchNorm (`SpikingLayer`); with
     "relu" or "clip_floor" it is the dense twin.
 
-    time_steps: how often the network sees an example; 0 where the examples have a time axis (encoding "frames" or
-    "delta"). At one step neurons have no use of their decay and their reset: the network is one of activations in
-    {0, 1}. The last layer has weights alone, on the mean over places where no dense layer stands in front, or, if the
-    decoding reads spikes, neurons.
+    At one step neurons have no use of their decay and their reset: the network is one of activations in {0, 1}. The
+    last layer has weights alone, on the mean over places where no dense layer stands in front, or, if the decoding
+    reads spikes, neurons.
     """
 
     def __init__(
@@ -50,17 +48,19 @@ class SpikingNet(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.encoder = construct(ENCODERS, encoding, encoding_kwargs, "encoding", rngs=rngs)
-        self.decoder = construct(DECODERS, decoding, decoding_kwargs, "decoding", rngs=rngs)
-        if self.encoder.timed and time_steps:
-            raise ValueError(f"model.encoding={encoding!r} reads the time of the examples: set model.time_steps to 0")
-        if not self.encoder.timed and time_steps < 1:
-            raise ValueError(f"model.time_steps={time_steps} must be at least 1 with model.encoding={encoding!r}")
-        if self.encoder.timed and len(input_shape) < 2:
-            raise ValueError(f"model.encoding={encoding!r} reads examples [time, ...], not {list(input_shape)}")
+        super().__init__(
+            input_shape=input_shape,
+            classes=classes,
+            encoding=encoding,
+            encoding_kwargs=encoding_kwargs,
+            decoding=decoding,
+            decoding_kwargs=decoding_kwargs,
+            time_steps=time_steps,
+            rngs=rngs,
+        )
         *space, channels = input_shape[1:] if self.encoder.timed else input_shape
         _check_sizes(space, input_shape, widths, strides, kernel, hidden, recurrent)
-        self.steps, self.classes, self.dtype = time_steps or input_shape[0], classes, dtype
+        self.dtype = dtype
         kinds = {
             "neuron": neuron,
             "neuron_kwargs": neuron_kwargs,
@@ -89,18 +89,14 @@ class SpikingNet(nnx.Module):
         self.layers = nnx.List(layers)
         self.head = None if self.decoder.spiking else Linear(inputs, classes, axes=("mlp", "classes"), rngs=rngs)
 
+    @property
+    def is_spiking(self) -> bool:
+        return self.layers[0].is_spiking
+
     def start(self, batch: int) -> tuple:
-        """What `advance` begins with."""
         return (None,) * len(self.layers), self.decoder.start(batch, self.classes)
 
     def advance(self, x: jax.Array, steps: int, carry: tuple, *, train: bool = False):
-        """Encoded x [steps, B, ...], or one step that stands for `steps` equal ones -> (scores [steps, B, classes]
-        after each step, carry, activity float32 [layers, 4]). Several calls that hand on the carry give the scores of
-        one of all their steps.
-
-        activity, of this call, summed over steps and examples: spikes, outputs that may be spikes, synaptic operations,
-        examples.
-        """
         states, activity, x = [], [], x.astype(self.dtype)
         for number, (layer, state) in enumerate(zip(self.layers, carry[0], strict=True)):
             if number == self.first_dense:
@@ -117,25 +113,6 @@ class SpikingNet(nnx.Module):
             outputs = self.head(outputs if outputs.ndim == 3 else outputs.mean(tuple(range(2, outputs.ndim - 1))))
         scores, decoded = self.decoder(outputs, carry[1])
         return scores, (tuple(states), decoded), jnp.array(activity, jnp.float32)
-
-    def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
-        scores, _, activity = self._run(inputs, train, key)
-        if not train:
-            return scores[-1], {"losses": {}, "metrics": {"layer_activity": activity}}
-        spikes, places = activity[:, 0].sum(), activity[:, 1].sum()
-        rate = {"firing_rate": spikes / places} if self.layers[0].is_spiking else {}
-        return scores[-1], {"losses": {}, "metrics": rate}
-
-    def running(self, inputs: jax.Array) -> jax.Array:
-        """scores [T, B, classes]: the answer after each step."""
-        return self._run(inputs, False, None)[0]
-
-    def _run(self, inputs: jax.Array, train: bool, key: jax.Array | None):
-        if train and self.encoder.draws:
-            key = needed(key, "an encoding that draws")
-        x = self.encoder(inputs, self.steps, key)
-        steps = inputs.shape[1] if self.encoder.timed else self.steps
-        return self.advance(x, steps, self.start(len(inputs)), train=train)
 
     def work(self) -> list[Work]:
         """What each layer does for one example; the last weights are a layer too."""
