@@ -12,16 +12,18 @@ import numpy as np
 from lissom.data.content import Content
 from lissom.data.errors import nearest, require
 from lissom.data.splits import stratified_split
+from lissom.data.varying_noise import with_varying_noise
 
 CONFIGS = ("stratified", "shifted")
 TRAIN_SIZE = 1437
 
 
-def digits(*, config: str = "stratified") -> Content:
+def digits(*, config: str = "stratified", noise_up_to: float = 0.0) -> Content:
     """1,437 training and 360 test digits, 10 classes.
 
     config: `stratified` (scikit-learn's `train_test_split` with `stratify` and `random_state=0`) or `shifted`
     (the first 1,437 against the last 360, which other people wrote: accuracy is several points lower).
+    noise_up_to: the largest standard deviation of the noise of an image (`varying_noise.py`).
     """
     require(config in CONFIGS, f"digits has no config {config!r}{nearest(config, CONFIGS)}")
     spec = importlib.util.find_spec("sklearn")
@@ -34,9 +36,10 @@ def digits(*, config: str = "stratified") -> Content:
         train, test = stratified_split(labels, train_size=TRAIN_SIZE, seed=0)
     else:
         train, test = np.split(np.arange(len(labels)), [TRAIN_SIZE])
-    return Content(
+    content = Content(
         kind="image",
         train={"inputs": inputs[train], "labels": labels[train]},
         test={"inputs": inputs[test], "labels": labels[test]},
         info={"classes": 10, "chance": 0.1},
     )
+    return with_varying_noise(content, noise_up_to)

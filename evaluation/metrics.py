@@ -45,6 +45,13 @@ METRICS = {
     "logit_error": Metric("1", "lower", "largest difference of an output from the network's in front of the transform"),
     "log_likelihood": Metric("nats", "higher", "mean log-likelihood of an element of a test set"),
     "likelihood_gap": Metric("nats", "lower", "log-likelihood under what a set was drawn from, less that predicted"),
+    "mean_steps": Metric("1", "lower", "time steps that a test example takes until it is answered, mean"),
+    "threshold": Metric("fraction", None, "confidence above which an example stops early"),
+    "temperature": Metric("1", None, "what scores are divided by in front of the softmax that says how sure they are"),
+    "calibration_error": Metric(
+        "fraction", "lower", "|accuracy - confidence| of 15 bins of confidence, mean over steps"
+    ),
+    "agreement": Metric("fraction", "higher", "examples that the program stops and answers as its scores say"),
     "adjusted_rand": Metric("1", "higher", "adjusted Rand index of likeliest and true components, mean over test sets"),
     "trajectory_error": Metric("1", "lower", "mean squared error of the states of test trajectories behind the first"),
     "purity": Metric("fraction", "higher", "test examples of the family or cluster that their expert has most of"),

@@ -1,10 +1,10 @@
 """The Pareto plot: quality against cost, marker area = memory, the front drawn, labels that do not
-overlap."""
+overlap; and curves."""
 
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,43 @@ def pareto_plot(panels: Sequence[Panel], path: str | os.PathLike) -> list[list[B
             figure.savefig(path, format="png")
             return boxes
     raise ValueError(f"{most} labels do not fit into one plot: shorten the variant labels, or plot fewer rows")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y) in order, each with its spread (x_error, y_error), 0 where it has none; of one point a marker."""
+
+    label: str
+    points: tuple[tuple[float, float, float, float], ...]
+
+
+def curve_plot(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike, *, x_label: str, y_label: str) -> None:
+    """Writes the PNG: under each title its curves, side by side in panels of one y axis."""
+    if not panels or not all(panels.values()):
+        raise ValueError("nothing to plot")
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.5 + 3.6 * columns, 3.4 * rows), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axis, (title, curves) in itertools.zip_longest(axes, panels.items(), fillvalue=(None, ())):
+        if title is None:
+            axis.set_axis_off()
+            continue
+        for curve, style in zip(curves, itertools.cycle(("o-", "s-", "^--", "D:"))):
+            x, y, x_error, y_error = zip(*curve.points, strict=True)
+            fmt = style if len(x) > 1 else "*"
+            axis.errorbar(x, y, y_error, x_error, fmt=fmt, label=curve.label, ms=4 if len(x) > 1 else 9, lw=1.3)
+        axis.set_title(title, fontsize=9, loc="left", wrap=True)
+        axis.set_xlabel(x_label)
+        axis.grid(True, color="#e4e4e4", lw=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[::columns]:
+        axis.set_ylabel(y_label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
 
 
 def marker_area(size: float | None, largest: float) -> float:

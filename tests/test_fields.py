@@ -118,8 +118,8 @@ FEW = {"train_size": 20, "test_size": 10}
 FEWER = {"train_size": 30, "test_size": 20, "seed": 5}
 # Of every dataset, and of every choice that one has: cheap settings, and what each setting is changed to.
 DATA = {
-    "digits": ({}, {"config": "shifted"}),
-    "mnist5k": ({}, {}),
+    "digits": ({}, {"config": "shifted", "noise_up_to": 0.3}),
+    "mnist5k": ({}, {"noise_up_to": 0.3}),
     "mnist1d": (FEW, {**FEWER, "shuffle_sequence": True}),
     "glyphs": (
         {**FEW, "size": 16, "classes": 5, "scripts": ("latin", "greek")},

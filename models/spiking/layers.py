@@ -83,12 +83,16 @@ class SpikingLayer(nnx.Module):
         """Whether its outputs are spikes of neurons with a state."""
         return self.neuron.states > 0
 
-    def __call__(self, x: jax.Array, steps: int, state=None, *, train: bool):
-        """(y [steps, B, ...], state to go on with)."""
+    def currents(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """norm(W x), what the neurons see of x."""
         merged = self.weights(x.reshape(-1, *x.shape[2:]))
         current = merged.reshape(*x.shape[:2], *merged.shape[1:])
-        if self.norm is not None:
-            current = self.norm(current, train=train)
+        return current if self.norm is None else self.norm(current, train=train)
+
+    def __call__(self, x: jax.Array, steps: int, state=None, *, train: bool, current: jax.Array | None = None):
+        """(y [steps, B, ...], state to go on with). current: `currents(x)`, where they are known."""
+        if current is None:
+            current = self.currents(x, train=train)
         if len(current) < steps:
             current = jnp.broadcast_to(current, (steps, *current.shape[1:]))
         if self.back is None:

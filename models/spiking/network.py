@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,13 @@ from lissom.models.bounds import at_least_one
 from lissom.models.linear import Linear
 from lissom.models.spiking.layers import SpikingLayer, Work
 from lissom.models.spiking.stepwise import StepwiseNetwork
+
+
+class Entered(NamedTuple):
+    """Encoded x, and the currents that the first layer makes of it."""
+
+    x: jax.Array
+    current: jax.Array
 
 
 class SpikingNet(StepwiseNetwork):
@@ -96,12 +103,16 @@ class SpikingNet(StepwiseNetwork):
     def start(self, batch: int) -> tuple:
         return (None,) * len(self.layers), self.decoder.start(batch, self.classes)
 
-    def advance(self, x: jax.Array, steps: int, carry: tuple, *, train: bool = False):
+    def entered(self, x: jax.Array) -> Entered:
+        return Entered(x, self.layers[0].currents(x.astype(self.dtype), train=False))
+
+    def advance(self, x: jax.Array | Entered, steps: int, carry: tuple, *, train: bool = False):
+        x, current = x if isinstance(x, Entered) else (x, None)
         states, activity, x = [], [], x.astype(self.dtype)
         for number, (layer, state) in enumerate(zip(self.layers, carry[0], strict=True)):
             if number == self.first_dense:
                 x = x.reshape(*x.shape[:2], -1)
-            y, state = layer(x, steps, state, train=train)
+            y, state = layer(x, steps, state, train=train, current=current if number == 0 else None)
             states.append(state)
             spikes = [(y != 0).sum(), y.size] if layer.is_spiking else [0, 0]
             activity.append([*spikes, layer.synapses(x, y), y.shape[1]])

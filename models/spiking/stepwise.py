@@ -60,6 +60,12 @@ class StepwiseNetwork(nnx.Module):
         """
         raise NotImplementedError
 
+    def entered(self, x: jax.Array) -> Any:
+        """Encoded x -> what may be given to `advance` in its place, in evaluation: x with that already computed of it
+        which needs no state. Who gives the same x at step after step computes it once. Any tree of arrays
+        [steps, B, ...]; here x alone."""
+        return x
+
     def work(self) -> list[Work]:
         """What each layer does for one example."""
         raise NotImplementedError

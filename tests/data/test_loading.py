@@ -208,7 +208,7 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_prepare_it(da
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
-        ("digits", {"confg": "shifted"}, "no setting 'confg'; did you mean 'config'? known: config"),
+        ("digits", {"confg": "shifted"}, "no setting 'confg'; did you mean 'config'? known: config, noise_up_to"),
         ("digits", {"config": "shift"}, "did you mean 'shifted'"),
         ("sequences", {"task": "coppy"}, "no task 'coppy'; did you mean 'copy'"),
         ("sequences", {"task": "copy", "pairs": 3}, "sequences (task=copy) has no setting 'pairs'"),
