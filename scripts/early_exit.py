@@ -5,8 +5,9 @@ batch that stops early takes on the clock.
         [--budgets=1.25,1.5,2,3,4,6,8,12,16] [--batch=256] [--repeats=30] --out=results/early_exit
 
 Finished runs of networks that go through examples step by step (`models/spiking/stepwise.py`), of more than one step.
-They were trained on all training examples, on which any network is too sure of itself; so a fixed stratified half of the
-TEST set (`--validation`: its share) is held out for the temperature and the thresholds, and every number is of the rest.
+They were trained on all training examples, on which any network is too sure of itself; so a fixed stratified half of
+the TEST set (`--validation`: its share) is held out for the temperature and the thresholds, and every number is of the
+rest.
 A line of the table is a run and a policy (`evaluation/early_exit.py`):
 
     fixed, t steps             all examples after t steps; the first line is the whole run

@@ -87,7 +87,7 @@ def test_examples_with_a_time_axis():
     found, (scores, steps) = stopped(network, inputs, 0.5, 0.6), expected(network, inputs, 0.5, 0.6)
     np.testing.assert_array_equal(found.steps, steps)
     np.testing.assert_array_equal(found.scores, scores)
-    assert 1 < len(set(steps)) and max(steps) == 7
+    assert len(set(steps)) > 1 and max(steps) == 7
     # As many frames as the examples have, not as many as the network was built for.
     assert int(stopped(network, inputs[:, :3], 0.5, 1.0).steps.max()) == 3
 
@@ -161,7 +161,7 @@ def test_sizes():
     assert batch_sizes(256) == (256, 128, 64, 32, 16)
     assert batch_sizes(13, 2) == (13, 6, 3)
     assert batch_sizes(5) == (5,) and batch_sizes(1, 1) == (1,)
-    with pytest.raises(ValueError, match="early_exit.smallest=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"early_exit\.smallest=0 must be at least 1"):
         batch_sizes(8, 0)
 
 

@@ -35,7 +35,7 @@ def test_rows_of_two_seeds(tiny_run, tmp_path, capsys):
     for seed in (0, 1):
         found = told([row for row in rows if row.identity.seed == seed])
         fixed = [found[f"fixed, {t} steps"] for t in (1, 2, 3, 4)]
-        assert list(found)[0] == "fixed, 4 steps" and [line["mean_steps",] for line in fixed] == [1, 2, 3, 4]
+        assert next(iter(found)) == "fixed, 4 steps" and [line["mean_steps",] for line in fixed] == [1, 2, 3, 4]
         assert "dynamic, within 9 steps" not in found
         for name in ("within 1.5 steps", "within 2 steps", "chosen"):
             dynamic, chance = found[f"dynamic, {name}"], found[f"random, {name}"]
