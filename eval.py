@@ -240,7 +240,7 @@ def _tell_apart(subjects: list) -> None:
             places = [subject.run for subject in same]
             for number, subject in enumerate(same):
                 identity = subject.blank.identity
-                # Two transforms of one name, with other settings, come from one run.
+                # Two transforms of one name and the same settings come from one run.
                 place = f"{subject.run} #{number + 1}" if places.count(subject.run) > 1 else subject.run
                 identity = dataclasses.replace(identity, variant=f"{identity.label} ({place})")
                 subject.blank = dataclasses.replace(subject.blank, identity=identity)
@@ -274,10 +274,24 @@ def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes:
     identity = Identity(config.recipe, task, config.seed, overrides_of(given), variant=variant)
     blank = Row(identity, measured, (), elsewhere(trained, measured), tuple(notes))
     times |= _forgetting(run, config, dataset)
+    entries = [dict(entry) for entry in config.evaluation.transforms]
     return [
-        _subject(run, config, dict(entry), dataset, further, blank, {} if entry else times)
-        for entry in ({}, *config.evaluation.transforms)
+        _subject(run, config, entry, name, dataset, further, blank, {} if entry else times)
+        for entry, name in zip([{}, *entries], [None, *_told_apart(entries)], strict=True)
     ]
+
+
+def _told_apart(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of transforms; those of one name with the settings by which they differ: 'yarn factor=4'."""
+    named: dict[str, list] = {}
+    for entry in entries:
+        named.setdefault(entry["name"], []).append(entry)
+    shown = []
+    for entry in entries:
+        same = named[entry["name"]]
+        keys = [key for key in entry if any(key not in other or other[key] != entry[key] for other in same)]
+        shown.append(" ".join([entry["name"], *(f"{key}={entry[key]}" for key in keys)]))
+    return shown
 
 
 def _checksum(info: Mapping[str, Any]) -> dict[str, str]:
@@ -285,7 +299,7 @@ def _checksum(info: Mapping[str, Any]) -> dict[str, str]:
     return {"sha256": str(info["sha256"])} if info.get("sha256") else {}
 
 
-def _subject(run: pathlib.Path, config, entry: dict, dataset, further, blank, times: Mapping[str, float]):
+def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, blank, times: Mapping[str, float]):
     """Exports, reloads and wraps one network."""
     from lissom import data
     from lissom.compression.artefacts import export, reload
@@ -294,11 +308,10 @@ def _subject(run: pathlib.Path, config, entry: dict, dataset, further, blank, ti
     from lissom.models.variables import merge
     from lissom.training.building import build_objective
 
-    name = entry.get("name")
     try:
         directory = export(
             run,
-            run / "exports" / (name or "trained"),
+            run / "exports" / (name or "trained").replace("/", "_"),
             [entry] if entry else [],
             data.train_batches(dataset, start_step=0, batch_size=config.data.batch_size, seed=config.seed),
         )

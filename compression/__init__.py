@@ -6,6 +6,8 @@ TRANSFORMS = {
     "branches": "lissom.compression.branches:Branches",
     "bricks": "lissom.compression.bricks:Bricks",
     "read_me": "lissom.compression.read_me:ReadMe",
+    "fold_norms": "lissom.compression.folding:FoldNorms",
+    "to_spiking": "lissom.compression.spiking:ToSpiking",
     "yarn": "lissom.compression.positions:Yarn",
     "zero_meta_positions": "lissom.compression.positions:ZeroMetaPositions",
     "grouped_to_latent": "lissom.compression.grouped_to_latent:GroupedToLatent",

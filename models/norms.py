@@ -76,3 +76,8 @@ class BatchNorm(nnx.Module):
             self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * jax.lax.stop_gradient(unbiased)
         y = (wide - mean) * jax.lax.rsqrt(var + self.epsilon) * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """(a, b) of y = a x + b, which it is in evaluation: a = scale / sqrt(var + epsilon), b = bias - a mean."""
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
+        return scale, self.bias[...] - scale * self.mean[...]

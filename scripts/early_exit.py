@@ -2,9 +2,11 @@
 batch that stops early takes on the clock.
 
     uv run scripts/early_exit.py --runs='runs/compare/digits_snn/*' [--validation=0.5] [--tolerance=0.5] [--per_step]
-        [--budgets=1.25,1.5,2,3,4,6,8,12,16] [--batch=256] [--repeats=30] --out=results/early_exit
+        [--budgets=1.25,1.5,2,3,4,6,8,12,16] [--batch=256] [--repeats=30] [--transform='to_spiking steps=8']
+        --out=results/early_exit
 
-Finished runs of networks that go through examples step by step (`models/spiking/stepwise.py`), of more than one step.
+Finished runs of networks that go through examples step by step (`models/spiking/stepwise.py`), of more than one step;
+with `--transform` what `eval.py` exported after the evaluation transform of that name (a converted dense network).
 They were trained on all training examples, on which any network is too sure of itself; so a fixed stratified half of
 the TEST set (`--validation`: its share) is held out for the temperature and the thresholds, and every number is of the
 rest.
@@ -181,16 +183,18 @@ def on_the_clock(parts, judged: Half, temperature, threshold: float, batch: int,
     return lines
 
 
-def of_run(path, *, validation, tolerance, budgets, per_step, batch, repeats) -> tuple[Any, list[Line], str]:
+def of_run(path, transform, *, validation, tolerance, budgets, per_step, batch, repeats) -> tuple[Any, list[Line], str]:
     """(the run's config, its lines, a note); UserError for a run whose network takes no steps, or one."""
-    from lissom.compression.artefacts import structure_of
+    from lissom.compression.artefacts import reload, structure_of
     from lissom.models.spiking.stepwise import StepwiseNetwork
     from lissom.models.variables import merge
     from lissom.training.building import load_dataset
     from lissom.training.runs import load_network, read_config
     from lissom.training.stages import final_config
 
-    config, parts = final_config(read_config(path)), load_network(path, structure_of)
+    config = final_config(read_config(path))
+    exported = pathlib.Path(path) / "exports" / (transform or "").replace("/", "_")
+    parts = reload(exported) if transform else load_network(path, structure_of)
     network = merge(parts)
     if not isinstance(network, StepwiseNetwork):
         raise UserError("its network does not go through examples step by step")
@@ -245,6 +249,7 @@ def run(
     per_step: bool = False,
     batch: int = 256,
     repeats: int = 30,
+    transform: str | None = None,
     out: pathlib.Path | None = None,
 ) -> list:
     """Measures, writes and returns the rows; a run without steps is left out and said so."""
@@ -268,7 +273,7 @@ def run(
     here, rows = provenance(), []
     for path in runs:
         try:
-            config, lines, note = of_run(path, **settings, batch=batch, repeats=repeats)
+            config, lines, note = of_run(path, transform, **settings, batch=batch, repeats=repeats)
         except UserError as error:
             print(f"skipped {path}: {error}", file=sys.stderr)
             continue
@@ -276,7 +281,7 @@ def run(
         task = f"early exit, {task_name(config)}"
         for line in lines:
             label = f"{variant}: {line.policy}"
-            identity = Identity(config.recipe, task, config.seed, overrides, variant=label, role=line.role)
+            identity = Identity(config.recipe, task, config.seed, overrides, transform, label, line.role)
             rows.append(Row(identity, here, tuple(line.measurements), notes=(note,)))
             said = ", ".join(f"{m.name} {m.value:.4g}" for m in line.measurements if m.name in SHOWN)
             print(f"{label}, seed {config.seed}: {said}")
@@ -297,6 +302,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("per_step", False, "a temperature for each step")
     flags.DEFINE_integer("batch", 256, "examples of a batch that is timed")
     flags.DEFINE_integer("repeats", 30, "samples of each latency")
+    flags.DEFINE_string("transform", None, "the evaluation transform whose exported networks are taken")
     flags.DEFINE_string("out", None, "the directory of the rows, the table and the picture")
     with one_sentence():
         from lissom.eval import given_runs
@@ -306,7 +312,9 @@ def main(argv: list[str]) -> None:
             budgets = [float(budget) for budget in given.budgets]
         except ValueError as error:
             raise UserError(f"--budgets holds numbers: {error}") from error
-        settings = {name: given[name].value for name in ("validation", "tolerance", "per_step", "batch", "repeats")}
+        settings = {
+            name: given[name].value for name in ("validation", "tolerance", "per_step", "batch", "repeats", "transform")
+        }
         run(runs, **settings, budgets=budgets, out=pathlib.Path(given.out) if given.out else None)
 
 

@@ -27,7 +27,7 @@ def run(path: pathlib.Path | str, out: pathlib.Path, *, dt: float = 1.0) -> dict
     from lissom.models.spiking.nir_graphs import from_nir, needed_nir, to_nir
     from lissom.models.variables import merge
     from lissom.training.building import load_dataset
-    from lissom.training.runs import load_network, read_config
+    from lissom.training.runs import load_network, read_config, read_facts
     from lissom.training.stages import final_config
 
     config, network = final_config(read_config(path)), merge(load_network(path, structure_of))
@@ -42,7 +42,7 @@ def run(path: pathlib.Path | str, out: pathlib.Path, *, dt: float = 1.0) -> dict
         given = {kind: config.model.get(kind) for kind in kinds}
         plain = {kind: getattr(value, "to_dict", lambda value=value: value)() for kind, value in given.items()}
         settings = {kind: value for kind, value in plain.items() if value is not None}
-        back = from_nir(nir.read(out), dt=dt, **settings)
+        back = from_nir(nir.read(out), dt=dt, input_shape=read_facts(path)["input_shape"], **settings)
     except OSError as error:
         raise UserError(f"--out={out} can't be written: {error.strerror or error}") from error
     except ValueError as error:

@@ -1,7 +1,11 @@
 """A plain convolutional spiking network on scikit-learn's handwritten digits, and its dense twins.
 
+Mode staged: trained at 5 time steps, and from there on at 4, 3, 2 and 1, a fifth of the run each, with neurons whose
+leak and threshold are learned. Its control is the mode single: the same neurons at one step from the start.
+
 Paper: trained by surrogate gradients (Neftci et al. 2019, arXiv:1901.09948); parametric leak (Fang et al. 2021,
-    arXiv:2007.05785); BatchNorm of the membrane potential (MPBN, Guo et al. 2023, arXiv:2308.08359).
+    arXiv:2007.05785); BatchNorm of the membrane potential (MPBN, Guo et al. 2023, arXiv:2308.08359); fewer and fewer
+    steps (IIR-SNN, Chowdhury et al. 2021, arXiv:2110.05929; there the first network is converted from a trained one).
 Command: uv run train.py --config=configs/vision/digits_snn.py
 Time: not measured. Result: not measured.
 Sweep: model.time_steps=1,2,4,8  model.neuron=if,lif,plif,alif,cuba  model.size=small,deep  model.batch_norm=True,False
@@ -39,4 +43,19 @@ def get_config(arg: str = ""):
     )
     config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 30}
-    return tiny(config) if mode(arg, ("tiny",)) else config
+    chosen = mode(arg, ("tiny", "staged", "single"))
+    if chosen in ("staged", "single"):
+        config.model.neuron, config.model.time_steps = "plif", 5 if chosen == "staged" else 1
+        config.model.neuron_kwargs.plif = {"decay": 0.5, "threshold": 1.0, "learn_threshold": True}
+    if chosen == "staged":
+        config.stages = tuple(
+            {
+                "name": f"{steps} steps",
+                "duration": 0.2,
+                "overrides": {"model.time_steps": steps},
+                "optimizer": "reset",
+                "schedule": "stage",
+            }
+            for steps in (5, 4, 3, 2, 1)
+        )
+    return tiny(config) if chosen == "tiny" else config

@@ -20,6 +20,7 @@ ENCODERS = {
     "phase": "lissom.models.spiking.encoders:Phase",
     "frames": "lissom.models.spiking.encoders:Frames",
     "delta": "lissom.models.spiking.encoders:Delta",
+    "stacked": "lissom.models.spiking.encoders:Stacked",
 }
 
 DECODERS = {

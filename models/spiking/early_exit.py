@@ -76,7 +76,7 @@ def run(
     all steps (`encoder.repeats`) what the network makes of it without its state (`entered`: the first product).
     """
     encoder, batch = network.encoder, len(inputs)
-    last = inputs.shape[1] if encoder.timed else network.steps
+    last = encoder.steps(inputs.shape[1]) if encoder.timed else network.steps
     axes = carry_axes(network, inputs)
     x = encoder(inputs, network.steps, None)
     x = network.entered(x) if encoder.repeats else x

@@ -2,8 +2,8 @@
 
     x[T, B, ...] = encoder(inputs[B, ...], steps, key)
 
-Those of values that stay repeat or spread them over `steps` steps; `frames` and `delta` read a time axis that the
-examples have, so that for them steps is 0.
+Those of values that stay repeat or spread them over `steps` steps; `frames`, `delta` and `stacked` read a time axis
+that the examples have, so that for them steps is 0.
 """
 
 import jax
@@ -13,15 +13,20 @@ from flax import nnx
 
 class Encoder(nnx.Module):
     """timed: the examples have the time axis. binary: all that is given is 0 or 1. repeats: it is the same at all steps
-    and given once. draws: by the key. `channels(c)`: how many channels c of them become."""
+    and given once. draws: by the key. `channels(c, time)`, `steps(time)`: how many channels c of them become, and how
+    many steps the time of the examples, where they have one."""
 
     timed, binary, repeats, draws = False, True, False, False
 
     def __init__(self, *, rngs: nnx.Rngs):
         del rngs
 
-    def channels(self, inputs: int) -> int:
+    def channels(self, inputs: int, time: int) -> int:
+        del time
         return inputs
+
+    def steps(self, time: int) -> int:
+        return time
 
 
 class Direct(Encoder):
@@ -107,7 +112,8 @@ class Delta(Encoder):
             raise ValueError(f"encoding.threshold={threshold} must be above 0")
         self.threshold = threshold
 
-    def channels(self, inputs: int) -> int:
+    def channels(self, inputs: int, time: int) -> int:
+        del time
         return 2 * inputs
 
     def __call__(self, inputs: jax.Array, steps: int, key: jax.Array | None) -> jax.Array:
@@ -119,3 +125,21 @@ class Delta(Encoder):
             return reference + crossed * self.threshold, events
 
         return jax.lax.scan(step, jnp.zeros_like(inputs[:, 0]), inputs.swapaxes(0, 1))[1]
+
+
+class Stacked(Encoder):
+    """All times at once: of inputs [B, T, ..., C] one step of T x C channels, [1, B, ..., T C], as a network without a
+    memory sees the order of frames."""
+
+    timed, binary = True, False
+
+    def channels(self, inputs: int, time: int) -> int:
+        return inputs * time
+
+    def steps(self, time: int) -> int:
+        del time
+        return 1
+
+    def __call__(self, inputs: jax.Array, steps: int, key: jax.Array | None) -> jax.Array:
+        del steps, key
+        return jnp.moveaxis(inputs, 1, -2).reshape(1, len(inputs), *inputs.shape[2:-1], -1)

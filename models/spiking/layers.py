@@ -13,6 +13,7 @@ from lissom.models.linear import Conv, Linear
 from lissom.models.norms import BatchNorm
 from lissom.models.registry import construct
 from lissom.models.spiking import ACTIVATIONS
+from lissom.models.variables import Param
 
 
 class Work(NamedTuple):
@@ -111,6 +112,34 @@ class SpikingLayer(nnx.Module):
         carry, first = step((inner, spikes), current[0])
         carry, rest = jax.lax.scan(step, carry, current[1:])
         return jnp.concatenate([first[None], rest]), carry
+
+    def drop_norms(self) -> int:
+        """Makes room for what `take_folded` puts in; how many norms there were."""
+        found = (self.norm is not None) + (self.is_spiking and self.neuron.norm is not None)
+        if self.norm is not None:
+            self.norm = None
+            self.weights.bias = nnx.data(Param(jnp.zeros(self.outputs), out_sharding=("channels",)))
+        if self.is_spiking and self.neuron.norm is not None:
+            self.neuron.drop_norm()
+        return found
+
+    def take_folded(self, source: "SpikingLayer") -> None:
+        """The weights of a layer with norms, as they are in evaluation: BatchNorm is a scale and an addend of each
+        channel, and a neuron that was compared the other way is mirrored, with its current."""
+        kernel, bias = source.weights.kernel[...], source.weights.bias
+        if source.norm is not None:
+            scale, shift = source.norm.affine()
+            kernel, bias = kernel * scale, shift
+        elif bias is not None:
+            bias = bias[...]
+        signs = None
+        if source.is_spiking and source.neuron.norm is not None:
+            signs = self.neuron.take_folded(source.neuron)
+        if signs is not None:
+            kernel, bias = kernel * signs, None if bias is None else bias * signs
+        self.weights.kernel[...] = kernel
+        if bias is not None:
+            self.weights.bias[...] = bias
 
     def fan_out(self) -> np.ndarray:
         """[*space]: the outputs that an input at each place goes to."""

@@ -75,7 +75,7 @@ class SpikingNet(StepwiseNetwork):
             "dtype": dtype,
             "rngs": rngs,
         }
-        inputs, layers = self.encoder.channels(channels), []
+        inputs, layers = self.encoder.channels(channels, input_shape[0]), []
         for width, stride in zip(widths, strides, strict=True):
             layers.append(SpikingLayer(inputs, width, space, kernel=kernel, stride=stride, **kinds))
             inputs, space = width, layers[-1].after
@@ -107,16 +107,12 @@ class SpikingNet(StepwiseNetwork):
         return Entered(x, self.layers[0].currents(x.astype(self.dtype), train=False))
 
     def advance(self, x: jax.Array | Entered, steps: int, carry: tuple, *, train: bool = False):
-        x, current = x if isinstance(x, Entered) else (x, None)
-        states, activity, x = [], [], x.astype(self.dtype)
-        for number, (layer, state) in enumerate(zip(self.layers, carry[0], strict=True)):
-            if number == self.first_dense:
-                x = x.reshape(*x.shape[:2], -1)
-            y, state = layer(x, steps, state, train=train, current=current if number == 0 else None)
+        states, activity = [], []
+        for layer, before, y, state in self.through(x, steps, carry[0], train=train):
             states.append(state)
             spikes = [(y != 0).sum(), y.size] if layer.is_spiking else [0, 0]
-            activity.append([*spikes, layer.synapses(x, y), y.shape[1]])
-            x = y
+            activity.append([*spikes, layer.synapses(before, y), y.shape[1]])
+        x = y
         outputs = x.astype(jnp.float32)
         if self.head is not None:
             activity.append([0, 0, (x != 0).sum() * self.classes, x.shape[1]])
@@ -124,6 +120,16 @@ class SpikingNet(StepwiseNetwork):
             outputs = self.head(outputs if outputs.ndim == 3 else outputs.mean(tuple(range(2, outputs.ndim - 1))))
         scores, decoded = self.decoder(outputs, carry[1])
         return scores, (tuple(states), decoded), jnp.array(activity, jnp.float32)
+
+    def through(self, x: jax.Array | Entered, steps: int, states: Sequence, *, train: bool = False):
+        """Of each layer, one after the other: (itself, what it sees, what it gives, its state to go on with)."""
+        x, current = x if isinstance(x, Entered) else (x, None)
+        x = x.astype(self.dtype)
+        for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            before = x.reshape(*x.shape[:2], -1) if number == self.first_dense else x
+            known = current if number == 0 else None
+            x, state = layer(before, steps, state, train=train, current=known)
+            yield layer, before, x, state
 
     def work(self) -> list[Work]:
         """What each layer does for one example; the last weights are a layer too."""

@@ -13,7 +13,7 @@ from flax import nnx
 
 from lissom.models.norms import BatchNorm
 from lissom.models.spiking.membrane_norm import folded_threshold, sign
-from lissom.models.variables import Param
+from lissom.models.variables import Frozen, Param
 from lissom.ops.spiking import RESETS, State, spike_scan
 from lissom.ops.spiking.surrogates import SURROGATES
 
@@ -28,6 +28,8 @@ class Neuron(nnx.Module):
     threshold: above 0. learn_threshold: it is a parameter, one of the layer (as in DIET-SNN and IIR-SNN, Chowdhury et
     al. 2021, arXiv:2110.05929), whose softplus is used, so that it stays above 0.
     reset: "hard" (to 0), "soft" (less the threshold) or "none". attached, surrogate, slope: as `spike_scan` has them.
+    initial: the potential in front of the first step, in thresholds; 0.5 makes the spikes of an IF neuron the rounded
+    and not the truncated share of the current (Bu et al. 2022, arXiv:2303.04347).
 
     membrane_norm puts BatchNorm in front of the comparison (MPBN, Guo et al. 2023, arXiv:2308.08359):
 
@@ -35,7 +37,8 @@ class Neuron(nnx.Module):
 
     with one BN for all steps: in training it takes the statistics of each step, one after the other, which no fused
     scan can. "channel" has one mean, variance, scale and bias a channel, "element" one a neuron. In evaluation it is
-    what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again.
+    what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again. `take_folded` keeps that
+    form and drops the norm: thresholds become an array, signs too.
     """
 
     # What a neuron keeps from step to step, and multiplies at each.
@@ -52,6 +55,7 @@ class Neuron(nnx.Module):
         attached: bool = False,
         surrogate: str = "arctan",
         slope: float | None = None,
+        initial: float = 0.0,
         membrane_norm: str = "none",
         rngs: nnx.Rngs,
     ):
@@ -70,36 +74,72 @@ class Neuron(nnx.Module):
                 f"neuron.membrane_norm={membrane_norm!r} goes with reset='hard': what it compares is no "
                 f"potential that a {reset} reset could take from"
             )
+        _fraction(initial=initial)
+        if initial and (membrane_norm != "none" or self.states > 1):
+            raise ValueError(
+                f"neuron.initial={initial} goes with if, lif and plif, whose only state is the potential, without "
+                "membrane_norm"
+            )
         # softplus(x) = threshold
         at = jnp.log(jnp.expm1(jnp.array([float(threshold)])))
         self.threshold = Param(at, out_sharding=("norm",)) if learn_threshold else threshold
         self.reset, self.attached, self.surrogate, self.slope = reset, attached, surrogate, slope
-        self.features = tuple(space) if membrane_norm == "element" else ()
-        width = channels * math.prod(self.features)
-        self.norm = None if membrane_norm == "none" else BatchNorm(width, rngs=rngs)
+        self.initial = initial
+        self.features = (*(space if membrane_norm == "element" else ()), channels)
+        self.norm = None if membrane_norm == "none" else BatchNorm(math.prod(self.features), rngs=rngs)
+        self.signs = None
 
     def rates(self) -> dict[str, float | jax.Array]:
         """The keyword arguments of `spike_scan` that say how the neuron forgets."""
         raise NotImplementedError
 
     def limit(self) -> float | jax.Array:
-        """The threshold, a number or [1]."""
+        """The threshold: a number, [1], or of folded neurons one of each channel or neuron."""
+        if isinstance(self.threshold, Frozen):
+            return self.threshold[...]
         return jax.nn.softplus(self.threshold[...]) if isinstance(self.threshold, Param) else self.threshold
 
     def __call__(self, current: jax.Array, state: State | None = None, *, train: bool):
-        kinds = {"reset": self.reset, "attached": self.attached, "surrogate": self.surrogate, "slope": self.slope}
-        if self.norm is None:
-            return spike_scan(current, state, threshold=self.limit(), **self.rates(), **kinds)
-        if train:
+        if self.norm is not None and train:
             return self._normed(current, state)
-        limit, signs = folded_threshold(self.norm, self.limit()), sign(self.norm)
-        limit, signs = (x.reshape(*self.features, -1) for x in (limit, signs))
+        limit, signs = self.folded()
+        if state is None and self.initial:
+            state = State(jnp.broadcast_to(self.initial * jnp.asarray(limit), current.shape[1:]))
+        kinds = {"reset": self.reset, "attached": self.attached, "surrogate": self.surrogate, "slope": self.slope}
+        if signs is None:
+            return spike_scan(current, state, threshold=limit, **self.rates(), **kinds)
         flip = lambda state: None if state is None else State(*(None if x is None else signs * x for x in state))
         # Where the scale is below 0 the comparison points the other way: it is that of the mirrored neuron.
         spikes, after = spike_scan(
             signs.astype(current.dtype) * current, flip(state), threshold=limit, **self.rates(), **kinds
         )
         return spikes, flip(after)
+
+    def folded(self) -> tuple[float | jax.Array, jax.Array | None]:
+        """(the threshold, the signs of the potentials that it is compared with; None: all 1) of evaluation."""
+        if self.norm is None:
+            return self.limit(), None if self.signs is None else self.signs[...]
+        limit, signs = folded_threshold(self.norm, self.limit()), sign(self.norm)
+        return limit.reshape(self.features), signs.reshape(self.features)
+
+    def drop_norm(self) -> None:
+        """Makes room for what `take_folded` puts in. Signs of channels are the affair of the weights in front; those of
+        single neurons stay, since a convolution has one weight for all places."""
+        zeros = jnp.zeros(self.features)
+        names = (*(None,) * (len(self.features) - 1), "norm")
+        self.norm, self.threshold = None, nnx.data(Frozen(zeros, out_sharding=names))
+        if len(self.features) > 1:
+            self.signs = nnx.data(Frozen(zeros, out_sharding=names))
+
+    def take_folded(self, source: "Neuron") -> jax.Array | None:
+        """Takes the thresholds of a neuron with a norm. The signs that the weights in front have to take: [C], or None
+        where there are none, or where they stay here."""
+        limit, signs = source.folded()
+        self.threshold[...] = limit
+        if self.signs is None:
+            return signs
+        self.signs[...] = signs
+        return None
 
     def _normed(self, current: jax.Array, state: State | None):
         decay, limit, wide = self.rates()["decay"], self.limit(), jnp.promote_types(current.dtype, jnp.float32)

@@ -13,8 +13,9 @@ after which the potential is compared:
 so that `decay` is 1 - dt / tau, v_leak and v_reset are 0, and R (w_in) is what makes dt / tau R = 1: a LIF neuron of
 this house has no resistance. Its comparison is h >= threshold: v_threshold is the next smaller float32.
 
-What NIR has no word for is refused: soft resets and none, adaptive thresholds, a membrane_norm, a decay of 1 beside a
-leaking current. Recurrent layers, which it has, are not written yet. BatchNorm is folded into weights and bias. NIR's
+What NIR has no word for is refused: soft resets and none, an initial potential, adaptive thresholds, a membrane_norm
+(once folded it is a threshold, but for signs of single neurons), a decay of 1 beside a leaking current. Recurrent
+layers, which it has, are not written yet. BatchNorm is folded into weights and bias. NIR's
 convolutions come channel first and are padded alike on both sides; where 'SAME' pads more behind, the kernel gets zeros
 in front. The mean over places and the head behind it are one Affine over all places. The encoding, the decoding and the
 number of steps belong to who runs the graph: its input is what the first layer sees at a step, its output what the last
@@ -132,11 +133,14 @@ def _neuron(nir, neuron: Neuron, shape: tuple[int, ...], dt: float):
         raise ValueError(f"NIR has no neuron like {type(neuron).__name__}: export if, lif, plif or cuba")
     if neuron.reset != "hard":
         raise ValueError(f"NIR resets potentials to a value, and neuron.reset={neuron.reset!r} does not")
-    if neuron.norm is not None:
-        raise ValueError("NIR has one comparison a neuron, and neuron.membrane_norm may turn it around")
-    below = np.nextafter(np.float32(np.ravel(neuron.limit())[0]), np.float32(-np.inf))
+    if neuron.initial:
+        raise ValueError(f"NIR starts potentials at 0, and neuron.initial={neuron.initial} does not")
+    if neuron.norm is not None or neuron.signs is not None:
+        raise ValueError("NIR compares potentials one way, and neuron.membrane_norm may turn that around")
+    limits = np.broadcast_to(np.asarray(neuron.limit(), np.float32), (*shape[1:], shape[0]))
+    below = np.nextafter(np.moveaxis(limits, -1, 0), np.float32(-np.inf)).astype(np.float64)
     whole = lambda value: np.full(shape, value, np.float64)
-    kinds = {"v_threshold": whole(below), "v_reset": whole(0)}
+    kinds = {"v_threshold": below, "v_reset": whole(0)}
     if isinstance(neuron, IF):
         return nir.IF(r=whole(1 / dt), **kinds)
     rates = neuron.rates()
@@ -158,14 +162,16 @@ def _time_constant(name: str, decay, dt: float) -> float:
 # ---- from NIR ----------------------------------------------------------------------------------------------
 
 
-def from_nir(graph, *, dt: float = 1.0, **settings) -> SpikingNet:
+def from_nir(graph, *, dt: float = 1.0, input_shape: Sequence[int] | None = None, **settings) -> SpikingNet:
     """The network of a graph that `to_nir` could have made with this dt: a chain of convolutions and Affine nodes with
     neurons behind them that are all alike, or an Affine alone at the end. `settings` of `SpikingNet` say what no graph
-    does: time_steps, encoding, decoding. ValueError for any other graph."""
+    does: time_steps, encoding, decoding. input_shape: that of the examples, where the encoding makes of them what the
+    graph sees (frames, delta). ValueError for any other graph."""
     nir, nodes = needed_nir(), _chain(graph)
     layers, neurons, head, flat = [], [], None, None
     shape = tuple(int(size) for size in nodes[0].output_type["output"])
-    given = shape
+    if input_shape is None:
+        input_shape = (*shape[1:], shape[0])
     for node, following in itertools.pairwise(nodes[1:]):
         if isinstance(node, nir.Flatten):
             flat = shape
@@ -183,7 +189,7 @@ def from_nir(graph, *, dt: float = 1.0, **settings) -> SpikingNet:
         raise ValueError(f"{len(layers)} layers have {len(neurons)} populations of neurons behind them")
     if any(other[:2] != neurons[0][:2] for other in neurons):
         raise ValueError("the neurons of a plain spiking network are all alike, and these differ between layers")
-    return _assembled(layers, neurons, head, given, shape[0], settings)
+    return _assembled(layers, neurons, head, input_shape, shape[0], settings)
 
 
 def _chain(graph) -> list:
@@ -252,18 +258,15 @@ def _alike(name: str, values) -> float:
     return float(np.ravel(values)[0])
 
 
-def _assembled(layers, neurons, head, shape: tuple[int, ...], classes: int, settings) -> SpikingNet:
-    """shape: [C, *space] of the input."""
+def _assembled(layers, neurons, head, input_shape: Sequence[int], classes: int, settings) -> SpikingNet:
     convolutions = [layer for layer in layers if layer["kernel"]]
     dense = [layer["weights"].shape[1] for layer in layers[len(convolutions) :]]
     kernels = {layer["kernel"] for layer in convolutions} or {3}
     if len(kernels) > 1:
         raise ValueError(f"a plain spiking network has one size of kernel, and these are {sorted(kernels)}")
     name, of_neuron, _ = neurons[0]
-    one_step = (*shape[1:], shape[0])
-    timed = settings.get("encoding") in ("frames", "delta")
     network = SpikingNet(
-        input_shape=(1, *one_step) if timed else one_step,  # how many steps there are no weight tells
+        input_shape=input_shape,
         classes=classes,
         widths=[layer["weights"].shape[-1] for layer in convolutions],
         strides=[layer["stride"] for layer in convolutions],

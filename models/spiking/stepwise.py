@@ -15,8 +15,8 @@ from lissom.models.spiking.layers import Work
 class StepwiseNetwork(nnx.Module):
     """inputs [B, *space, C], or with an encoding of timed examples [B, T, *space, C] -> logits [B, classes].
 
-    time_steps: how often the network sees an example; 0 where the examples have a time axis (encoding "frames" or
-    "delta"). A subclass says what a step is: `start`, `advance`, `work`, `is_spiking`.
+    time_steps: how often the network sees an example; 0 where the examples have a time axis (encoding "frames",
+    "delta" or "stacked"). A subclass says what a step is: `start`, `advance`, `work`, `is_spiking`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class StepwiseNetwork(nnx.Module):
             raise ValueError(f"model.time_steps={time_steps} must be at least 1 with model.encoding={encoding!r}")
         if self.encoder.timed and len(input_shape) < 2:
             raise ValueError(f"model.encoding={encoding!r} reads examples [time, ...], not {list(input_shape)}")
-        self.steps, self.classes = time_steps or input_shape[0], classes
+        self.steps, self.classes = time_steps or self.encoder.steps(input_shape[0]), classes
 
     @property
     def is_spiking(self) -> bool:
@@ -85,6 +85,6 @@ class StepwiseNetwork(nnx.Module):
         if train and self.encoder.draws:
             key = needed(key, "an encoding that draws")
         x = self.encoder(inputs, self.steps, key)
-        steps = inputs.shape[1] if self.encoder.timed else self.steps
+        steps = self.encoder.steps(inputs.shape[1]) if self.encoder.timed else self.steps
         scores, _, activity = self.advance(x, steps, self.start(len(inputs)), train=train)
         return scores, activity

@@ -65,6 +65,31 @@ def test_there_and_back(case, tmp_path):
     np.testing.assert_array_equal(jax.jit(again.running)(x), jax.jit(folded.running)(x))
 
 
+def test_examples_with_a_time_axis(tmp_path):
+    settings = {"input_shape": (5, 8, 8, 1), "encoding": "delta", "time_steps": 0}
+    net = network(**settings, batch_norm=False)
+    nir.write(tmp_path / "changes.nir", to_nir(net))
+    back = from_nir(nir.read(tmp_path / "changes.nir"), **settings)
+    x = 3 * jax.random.uniform(jax.random.key(0), (4, 5, 8, 8, 1))
+    np.testing.assert_array_equal(jax.jit(back.running)(x), jax.jit(net.running)(x))
+
+
+def test_folded_thresholds_are_those_of_each_neuron():
+    """Norms of membranes that were folded are a threshold a channel, which NIR has and a plain network has not."""
+    net = network(batch_norm=False, neuron_kwargs={"lif": {"membrane_norm": "channel"}})
+    for layer in net.layers:
+        layer.neuron.norm.bias[...] = jnp.linspace(-0.5, 0.5, layer.outputs)
+        source = layer.neuron.folded()[0]
+        layer.neuron.drop_norm()
+        layer.neuron.threshold[...] = source
+    graph = to_nir(net)
+    told = graph.nodes["lif"].v_threshold
+    assert told.shape == (4, 8, 8) and (np.ptp(told, (1, 2)) == 0).all() and len(np.unique(told)) == 4
+    np.testing.assert_allclose(told[:, 0, 0], net.layers[0].neuron.limit(), rtol=1e-6)
+    with pytest.raises(ValueError, match="v_threshold differs between the neurons"):
+        from_nir(graph)
+
+
 def euler(node, current, dt):
     """Spikes [T, N] of a NIR neuron that is given currents [T, N], as its equations say."""
     v = i = np.zeros(current.shape[1])
@@ -113,8 +138,9 @@ def test_a_convolution_is_nirs(tmp_path):
     ("settings", "words"),
     [
         ({"neuron_kwargs": {"lif": {"reset": "soft"}}}, "neuron.reset='soft' does not"),
-        ({"neuron_kwargs": {"lif": {"membrane_norm": "channel"}}}, "neuron.membrane_norm may turn it around"),
+        ({"neuron_kwargs": {"lif": {"membrane_norm": "channel"}}}, "neuron.membrane_norm may turn that around"),
         ({"neuron_kwargs": {"lif": {"decay": 1.0}}}, "neuron.decay=1 has none"),
+        ({"neuron": "if", "neuron_kwargs": {"if": {"initial": 0.5}}}, "neuron.initial=0.5 does not"),
         ({"neuron": "alif"}, "no neuron like ALIF"),
         ({"neuron": "relu", "time_steps": 1}, "no neuron like ReLU"),
         ({"hidden": (5,), "recurrent": True}, "recurrent layers are not written"),

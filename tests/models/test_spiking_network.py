@@ -143,6 +143,20 @@ def test_signals_and_frames_have_their_own_time():
     assert frames.running(jnp.ones((2, 5, 9, 8, 2))).shape == (5, 2, 5)
 
 
+def test_stacked_frames_are_channels():
+    """Channel t C + c is channel c of frame t, and there is one step, whose work is counted once."""
+    inputs = jax.random.normal(jax.random.key(0), (2, 5, 9, 8, 3))
+    x = encoder("stacked")(inputs, 0, None)
+    assert x.shape == (1, 2, 9, 8, 15)
+    np.testing.assert_array_equal(x[0, 1, 4, 6, 3 * 2 + 1], inputs[1, 2, 4, 6, 1])
+    settings = {**SMALL, "input_shape": (5, 9, 8, 3), "time_steps": 0, "neuron": "relu"}
+    net = SpikingNet(**settings, encoding="stacked", rngs=nnx.Rngs(0))
+    assert net.running(inputs).shape == (1, 2, 5) and net.layers[0].inputs == 15
+    assert [layer.passes for layer in net.work()] == [1] * len(net.work())
+    # In another order it is another example.
+    assert (net(inputs)[0] != net(inputs[:, ::-1])[0]).any()
+
+
 @pytest.mark.parametrize("space", [(), (6,), (7, 5)])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 3), (2, 2)])
 def test_synaptic_operations_by_brute_force(space, kernel, stride):

@@ -51,6 +51,22 @@ def test_rows_of_two_seeds(tiny_run, tmp_path, capsys):
             assert found[policy]["speedup", "batch=48"] == pytest.approx(ratio)
 
 
+def test_an_exported_conversion(tiny_run, capsys):
+    from lissom.eval import evaluate
+
+    settings = {"model.neuron": "relu", "model.time_steps": 1, "evaluation.latency_repeats": 2}
+    _, path = tiny_run(
+        "vision/digits_snn", **settings, **{"evaluation.transforms": ({"name": "to_spiking", "steps": 5},)}
+    )
+    with pytest.raises(UserError, match="none of 1 runs"):
+        early_exit.run([path], **SMALL, transform="to_spiking")
+    assert "holds no exported network" in capsys.readouterr().err
+    evaluate([path])
+    rows = early_exit.run([path], **SMALL, transform="to_spiking")
+    assert {row.identity.transform for row in rows} == {"to_spiking"}
+    assert next(iter(told(rows))) == "fixed, 5 steps"
+
+
 def test_a_half_is_held_out_and_thresholds_come_from_it(tiny_run):
     """Labels of the judged half move accuracies alone; those of the other move what is chosen."""
     _, path = tiny_run("vision/digits_snn")

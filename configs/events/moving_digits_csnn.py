@@ -1,0 +1,60 @@
+"""A convolutional spiking network on the event streams of moving digits; class = digit x direction.
+
+Paper: convolutions and leaky neurons on binned events, as in Eshraghian et al. 2021, arXiv:2109.12894, and the projects
+    on DVS recordings that follow it; data and sizes are ours.
+Command: uv run train.py --config=configs/events/moving_digits_csnn.py
+Time: not measured. Result: not measured.
+Sweep: data.kwargs.moving_digits.control=none,shuffled,single  data.kwargs.moving_digits.binning=counts,binary,surface
+    model.neuron=lif,plif,alif,cuba
+    (a CNN on the same frames: model.neuron=relu, frame by frame or with model.encoding=stacked all at once;
+    the letters of a pen: data.name=pen_strokes)
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    config.data.update(
+        {
+            "name": "moving_digits",
+            "batch_size": 64,
+            "kwargs": {
+                "moving_digits": {
+                    "classes_of": "digit_direction",
+                    "motion": "linear",
+                    "size": 24,
+                    "steps": 16,
+                    "binning": "counts",
+                    "control": "none",
+                    "train_size": 10000,
+                    "test_size": 5000,
+                }
+            },
+        }
+    )
+    config.model.update(
+        {
+            "name": "spiking",
+            "size": "small",
+            "strides": (2, 2, 2),
+            "hidden": (),
+            "recurrent": False,
+            "kernel": 3,
+            "neuron": "lif",
+            "neuron_kwargs": {"lif": {"decay": 0.8, "threshold": 1.0}},
+            "batch_norm": True,
+            "encoding": "frames",
+            "encoding_kwargs": {},
+            "decoding": "mean",
+            "decoding_kwargs": {},
+            "time_steps": 0,
+        }
+    )
+    config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
+    config.train = {"epochs": 10}
+    if mode(arg, ("tiny",)):
+        config.data.kwargs.moving_digits.update({"size": 16, "steps": 5, "train_size": 96, "test_size": 64})
+        config.model.strides = (2, 2)
+        return tiny(config)
+    return config
