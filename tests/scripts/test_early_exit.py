@@ -48,7 +48,8 @@ def test_rows_of_two_seeds(tiny_run, tmp_path, capsys):
         assert {("calibration_error", "fitted=False"), ("calibration_error", "fitted=True")} < set(chosen)
         for policy in ("dynamic, chosen", "dynamic, threshold 1"):
             ratio = found["fixed, 4 steps"]["latency_p50", "batch=48"] / found[policy]["latency_p50", "batch=48"]
-            assert found[policy]["speedup", "batch=48"] == pytest.approx(ratio)
+            assert found[policy]["speedup", "batch=48", "reference=whole run"] == pytest.approx(ratio)
+        assert ("speedup", "batch=48", "reference=threshold 1") in chosen
 
 
 def test_an_exported_conversion(tiny_run, capsys):
