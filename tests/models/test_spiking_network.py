@@ -66,7 +66,7 @@ def test_delta_by_hand():
     found = encoder("delta", threshold=0.25)(x, 0, None)
     # The reference is 0, 0.25, 0.25, 0.75, 0.25.
     assert found[:, 0].tolist() == [[0, 0], [1, 0], [0, 0], [1, 0], [0, 1]]
-    assert encoder("delta").channels(3) == 6
+    assert encoder("delta").channels(3, 7) == 6
 
 
 def test_decoders_by_hand():
