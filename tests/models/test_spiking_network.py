@@ -11,6 +11,10 @@ from lissom.models.registry import construct
 from lissom.models.spiking import DECODERS, ENCODERS
 from lissom.models.spiking.layers import SpikingLayer
 from lissom.models.spiking.network import SpikingNet
+from lissom.models.variables import split
+from lissom.training.building import build_network
+from lissom.training.config import load_recipe
+from lissom.training.stages import final_config, plan
 
 SMALL = {"input_shape": (9, 8, 2), "classes": 5, "widths": (4, 6), "strides": (1, 2)}
 DENSE = {"input_shape": (7, 3), "classes": 5, "widths": (), "strides": (), "hidden": (6, 6), "time_steps": 0}
@@ -236,3 +240,21 @@ def test_bad_settings(settings, words):
     with pytest.raises(ValueError) as error:
         network(**settings)
     assert words in str(error.value)
+
+
+def test_the_staged_recipe_goes_down_to_one_step():
+    """A fifth of the run each, with the same parameters; at last it is the network of its control."""
+    staged, single = (load_recipe(f"configs/vision/digits_snn.py:{name}") for name in ("staged", "single"))
+    stages = plan(staged, 50)
+    assert [(s.stop - s.start, s.config.model.time_steps, s.optimizer) for s in stages] == [
+        (10, steps, "reset") for steps in (5, 4, 3, 2, 1)
+    ]
+    assert final_config(staged).model == single.model
+    facts = {"input_shape": (8, 8, 1), "classes": 10}
+    shapes = [
+        jax.tree.map(jnp.shape, split(nnx.eval_shape(lambda s=s: build_network(s.config, facts, nnx.Rngs(0)))).params)
+        for s in stages
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+    # What the paper trains besides the weights: leak and threshold of every layer.
+    assert {"decay", "threshold"} <= set(shapes[0]["layers"][0]["neuron"])
