@@ -110,7 +110,7 @@ class SpikingLayer(nnx.Module):
 
     def fan_out(self) -> np.ndarray:
         """[*space]: the outputs that an input at each place goes to."""
-        counts = [_reached(size, self.kernel, self.stride) for size in self.before]
+        counts = [reached(size, self.kernel, self.stride) for size in self.before]
         places = np.ones(self.before)
         for axis, count in enumerate(counts):
             places *= count.reshape(-1, *(1,) * (len(counts) - 1 - axis))
@@ -145,7 +145,7 @@ class SpikingLayer(nnx.Module):
         return sums if self.back is None else sums + (y[:-1] != 0).sum().astype(jnp.float32) * self.outputs
 
 
-def _reached(size: int, kernel: int, stride: int) -> np.ndarray:
+def reached(size: int, kernel: int, stride: int) -> np.ndarray:
     """[size]: of each place the windows of a 'SAME' convolution that it lies in."""
     windows = -(-size // stride)
     front = max((windows - 1) * stride + kernel - size, 0) // 2
