@@ -125,6 +125,8 @@ class Spikeformer(StepwiseNetwork):
         example = input_shape[1:] if self.encoder.timed else input_shape
         *space, channels = shape_of("spikeformer", example, "rows, columns, channels")
         self.example, self.shortcut, self.dtype = tuple(example), shortcut, dtype
+        if not construct(ACTIVATIONS, neuron, neuron_kwargs, "neuron", channels=1, space=(), rngs=rngs).states:
+            raise ValueError(f"model.neuron={neuron!r} does not spike, and a spikeformer has no dense twin")
         chosen = {"neuron": neuron, "neuron_kwargs": neuron_kwargs}
         of_attention = {"heads": heads, "form": attention, "threshold": attention_threshold, **chosen}
         kinds, before = {"dtype": dtype, "rngs": rngs}, self.encoder.channels(channels)
@@ -149,8 +151,6 @@ class Spikeformer(StepwiseNetwork):
             stages.append(nnx.List(blocks))
         if is_membrane:
             edges.append(neurons(before))
-        if not all(neuron_.states for neuron_ in edges):
-            raise ValueError(f"model.neuron={neuron!r} does not spike, and a spikeformer has no dense twin")
         self.entries, self.edges, self.stages = nnx.List(entries), nnx.List(edges), nnx.List(stages)
         self.head = Linear(before, classes, axes=("mlp", "classes"), rngs=rngs)
 
