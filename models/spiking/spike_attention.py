@@ -67,9 +67,10 @@ class SpikeAttention(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        names = ("q", "v") if form == "sdsa2" else ("q", "k", "v")
-        self.maps = nnx.Dict({name: RepConv(width, width, dtype=dtype, rngs=rngs) for name in names})
-        self.neurons = nnx.Dict({name: neurons(width) for name in names})
+        # The order of an nnx.Dict is lost where a network is split and merged.
+        self.names = ("q", "v") if form == "sdsa2" else ("q", "k", "v")
+        self.maps = nnx.Dict({name: RepConv(width, width, dtype=dtype, rngs=rngs) for name in self.names})
+        self.neurons = nnx.Dict({name: neurons(width) for name in self.names})
         own = neuron if neuron in ACTIVATIONS else neuron.rpartition(":")[2]
         settings = dict((neuron_kwargs or {}).get(own, {})) | {
             "threshold": THRESHOLDS[form] if threshold is None else threshold,
@@ -84,7 +85,7 @@ class SpikeAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, walk: Walk, binary: bool) -> jax.Array:
         spikes = {}
-        for name in self.maps:
+        for name in self.names:
             spikes[name] = walk.fire(self.neurons[name], walk.map(self.maps[name], x, binary=binary))
         parts = {name: s.reshape(*x.shape[:2], -1, self.heads, x.shape[-1] // self.heads) for name, s in spikes.items()}
         self._note(parts, walk)
