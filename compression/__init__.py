@@ -8,5 +8,6 @@ TRANSFORMS = {
     "read_me": "lissom.compression.read_me:ReadMe",
     "yarn": "lissom.compression.positions:Yarn",
     "zero_meta_positions": "lissom.compression.positions:ZeroMetaPositions",
+    "fold_spikeformer": "lissom.compression.folding_spikeformer:FoldSpikeformer",
     "grouped_to_latent": "lissom.compression.grouped_to_latent:GroupedToLatent",
 }

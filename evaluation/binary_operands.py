@@ -67,8 +67,7 @@ def _compute(jaxpr: ClosedJaxpr | Jaxpr, inputs: Sequence, found: list[Product])
         elif name not in PRODUCTS and _holds_products(equation):
             raise NotImplementedError(f"products within {name!r} are not looked at")
         else:
-            functions, params = equation.primitive.get_bind_params(equation.params)
-            outputs = equation.primitive.bind(*functions, *given, **params)
+            outputs = equation.primitive.bind(*given, **equation.primitive.get_bind_params(equation.params))
             outputs = outputs if equation.primitive.multiple_results else [outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(variable) for variable in inner.outvars]

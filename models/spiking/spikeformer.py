@@ -37,11 +37,11 @@ class Chain(nnx.Module):
 class Branch(nnx.Module):
     """A residual branch F around which the stream x passes, with its neurons SN by the `shortcut`:
 
-        membrane    x + F(SN(x))    x: currents (MS; Hu et al. 2021, arXiv:2112.08954); all that F sees is 0 or 1
-        vanilla     SN(x + F(x))    x: spikes, added to the currents of the next ones (VS; Zheng et al. 2021,
-                                    arXiv:2011.05280); what F sees is 0 or 1
-        spike       x + SN(F(x))    x: sums of spikes (SEW; Fang et al. 2021, arXiv:2102.04159), which are integers:
-                                    the first maps of F multiply them
+    membrane    x + F(SN(x))    x: currents (MS; Hu et al. 2021, arXiv:2112.08954); all that F sees is 0 or 1
+    vanilla     SN(x + F(x))    x: spikes, added to the currents of the next ones (VS; Zheng et al. 2021,
+                                arXiv:2011.05280); what F sees is 0 or 1
+    spike       x + SN(F(x))    x: sums of spikes (SEW; Fang et al. 2021, arXiv:2102.04159), which are integers:
+                                the first maps of F multiply them
     """
 
     def __init__(self, inner: nnx.Module, neuron: nnx.Module, shortcut: str):
@@ -56,8 +56,8 @@ class Branch(nnx.Module):
 
 
 class Spikeformer(StepwiseNetwork):
-    """inputs [B, rows, columns, C] -> logits [B, classes] (Yao et al. 2024, arXiv:2404.03663); with an encoding of timed
-    examples [B, T, rows, columns, C].
+    """inputs [B, rows, columns, C], or with an encoding of timed examples [B, T, rows, columns, C] -> logits [B,
+    classes] (Yao et al. 2024, arXiv:2404.03663).
 
     Stage i begins with a convolution of stride `strides[i]` to `widths[i]` channels, the stem (`stem` x `stem`, of the
     values themselves) or one of 3 x 3, and has `depths[i]` blocks of two residual branches (`Branch`). Spike, product,

@@ -12,7 +12,7 @@ from lissom.evaluation import costs
 from lissom.evaluation.binary_operands import NotSpikeDriven, check_spike_driven
 from lissom.evaluation.energy import energy
 from lissom.models.norms import BatchNorm
-from lissom.models.spiking.spike_attention import THRESHOLDS, attend
+from lissom.models.spiking.spike_attention import attend
 from lissom.models.spiking.spike_maps import DepthwiseSeparable, NormedConv, RepConv
 from lissom.models.spiking.spikeformer import Spikeformer
 from lissom.models.spiking.walk import Walk
@@ -41,8 +41,8 @@ def pictures(count=3):
 
 
 def lively(net, *, coarse=False):
-    """The network with statistics as after training: scales of either sign, shifts that make its neurons fire. `coarse`:
-    all numbers multiples of 1/8 or less, and var + epsilon = 1, so that float32 sums are exact in any order."""
+    """The network with statistics as after training: scales of either sign, shifts that make its neurons fire.
+    `coarse`: all numbers are multiples of 1/8, and var + epsilon = 1, so that float32 sums are exact in any order."""
     keys = iter(jax.random.split(jax.random.key(7), 500))
     drawn = lambda x, low, high: jax.random.uniform(next(keys), x.shape, minval=low, maxval=high)
     grid = (lambda x, unit: jnp.round(x / unit) * unit) if coarse else (lambda x, unit: x)
@@ -110,6 +110,7 @@ def test_what_is_folded_into_the_threshold():
     assert network(attention_threshold=2.5).stages[1][0].inner.attending.threshold == 2.5
 
 
+FORMS = [{"attention": "sdsa1"}, {"attention": "sdsa4"}, {"attention": "sdsa2", "shortcut": "vanilla"}]
 MAPS = {
     "conv": lambda rngs: NormedConv(5, 7, 3, stride=2, rngs=rngs),
     "separable": lambda rngs: DepthwiseSeparable(5, 7, 7, rngs=rngs),
@@ -151,7 +152,7 @@ def spikes_of(net, x, monkeypatch):
     return found, logits
 
 
-@pytest.mark.parametrize("settings", [{"attention": "sdsa1"}, {"attention": "sdsa4"}, {"attention": "sdsa2", "shortcut": "vanilla"}], ids=str)
+@pytest.mark.parametrize("settings", KINDS_OF, ids=str)
 def test_a_folded_network_spikes_alike(settings, monkeypatch):
     """On numbers whose sums are exact: elsewhere a potential within rounding of its threshold may go either way."""
     net = lively(network(attention_threshold=2.0, **settings), coarse=True)
@@ -171,7 +172,7 @@ def test_binary_operands():
     whole = lively(network())
     x = pictures(2)
     found = check_spike_driven(fold(copied(whole)).running, x)
-    # Of the convolutional stage 4 maps; between, 1; of the attention 4 maps and 2 products, of the channels 2; the head.
+    # Of the convolutional stage 4 maps; between 1; of the attention 4 and 2 products, of the channels 2; the head.
     assert len(found) == 4 + 1 + 4 + 2 + 2 + 1
     for form in ("sdsa1", "sdsa2"):
         assert check_spike_driven(fold(lively(network(attention=form))).running, x)
@@ -189,7 +190,7 @@ def test_binary_operands():
 
 VARIANTS = {
     "vanilla": {"shortcut": "vanilla", "attention": "sdsa1"},
-    "spike": {"shortcut": "spike", "attention": "sdsa4", "encoding": "rate", "decoding": "max_membrane"},
+    "spike": {"shortcut": "spike", "attention": "sdsa4", "encoding": "rate"},
     "normed": {"neuron_kwargs": {"lif": {"membrane_norm": "element"}}},
     "cuba": {"neuron": "cuba", "convolutional": 0, "attention": "sdsa2"},
 }
@@ -206,7 +207,7 @@ def test_in_pieces_it_is_the_whole(name):
         scores, carry = advance(net, piece, steps, carry)
         parts.append(scores)
     np.testing.assert_allclose(jnp.concatenate(parts), whole, atol=1e-5)
-    assert np.ptp(whole, axis=0).max() > 0
+    assert np.ptp(whole, axis=0).max() > 0 and np.ptp(whole, axis=1).max() > 0
 
 
 def test_frames_have_their_own_time():
@@ -215,7 +216,7 @@ def test_frames_have_their_own_time():
     assert net.entries[0].inputs == 4 and net.work()[0].binary
 
 
-@pytest.mark.parametrize("settings", [{"attention": "sdsa1"}, {"attention": "sdsa4"}, {"attention": "sdsa2", "shortcut": "vanilla"}], ids=str)
+@pytest.mark.parametrize("settings", KINDS_OF, ids=str)
 def test_what_is_learned_has_gradients(settings):
     net = network(attention_threshold=1.0, **settings)
 
@@ -277,9 +278,10 @@ def test_synaptic_operations_by_brute_force(monkeypatch):
     def noted_map(self, layer, x, **kinds):
         y = plain_map(self, layer, x, **kinds)
         ones = jnp.ones((layer.size, layer.size, layer.inputs, layer.outputs))
-        steps = x.reshape(-1, *x.shape[2:])
-        padding = dict(window_strides=(layer.stride,) * 2, padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        operations.append(float(jax.lax.conv_general_dilated((steps != 0).astype(jnp.float32), ones, **padding).sum()))
+        steps = (x != 0).astype(jnp.float32).reshape(-1, *x.shape[2:])
+        names = ("NHWC", "HWIO", "NHWC")
+        came = jax.lax.conv_general_dilated(steps, ones, (layer.stride,) * 2, "SAME", dimension_numbers=names)
+        operations.append(float(came.sum()))
         return y
 
     def noted_attend(form, q, k, v, fire):
@@ -316,7 +318,10 @@ def test_energy():
         ({"attention": "sdsa5"}, "model.attention='sdsa5' must be one of sdsa1, sdsa2, sdsa3, sdsa4"),
         ({"attention_threshold": 0.0}, "model.attention_threshold=0.0 must be above 0"),
         ({"shortcut": "none"}, "model.shortcut='none' must be one of membrane, vanilla, spike"),
-        ({"neuron": "relu", "time_steps": 1}, "model.neuron='relu' does not spike, and a spikeformer has no dense twin"),
+        (
+            {"neuron": "relu", "time_steps": 1},
+            "model.neuron='relu' does not spike, and a spikeformer has no dense twin",
+        ),
         ({"decoding": "count"}, "model.decoding='count' reads spikes, and the head of a spikeformer has no neurons"),
         ({"input_shape": (9, 2)}, "the model spikeformer reads examples [rows, columns, channels]"),
     ],
