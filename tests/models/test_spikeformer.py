@@ -152,7 +152,7 @@ def spikes_of(net, x, monkeypatch):
     return found, logits
 
 
-@pytest.mark.parametrize("settings", KINDS_OF, ids=str)
+@pytest.mark.parametrize("settings", FORMS, ids=str)
 def test_a_folded_network_spikes_alike(settings, monkeypatch):
     """On numbers whose sums are exact: elsewhere a potential within rounding of its threshold may go either way."""
     net = lively(network(attention_threshold=2.0, **settings), coarse=True)
@@ -216,7 +216,7 @@ def test_frames_have_their_own_time():
     assert net.entries[0].inputs == 4 and net.work()[0].binary
 
 
-@pytest.mark.parametrize("settings", KINDS_OF, ids=str)
+@pytest.mark.parametrize("settings", FORMS, ids=str)
 def test_what_is_learned_has_gradients(settings):
     net = network(attention_threshold=1.0, **settings)
 
