@@ -13,7 +13,7 @@ from lissom.configs.base import base, mode, tiny
 
 def get_config(arg: str = ""):
     config = base()
-    config.data.update({"name": "digits", "batch_size": 64})
+    config.data.update({"name": "digits", "batch_size": 64, "augment": ("noise",)})
     config.model.update(
         {
             "name": "spikeformer",
@@ -37,6 +37,6 @@ def get_config(arg: str = ""):
             "time_steps": 4,
         }
     )
-    config.optim.update({"learning_rate": 3e-3, "weight_decay": 1e-2})
-    config.train = {"epochs": 12}
+    config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
+    config.train = {"epochs": 15}
     return tiny(config) if mode(arg, ("tiny",)) else config

@@ -46,8 +46,9 @@ class SpikeAttention(nnx.Module):
     they have no membrane norm, since what they compare is a count. Its scale is part of the threshold.
 
     threshold: None: THRESHOLDS. Currents here weigh 1, as in the paper's equations; the authors' code halves them in
-    front of the neuron, so that its 0.5 at a scale of 0.125 is a threshold of 8. The paper does not say whether the
-    heads part sdsa1 and sdsa2: there they have no part, the channels being apart anyway.
+    front of the neuron, so that its 0.5 at a scale of 0.125 is a threshold of 8. Only sdsa1 (of the first Spike-driven
+    Transformer) and sdsa3 are in the authors' code: that the mask of sdsa2 is a sum over tokens, as that of sdsa1, is
+    our reading. In both channels are apart anyway, and heads have no part.
 
     Noted as work: of sdsa1 the pairs of a key and a value that are both 1, of sdsa2 the spikes of q, one addition each;
     of the others such pairs of channels of a head in a token, and D additions for each spike of q. Masks add nothing.
