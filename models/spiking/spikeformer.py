@@ -68,9 +68,9 @@ class Spikeformer(StepwiseNetwork):
         the others                          `SpikeAttention` with `heads` heads;
                                             then 1 x 1 to `expansion` C, SN, 1 x 1 to C
 
-    and logits are a linear head on the mean over places of the last spikes. There are no positions: the convolutions see
-    the border. The paper's network is five of these stages (it calls the first two one) with 1, 1, 2, 6, 2 blocks and
-    strides 2, 2, 2, 2, 1, the first three convolutional, a stem and kernels of 7, and 8 heads.
+    and logits are a linear head on the mean over places of the last spikes. There are no positions: the convolutions
+    see the border. The paper's network is five of these stages (it calls the first two one) with 1, 1, 2, 6, 2 blocks
+    and strides 2, 2, 2, 2, 1, the first three convolutional, a stem and kernels of 7, and 8 heads.
 
     neuron: one that spikes, of `ACTIVATIONS`, everywhere; `attention_threshold` is that within the attention (None:
     the paper's, see there). attention: of `THRESHOLDS`. The paper's training has a teacher besides, and drops
