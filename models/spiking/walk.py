@@ -20,8 +20,8 @@ class Walk:
     """steps: of this call. states: of an earlier call, in order; None: every neuron is at rest.
 
     Synaptic operations of a map are the outputs that its spikes go to if it is the one convolution that it folds into,
-    borders included, folded or not. Where a branch ends its currents are added to those of the stream, which are read
-    by the next neurons: these are the neurons of the branch's last map, and the addition is one of the sum's own.
+    borders included, folded or not. Where a branch ends, its currents are added to those of the stream, and the next
+    neurons that read the stream are those of the branch's last map; adding a stream to a branch is not counted.
     """
 
     def __init__(self, steps: int, states: Sequence | None = None, *, train: bool):
