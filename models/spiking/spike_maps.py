@@ -74,7 +74,8 @@ class NormedConv(SpikeMap):
 class DepthwiseSeparable(SpikeMap):
     """BN(P D x): D a depthwise `size` x `size` convolution, P a product over channels.
 
-    Nothing stands between the two, neither neurons nor a norm (as in the authors' code), so that P multiplies numbers. Folded they are one dense convolution, W[u, v, i, o] = D[u, v, i] P[i, o].
+    Nothing stands between the two, neither neurons nor a norm (as in the authors' code), so that P multiplies numbers.
+    Folded they are one dense convolution, W[u, v, i, o] = D[u, v, i] P[i, o].
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
