@@ -43,15 +43,14 @@ class ToSpiking(Transform):
         for layer in module.layers:
             if not isinstance(layer.neuron, ReLU | ClipFloor):
                 raise ValueError(f"it is for model.neuron='relu' or 'clip_floor', not a {type(layer.neuron).__name__}")
-            layer.drop_norms()
+            layer.fold()
             layer.neuron = IF(layer.outputs, layer.after, reset="soft", initial=self.initial, rngs=nnx.Rngs(0))
         module.steps = self.steps
         return module
 
     def values(self, module: nnx.Module, source: nnx.Module, data: Iterable[dict]) -> nnx.Module:
         limits = self.limits(source, data)
-        for layer, before, fed, own in zip(module.layers, source.layers, [1.0, *limits], limits, strict=False):
-            layer.take_folded(before)
+        for layer, fed, own in zip(module.layers, [1.0, *limits[:-1]], limits, strict=True):
             layer.weights.kernel[...] *= fed / own
             if layer.weights.bias is not None:
                 layer.weights.bias[...] /= own

@@ -18,6 +18,7 @@ MODELS = {
     "block_transformer": "lissom.models.block_transformer:BlockTransformer",
     "keyed_experts": "lissom.models.keyed_experts:KeyedExperts",
     "spiking": "lissom.models.spiking.network:SpikingNet",
+    "spikeformer": "lissom.models.spiking.spikeformer:Spikeformer",
 }
 
 ENVIRONMENT_GATES = {
@@ -109,6 +110,11 @@ SIZES = {
         "deep": {"widths": (16, 16, 16, 32, 32, 32, 64, 64, 64), "strides": (1, 1, 1, 2, 1, 1, 2, 1, 1)},
         # For examples without space.
         "dense": {"widths": (), "strides": (), "hidden": (128, 128)},
+    },
+    "spikeformer": {
+        "tiny": {"widths": (4, 8), "depths": (1, 1), "strides": (2, 1), "convolutional": 1, "heads": 2},
+        # An image of 8 x 8 has 4 x 4 tokens; larger ones want larger strides.
+        "small": {"widths": (8, 24, 64), "depths": (1, 1, 2), "strides": (1, 2, 1), "convolutional": 2, "heads": 4},
     },
     "block_transformer": {
         "tiny": {"width": 16, "depth": 2, "heads": 4, **BLOCKS},

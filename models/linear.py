@@ -115,7 +115,7 @@ class Conv(nnx.Module):
 
 class DepthwiseConv(nnx.Module):
     """y[b, i, j, c] = sum_uv W[u, v, c] x[b, i + u - size // 2, j + v - size // 2, c]: each channel of x[B, rows,
-    columns, C] alone, 'SAME' padding, an odd `size`.
+    columns, C] alone, 'SAME' padding, an odd `size`. Outside of the grid x is 0, or `border` [C].
 
     Written as a sum of shifted products, which the compiler makes one loop of; a grouped convolution of as many groups
     as channels takes a loop over the channels on a CPU.
@@ -126,9 +126,13 @@ class DepthwiseConv(nnx.Module):
         self.kernel = Param(kernel, out_sharding=(None, None, "channels"))
         self.size, self.dtype = size, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, border: jax.Array | None = None) -> jax.Array:
         reach, (rows, columns) = self.size // 2, x.shape[1:3]
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (reach, reach), (reach, reach), (0, 0)))
+        if border is not None:
+            outside = jnp.pad(jnp.zeros((rows, columns, 1), self.dtype), ((reach, reach), (reach, reach), (0, 0)),
+                              constant_values=1)  # fmt: skip
+            padded += outside * border.astype(self.dtype)
         kernel = self.kernel[...].astype(self.dtype)
         shifts = [(u, v) for u in range(self.size) for v in range(self.size)]
         return sum(padded[:, u : u + rows, v : v + columns] * kernel[u, v] for u, v in shifts)

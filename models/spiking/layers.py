@@ -113,37 +113,27 @@ class SpikingLayer(nnx.Module):
         carry, rest = jax.lax.scan(step, carry, current[1:])
         return jnp.concatenate([first[None], rest]), carry
 
-    def drop_norms(self) -> int:
-        """Makes room for what `take_folded` puts in; how many norms there were."""
-        found = (self.norm is not None) + (self.is_spiking and self.neuron.norm is not None)
+    def fold(self) -> int:
+        """Drops the norms, in place: BatchNorm as it is in evaluation is a scale and an addend of each channel, and a
+        neuron that was compared the other way is mirrored, with its current. How many norms there were."""
+        kernel, bias, found = self.weights.kernel[...], self.weights.bias, 0
+        bias = None if bias is None else bias[...]
         if self.norm is not None:
-            self.norm = None
-            self.weights.bias = nnx.data(Param(jnp.zeros(self.outputs), out_sharding=("channels",)))
+            scale, bias = self.norm.affine()
+            kernel, self.norm, found = kernel * scale, None, 1
+            self.weights.bias = nnx.data(Param(bias, out_sharding=("channels",)))
         if self.is_spiking and self.neuron.norm is not None:
-            self.neuron.drop_norm()
-        return found
-
-    def take_folded(self, source: "SpikingLayer") -> None:
-        """The weights of a layer with norms, as they are in evaluation: BatchNorm is a scale and an addend of each
-        channel, and a neuron that was compared the other way is mirrored, with its current."""
-        kernel, bias = source.weights.kernel[...], source.weights.bias
-        if source.norm is not None:
-            scale, shift = source.norm.affine()
-            kernel, bias = kernel * scale, shift
-        elif bias is not None:
-            bias = bias[...]
-        signs = None
-        if source.is_spiking and source.neuron.norm is not None:
-            signs = self.neuron.take_folded(source.neuron)
-        if signs is not None:
-            kernel, bias = kernel * signs, None if bias is None else bias * signs
+            signs, found = self.neuron.fold(), found + 1
+            if signs is not None:
+                kernel, bias = kernel * signs, None if bias is None else bias * signs
         self.weights.kernel[...] = kernel
         if bias is not None:
             self.weights.bias[...] = bias
+        return found
 
     def fan_out(self) -> np.ndarray:
         """[*space]: the outputs that an input at each place goes to."""
-        counts = [_reached(size, self.kernel, self.stride) for size in self.before]
+        counts = [reached(size, self.kernel, self.stride) for size in self.before]
         places = np.ones(self.before)
         for axis, count in enumerate(counts):
             places *= count.reshape(-1, *(1,) * (len(counts) - 1 - axis))
@@ -178,7 +168,7 @@ class SpikingLayer(nnx.Module):
         return sums if self.back is None else sums + (y[:-1] != 0).sum().astype(jnp.float32) * self.outputs
 
 
-def _reached(size: int, kernel: int, stride: int) -> np.ndarray:
+def reached(size: int, kernel: int, stride: int) -> np.ndarray:
     """[size]: of each place the windows of a 'SAME' convolution that it lies in."""
     windows = -(-size // stride)
     front = max((windows - 1) * stride + kernel - size, 0) // 2

@@ -37,8 +37,8 @@ class Neuron(nnx.Module):
 
     with one BN for all steps: in training it takes the statistics of each step, one after the other, which no fused
     scan can. "channel" has one mean, variance, scale and bias a channel, "element" one a neuron. In evaluation it is
-    what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again. `take_folded` keeps that
-    form and drops the norm: thresholds become an array, signs too.
+    what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again. `fold` keeps that form
+    and drops the norm.
     """
 
     # What a neuron keeps from step to step, and multiplies at each.
@@ -122,23 +122,16 @@ class Neuron(nnx.Module):
         limit, signs = folded_threshold(self.norm, self.limit()), sign(self.norm)
         return limit.reshape(self.features), signs.reshape(self.features)
 
-    def drop_norm(self) -> None:
-        """Makes room for what `take_folded` puts in. Signs of channels are the affair of the weights in front; those of
-        single neurons stay, since a convolution has one weight for all places."""
-        zeros = jnp.zeros(self.features)
-        names = (*(None,) * (len(self.features) - 1), "norm")
-        self.norm, self.threshold = None, nnx.data(Frozen(zeros, out_sharding=names))
-        if len(self.features) > 1:
-            self.signs = nnx.data(Frozen(zeros, out_sharding=names))
-
-    def take_folded(self, source: "Neuron") -> jax.Array | None:
-        """Takes the thresholds of a neuron with a norm. The signs that the weights in front have to take: [C], or None
-        where there are none, or where they stay here."""
-        limit, signs = source.folded()
-        self.threshold[...] = limit
-        if self.signs is None:
+    def fold(self, *, keep_signs: bool = False) -> jax.Array | None:
+        """Drops the norm, in place: thresholds become an array. Gives the signs [C] that the weights in front have to
+        take; those of single neurons stay here, since a convolution has one weight for all places, and where
+        `keep_signs` those of channels too: then None."""
+        limit, signs = self.folded()
+        axes = (*(None,) * (len(self.features) - 1), "norm")
+        self.norm, self.threshold = None, nnx.data(Frozen(limit, out_sharding=axes))
+        if len(self.features) == 1 and not keep_signs:
             return signs
-        self.signs[...] = signs
+        self.signs = nnx.data(Frozen(signs, out_sharding=axes))
         return None
 
     def _normed(self, current: jax.Array, state: State | None):

@@ -21,7 +21,7 @@ FACTS = {"input_shape": (40, 1), "classes": 10, "vocab_size": 11, "environments"
 def build(name, **settings):
     """The tiny network of that name with settings on top, for signals of 40 samples (images of 8 x 8 pixels)."""
     network = resolve(MODELS, name, "model")
-    facts = FACTS | ({"input_shape": (8, 8, 1)} if name in ("vit", "biformer") else {})
+    facts = FACTS | ({"input_shape": (8, 8, 1)} if name in ("vit", "biformer", "spikeformer") else {})
     taken = settings_of(network)
     facts = {key: value for key, value in facts.items() if key in taken}
     return network(**SIZES[name]["tiny"] | settings, **facts, rngs=nnx.Rngs(0))
@@ -102,6 +102,8 @@ def test_the_least_that_is_allowed(name):
     least |= {"widths": (1,), "blocks": (1,), "mixer_kwargs": {"attention": {"rope_theta": 0.0}}}
     if name == "spiking":
         least |= {"strides": (1,), "hidden": (1,), "time_steps": 1}
+    if name == "spikeformer":
+        least |= {"depths": (1,), "strides": (1,), "convolutional": 0, "separable": 1, "expansion": 1, "time_steps": 1}
     taken = settings_of(resolve(MODELS, name, "model"))
     build(name, **{key: value for key, value in least.items() if key in taken})
 

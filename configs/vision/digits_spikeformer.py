@@ -1,0 +1,42 @@
+"""A spike-driven transformer (Meta-SpikeFormer) on scikit-learn's handwritten digits.
+
+Paper: Yao et al. 2024, arXiv:2404.03663 (the architecture; the size is ours).
+Command: uv run train.py --config=configs/vision/digits_spikeformer.py
+Time: not measured. Result: not measured.
+Sweep: model.attention=sdsa1,sdsa2,sdsa3,sdsa4  model.shortcut=membrane,vanilla,spike  model.time_steps=1,2,4
+    model.attention_threshold=2,4,8  model.neuron=if,lif,plif,alif,cuba  model.convolutional=0,1,2
+    (28 x 28 pixels: data.name=mnist5k with model.strides=2,2,2)
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    config.data.update({"name": "digits", "batch_size": 64, "augment": ("noise",)})
+    config.model.update(
+        {
+            "name": "spikeformer",
+            "size": "small",
+            "stem": 3,
+            "kernel": 5,
+            "separable": 2,
+            "expansion": 4,
+            "attention": "sdsa3",
+            "attention_threshold": None,
+            "shortcut": "membrane",
+            "neuron": "lif",
+            "neuron_kwargs": {
+                "if": {},
+                "lif": {"decay": 0.5, "threshold": 1.0, "learn_threshold": False, "membrane_norm": "none"},
+            },
+            "encoding": "direct",
+            "encoding_kwargs": {},
+            "decoding": "mean",
+            "decoding_kwargs": {},
+            "time_steps": 4,
+        }
+    )
+    config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
+    config.train = {"epochs": 15}
+    return tiny(config) if mode(arg, ("tiny",)) else config
