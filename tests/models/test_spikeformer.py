@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lissom.compression.folding import MAPS, FoldNorms
+from lissom.compression import folding
 from lissom.compression.transforms import layer_paths
 from lissom.evaluation import costs
 from lissom.evaluation.binary_operands import NotSpikeDriven, check_spike_driven
@@ -63,7 +63,7 @@ def lively(net, *, coarse=False):
 
 
 def fold(net):
-    return FoldNorms().structure(net)
+    return folding.FoldNorms().structure(net)
 
 
 def copied(net):
@@ -161,7 +161,7 @@ def test_a_folded_network_spikes_alike(settings, monkeypatch):
     """On numbers whose sums are exact: elsewhere a potential within rounding of its threshold may go either way."""
     net = lively(network(attention_threshold=2.0, **settings), coarse=True)
     folded = fold(copied(net))
-    assert not layer_paths(folded, MAPS)
+    assert not layer_paths(folded, folding.MAPS)
     before, logits = spikes_of(net, pictures(), monkeypatch)
     after, same = spikes_of(folded, pictures(), monkeypatch)
     rates = [part.mean() for part in before]
