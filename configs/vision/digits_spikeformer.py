@@ -1,5 +1,7 @@
 """A spike-driven transformer (Meta-SpikeFormer) on scikit-learn's handwritten digits.
 
+Mode vit: a vision transformer of nearly as many parameters, trained alike.
+
 Paper: Yao et al. 2024, arXiv:2404.03663 (the architecture; the size is ours).
 Command: uv run train.py --config=configs/vision/digits_spikeformer.py
 Time: not measured. Result: not measured.
@@ -9,6 +11,7 @@ Sweep: model.attention=sdsa1,sdsa2,sdsa3,sdsa4  model.shortcut=membrane,vanilla,
 """
 
 from lissom.configs.base import base, mode, tiny
+from lissom.configs.vision import digits_vit
 
 
 def get_config(arg: str = ""):
@@ -39,4 +42,7 @@ def get_config(arg: str = ""):
     )
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 15}
-    return tiny(config) if mode(arg, ("tiny",)) else config
+    chosen = mode(arg, ("tiny", "vit"))
+    if chosen == "vit":
+        config.model = digits_vit.get_config().model
+    return tiny(config) if chosen == "tiny" else config
