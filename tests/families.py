@@ -38,5 +38,6 @@ FAMILIES = {
             "model.neuron_kwargs": {"plif": {"membrane_norm": "channel", "learn_threshold": True}},
         },
     ),
+    "spikeformer": ("vision/digits_spikeformer", {}),
     "block_transformer": ("language/recall_lm", {"model.name": "block_transformer"}),
 }
