@@ -94,6 +94,7 @@ class SpikingNet(StepwiseNetwork):
         if self.decoder.spiking and not layers[-1].is_spiking:
             raise ValueError(f"model.decoding={decoding!r} reads spikes, and model.neuron={neuron!r} has none")
         self.layers = nnx.List(layers)
+        self.features = inputs
         self.head = None if self.decoder.spiking else Linear(inputs, classes, axes=("mlp", "classes"), rngs=rngs)
 
     @property
@@ -139,7 +140,7 @@ class SpikingNet(StepwiseNetwork):
             found.append(layer.work(self.steps, once=once, binary=binary))
             binary = layer.is_spiking
         if self.head is not None:
-            features = self.head.kernel.shape[0]
+            features = self.features
             # Spikes are multiplied where they are, since there is nothing to multiply; numbers behind the mean.
             inputs = features * (self.places if binary and self.first_dense == len(self.layers) else 1)
             found.append(
