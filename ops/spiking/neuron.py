@@ -84,10 +84,17 @@ def pulled(
 ) -> tuple[Rates, State, jax.Array]:
     """The gradients of `step` by (rates, state, current) for cotangents of its results, each of a neuron apart: rates
     have the shape of the neurons. By hand, and in operations that the compilers of kernels take."""
+    total = current if state.i is None else rates.current_decay * state.i + current
+    threshold = rates.threshold if state.a is None else rates.threshold + rates.adaptation_step * state.a
+    return pulled_at(rule, rates, state, rates.decay * state.v + total, threshold, d_after, d_spikes)
+
+
+def pulled_at(
+    rule: Rule, rates: Rates, state: State, h: jax.Array, threshold: jax.Array, d_after: State, d_spikes: jax.Array
+) -> tuple[Rates, State, jax.Array]:
+    """`pulled` where h and its threshold are known. The state is that in front of the step; the gradients by rates
+    alone need its numbers."""
     v, i, a = state
-    total = current if i is None else rates.current_decay * i + current
-    threshold = rates.threshold if a is None else rates.threshold + rates.adaptation_step * a
-    h = rates.decay * v + total
     s = fired(rule.surrogate, rule.slope, h - threshold)
     d_s = d_spikes if a is None else d_spikes + d_after.a
     d_h = (1 - s) * d_after.v if rule.reset == "hard" else d_after.v

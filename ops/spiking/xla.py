@@ -1,20 +1,30 @@
-"""The neuron in XLA's operations, time by time, with a backward pass of its own.
+"""The neuron in XLA's operations, step by step, with a backward pass of its own.
 
-What is kept between the passes is, beside the arguments, the state in front of every SEGMENT steps: 1 / SEGMENT of the
-current for each part of a state. The backward pass goes over the segments from the last to the first, and of each takes
-the states once more, then the gradients step by step (`neuron.pulled`).
+What is kept between the passes is, beside the arguments, the state in front of every SEGMENT steps: no more than
+1 / SEGMENT of the current for each part of a state, and the given one. The backward pass goes over the segments from
+the last to the first, and of each takes the states once more, then the gradients step by step (`neuron.pulled_at`).
+
+On a CPU the time is that of passes over memory, and so:
+
+    potentials are carried as they are compared, and reset in front of the next step: spikes and potentials read one
+    array then, where both would read the currents (`Charged`)
+    results are written in place, one step at a time, into an array that all loops carry: results that a loop stacks
+    within another are copied once for each
+    segments are short: the system gives large arrays out page by page at each call, which takes as long as using them
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-from lissom.ops.spiking.neuron import Rates, Rule, State, fired, pulled, step
+from lissom.ops.spiking.neuron import Rates, Rule, State, pulled_at
 
 LOCAL = False
 
-SEGMENT = 16
+SEGMENT = 8
 
 
 def check(current, state: State, rates: Rates, *, rule: Rule) -> None:
@@ -25,83 +35,152 @@ def run(current, state: State, rates: Rates, *, rule: Rule) -> tuple[jax.Array, 
     return _scan(rule, current, state, rates)
 
 
+class Charged(NamedTuple):
+    """Between comparison and reset. h, i: potential and current of the step; a: c times the adaptation in front of it,
+    to which its spikes are not added yet; q: the threshold that h is compared with. At the start, where nothing has
+    been compared, q is inf, and a is the adaptation."""
+
+    h: jax.Array
+    i: jax.Array | None
+    a: jax.Array | None
+    q: jax.Array
+
+
+def _at_rest(state: State, rates: Rates) -> Charged:
+    adapts = state.a is not None
+    return Charged(*state, jnp.full_like(state.v if adapts else rates.threshold, jnp.inf))
+
+
+def _settled(rule: Rule, charged: Charged) -> State:
+    """The state behind the step."""
+    h, i, a, q = charged
+    s = (h >= q).astype(h.dtype)
+    if rule.reset == "hard":
+        v = (1 - s) * h + s * rule.reset_to
+    elif rule.reset == "soft":
+        v = h - jnp.where(h >= q, q, 0)
+    else:
+        v = h
+    return State(v, i, None if a is None else a + s)
+
+
+def _charge(rule: Rule, rates: Rates, charged: Charged, current: jax.Array) -> Charged:
+    """The next step."""
+    v, i, a = _settled(rule, charged)
+    q = rates.threshold
+    if i is not None:
+        i = current = rates.current_decay * i + current
+    if a is not None:
+        q, a = q + rates.adaptation_step * a, rates.adaptation_decay * a
+    return Charged(rates.decay * v + current, i, a, q)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(rule: Rule, current: jax.Array, state: State, rates: Rates) -> tuple[jax.Array, State]:
-    spikes, state, _ = _forward_pieces(rule, current, state, rates)
-    return spikes, state
+    def one(charged, now):
+        charged = _charge(rule, rates, charged, now.astype(state.v.dtype))
+        return charged, (charged.h >= charged.q).astype(current.dtype)
+
+    charged, spikes = jax.lax.scan(one, _at_rest(state, rates), current)
+    return spikes, _settled(rule, charged)
 
 
 def _pieces(time: int) -> list[tuple[int, int, int]]:
-    """(start, segments, their length): what does not make whole segments stands in front."""
-    length = min(SEGMENT, time)
-    rest = time % length
-    return [(start, n, size) for start, n, size in ((0, 1, rest), (rest, time // length, length)) if size]
+    """(start, segments, their length): what does not make whole segments makes the first one longer."""
+    segments = max(time // SEGMENT, 1)
+    first = time - (segments - 1) * SEGMENT
+    return [(0, 1, first), *([(first, segments - 1, SEGMENT)] if segments > 1 else [])]
 
 
-def _cut(x: jax.Array, piece: tuple[int, int, int]) -> jax.Array:
-    start, segments, length = piece
-    return x[start : start + segments * length].reshape(segments, length, *x.shape[1:])
+def _forward(rule: Rule, current, state, rates):
+    """The arguments are `CustomVJPPrimal`s. For rates that nobody differentiates a None is kept: to sum up their
+    gradients would cost a pass over memory a step."""
+    wanted = jax.tree.map(lambda rate: jnp.zeros(()) if rate.perturbed else None, rates, is_leaf=_is_primal)
+    current, state, rates = jax.tree.map(lambda x: x.value, (current, state, rates), is_leaf=_is_primal)
+    spikes, charged, starts = jnp.zeros_like(current), _at_rest(state, rates), []
 
+    def one(carry, t):
+        charged, spikes = carry
+        charged = _charge(rule, rates, charged, current[t].astype(state.v.dtype))
+        now = (charged.h >= charged.q).astype(current.dtype)
+        return (charged, jax.lax.dynamic_update_index_in_dim(spikes, now, t, 0)), None
 
-def _joined(parts: list[jax.Array]) -> jax.Array:
-    """[segments, length, ...] of every piece -> [t, ...]."""
-    parts = [part.reshape(-1, *part.shape[2:]) for part in parts]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    for start, segments, length in _pieces(len(current)):
 
+        def segment(carry, at, length=length):
+            return jax.lax.scan(one, carry, at + jnp.arange(length))[0], carry[0]
 
-def _forward_pieces(rule: Rule, current: jax.Array, state: State, rates: Rates):
-    """(spikes, state behind the last step, of each piece the states in front of its segments)."""
-
-    def one(state, now):
-        state, spikes = step(rule, rates, state, now.astype(state.v.dtype), fired)
-        return state, spikes.astype(current.dtype)
-
-    def segment(state, now):
-        after, spikes = jax.lax.scan(one, state, now)
-        return after, (spikes, state)
-
-    spikes, starts = [], []
-    for piece in _pieces(len(current)):
-        state, (of_piece, before) = jax.lax.scan(segment, state, _cut(current, piece))
-        spikes.append(of_piece)
+        (charged, spikes), before = jax.lax.scan(segment, (charged, spikes), start + length * jnp.arange(segments))
         starts.append(before)
-    return _joined(spikes), state, starts
-
-
-def _forward(rule: Rule, current: jax.Array, state: State, rates: Rates):
-    spikes, after, starts = _forward_pieces(rule, current, state, rates)
-    return (spikes, after), (current, rates, starts)
+    return (spikes, _settled(rule, charged)), (current, rates, wanted, starts)
 
 
 def _backward(rule: Rule, kept, cotangents):
-    current, rates, starts = kept
-    d_spikes, d_state = cotangents
-    neurons, wide = current.shape[1:], starts[0].v.dtype
-    # Of each neuron apart, and summed at the end: a sum in every step would stand in the way of one pass over memory.
-    spread = jax.tree.map(lambda rate: jnp.broadcast_to(rate, neurons), rates)
+    current, rates, wanted, starts = kept
+    d_spikes, d_state = jax.tree.map(_instantiated, cotangents, is_leaf=_is_zero)
+    neurons, wide = current.shape[1:], starts[0].h.dtype
+    adapts = starts[0].a is not None
+    # The gradient by the potential is then the decay times that by the current, and is carried without it, so that one
+    # array is written where both would be: as the potentials are, one factor late, and 1 at the end of time.
+    is_plain = starts[0].i is None and not adapts
 
-    def before(state, now):
-        return step(rule, rates, state, now.astype(wide), fired)[0], state
+    def again(charged, t):
+        before = _settled(rule, charged)
+        charged = _charge(rule, rates, charged, current[t].astype(wide))
+        parts = (
+            None if wanted.decay is None else before.v,
+            None if wanted.current_decay is None else before.i,
+            None if wanted.adaptation_decay is None and wanted.adaptation_step is None else before.a,
+        )
+        return charged, (charged.h, charged.q if adapts else None, parts)
 
     def back(carry, over):
-        d_state, d_rates = carry
-        state, now, d_spike = over
-        d_spike = d_spike.astype(wide)
-        d_now_rates, d_state, d_now = pulled(rule, spread, state, now.astype(wide), d_state, d_spike)
-        return (d_state, jax.tree.map(jnp.add, d_rates, d_now_rates)), d_now.astype(current.dtype)
+        d_state, factor, d_rates, d_current = carry
+        (h, q, parts), t = over
+        d_state = d_state._replace(v=factor * d_state.v)
+        # Where a part is not kept, the gradients that it would be a factor of are not wanted.
+        state = State(*(None if of is None else 0.0 if x is None else x for of, x in zip(d_state, parts, strict=True)))
+        q = rates.threshold if q is None else q
+        found, d_state, d_now = pulled_at(rule, rates, state, h, q, d_state, d_spikes[t].astype(wide))
+        d_rates = Rates(*(None if sum_ is None else sum_ + now for sum_, now in zip(d_rates, found, strict=True)))
+        d_current = jax.lax.dynamic_update_index_in_dim(d_current, d_now.astype(current.dtype), t, 0)
+        if is_plain:
+            d_state, factor = State(d_now), rates.decay
+        return (d_state, factor, d_rates, d_current), None
 
-    def segment(carry, over):
-        start, now, d_spike = over
-        _, states = jax.lax.scan(before, start, now)
-        return jax.lax.scan(back, carry, (states, now, d_spike), reverse=True)
+    # Of each neuron apart, and summed at the end: a sum in every step would stand in the way of one pass over memory.
+    sums = jax.tree.map(lambda zero: jnp.broadcast_to(zero.astype(wide), neurons), wanted)
+    carry = d_state, jnp.ones_like(rates.decay), sums, jnp.zeros_like(current)
+    for (start, segments, length), charged in reversed(list(zip(_pieces(len(current)), starts, strict=True))):
 
-    carry, d_current = (d_state, jax.tree.map(jnp.zeros_like, spread)), []
-    for piece, start in reversed(list(zip(_pieces(len(current)), starts, strict=True))):
-        over = (start, _cut(current, piece), _cut(d_spikes, piece))
-        carry, d_piece = jax.lax.scan(segment, carry, over, reverse=True)
-        d_current.insert(0, d_piece)
-    d_state, d_rates = carry
-    return _joined(d_current), d_state, jax.tree.map(_summed, d_rates, rates)
+        def segment(carry, over, length=length):
+            charged, at = over
+            times = at + jnp.arange(length)
+            _, states = jax.lax.scan(again, charged, times)
+            return jax.lax.scan(back, carry, (states, times), reverse=True)
+
+        carry, _ = jax.lax.scan(segment, carry, (charged, start + length * jnp.arange(segments)), reverse=True)
+    d_state, factor, sums, d_current = carry
+    d_state = d_state._replace(v=factor * d_state.v)
+    d_rates = Rates(
+        *(
+            None if rate is None else jnp.zeros_like(rate) if found is None else _summed(found, rate)
+            for rate, found in zip(rates, sums, strict=True)
+        )
+    )
+    return d_current, d_state, d_rates
+
+
+def _is_primal(x) -> bool:
+    return hasattr(x, "perturbed")
+
+
+def _is_zero(x) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _instantiated(x) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x
 
 
 def _summed(gradient: jax.Array, rate: jax.Array) -> jax.Array:
@@ -111,4 +190,4 @@ def _summed(gradient: jax.Array, rate: jax.Array) -> jax.Array:
     return gradient.sum((*range(extra), *ones)).reshape(rate.shape)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(_forward, _backward, symbolic_zeros=True)
