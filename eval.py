@@ -13,6 +13,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -281,6 +282,12 @@ def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes:
     ]
 
 
+def export_name(transform: str | None) -> str:
+    """The folder of a network behind a transform, by its name in the table; a long name is cut off, with a checksum."""
+    name = (transform or "trained").replace("/", "_")
+    return name if len(name) <= 80 else f"{name[:80]} {zlib.crc32(name.encode()):08x}"
+
+
 def _told_apart(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names of transforms; those of one name with the settings by which they differ: 'yarn factor=4'."""
     named: dict[str, list] = {}
@@ -311,7 +318,7 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
     try:
         directory = export(
             run,
-            run / "exports" / (name or "trained").replace("/", "_"),
+            run / "exports" / export_name(name),
             [entry] if entry else [],
             data.train_batches(dataset, start_step=0, batch_size=config.data.batch_size, seed=config.seed),
         )

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lissom.compression.transforms import Transform
 from lissom.models.spiking.activations import ClipFloor, ReLU
+from lissom.models.spiking.decoders import Mean
 from lissom.models.spiking.network import SpikingNet
 from lissom.models.spiking.neurons import IF
 
@@ -38,6 +39,8 @@ class ToSpiking(Transform):
     def structure(self, module: nnx.Module) -> nnx.Module:
         if not isinstance(module, SpikingNet):
             raise ValueError(f"it is for the network 'spiking', not for a {type(module).__name__}")
+        if not isinstance(module.decoder, Mean):
+            raise ValueError("it is for model.decoding='mean', which is what a rate over the steps comes to")
         if not module.encoder.repeats:
             raise ValueError("it is for model.encoding='direct', by which a network sees the same at all steps")
         for layer in module.layers:
@@ -69,5 +72,10 @@ class ToSpiking(Transform):
             count += x.shape[1]
             if count >= self.examples:
                 break
-        found = [float(np.percentile(np.concatenate(values), self.percentile)) for values in seen]
-        return [limit if limit > 0 else 1.0 for limit in found]  # a layer that is silent stays so
+        return [_limit(np.concatenate(values), self.percentile) for values in seen]
+
+
+def _limit(values: np.ndarray, percentile: float) -> float:
+    """The percentile; where few are above 0, so that it is 0, the largest; of a silent layer, which stays so, 1."""
+    found = (float(limit) for limit in (np.percentile(values, percentile), values.max()))
+    return next((limit for limit in found if limit > 0), 1.0)

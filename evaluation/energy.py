@@ -58,7 +58,7 @@ def energy(work: Sequence[Work], synaptic_operations: Sequence[float]) -> Energy
     """Of all layers; `synaptic_operations` are those of each layer for a mean example."""
     operations = traffic = 0.0
     for layer, synapses in zip(work, synaptic_operations, strict=True):
-        found = _spiking(layer, float(synapses)) if layer.states or layer.binary else _dense(layer)
+        found = _spiking(layer, float(synapses)) if layer.states or layer.events else _dense(layer)
         operations, traffic = operations + found[0], traffic + found[1]
     return Energy(operations * PICO, traffic * PICO)
 
@@ -81,8 +81,8 @@ def _spiking(layer: Work, synapses: float) -> tuple[float, float]:
         spikes = synapses * layer.inputs * layer.passes / layer.products
         traffic += spikes * 2 * access(POTENTIAL, layer.inputs * POTENTIAL / 8)
     else:
-        # Numbers come in: all of them where they stay the same, those that are not 0 where they are events.
-        products = layer.products if layer.passes == 1 else synapses
+        # Numbers come in: all of them, or those that are not 0.
+        products = synapses if layer.events else layer.products
         operations = products * (MULTIPLY[NUMBER] + ADD[POTENTIAL])
         traffic = products * (weight + access(NUMBER, layer.inputs * NUMBER / 8))
         traffic += layer.outputs * (layer.passes + layer.steps) * access(POTENTIAL, state)

@@ -49,7 +49,7 @@ METRICS = {
     "threshold": Metric("fraction", None, "confidence above which an example stops early"),
     "temperature": Metric("1", None, "what scores are divided by in front of the softmax that says how sure they are"),
     "calibration_error": Metric(
-        "fraction", "lower", "|accuracy - confidence| of 15 bins of confidence, mean over steps"
+        "fraction", "lower", "|accuracy - confidence| of 15 bins of confidence, all steps together"
     ),
     "agreement": Metric("fraction", "higher", "examples that the program stops and answers as its scores say"),
     "adjusted_rand": Metric("1", "higher", "adjusted Rand index of likeliest and true components, mean over test sets"),

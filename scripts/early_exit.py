@@ -193,6 +193,7 @@ def on_the_clock(parts, judged: Half, temperature, threshold: float, batch: int,
 def of_run(path, transform, *, validation, tolerance, budgets, per_step, batch, repeats) -> tuple[Any, list[Line], str]:
     """(the run's config, its lines, a note); UserError for a run whose network takes no steps, or one."""
     from lissom.compression.artefacts import reload, structure_of
+    from lissom.eval import export_name
     from lissom.models.spiking.stepwise import StepwiseNetwork
     from lissom.models.variables import merge
     from lissom.training.building import load_dataset
@@ -200,7 +201,7 @@ def of_run(path, transform, *, validation, tolerance, budgets, per_step, batch, 
     from lissom.training.stages import final_config
 
     config = final_config(read_config(path))
-    exported = pathlib.Path(path) / "exports" / (transform or "").replace("/", "_")
+    exported = pathlib.Path(path) / "exports" / export_name(transform)
     parts = reload(exported) if transform else load_network(path, structure_of)
     network = merge(parts)
     if not isinstance(network, StepwiseNetwork):
@@ -247,6 +248,25 @@ def picture(rows, path: pathlib.Path) -> None:
     curve_plot(panels, path, x_label="mean time steps", y_label="accuracy [%]")
 
 
+def _check_apart(runs: Sequence[pathlib.Path | str]) -> None:
+    """UserError for two runs that would be one line of the table, or two seeds of one line and not of one config."""
+    from lissom.eval import overrides_of, task_name
+    from lissom.training.runs import read_config
+    from lissom.training.stages import final_config
+
+    seeds: dict[tuple, pathlib.Path | str] = {}
+    configs: dict[tuple, tuple] = {}
+    for path in runs:
+        given = read_config(path)
+        line = (task_name(final_config(given)), pathlib.Path(path).name.partition("_seed")[0])
+        found = (given.recipe, sorted(overrides_of(given).items()))
+        first, known = configs.setdefault(line, (path, found))
+        other = seeds.setdefault((*line, given.seed), path)
+        if known != found or other != path:
+            other = first if known != found else other
+            raise UserError(f"{other} and {path} would be one line of the table: call their directories other names")
+
+
 def run(
     runs: Sequence[pathlib.Path | str],
     *,
@@ -278,6 +298,7 @@ def run(
         check_writable(out, "--out")
     settings = {"validation": validation, "tolerance": tolerance, "budgets": budgets, "per_step": per_step}
     here, rows = provenance(), []
+    _check_apart(runs)
     for path in runs:
         try:
             config, lines, note = of_run(path, transform, **settings, batch=batch, repeats=repeats)

@@ -38,11 +38,13 @@ def run(path: pathlib.Path | str, out: pathlib.Path, *, dt: float = 1.0) -> dict
         nir = needed_nir()
         graph = to_nir(network, dt=dt)
         out.parent.mkdir(parents=True, exist_ok=True)
-        nir.write(out, graph)
+        partial = out.with_name(f"{out.name}.partial")
+        nir.write(partial, graph)
         given = {kind: config.model.get(kind) for kind in kinds}
         plain = {kind: getattr(value, "to_dict", lambda value=value: value)() for kind, value in given.items()}
         settings = {kind: value for kind, value in plain.items() if value is not None}
-        back = from_nir(nir.read(out), dt=dt, input_shape=read_facts(path)["input_shape"], **settings)
+        back = from_nir(nir.read(partial), dt=dt, input_shape=read_facts(path)["input_shape"], **settings)
+        partial.replace(out)
     except OSError as error:
         raise UserError(f"--out={out} can't be written: {error.strerror or error}") from error
     except ValueError as error:

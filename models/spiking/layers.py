@@ -21,9 +21,9 @@ class Work(NamedTuple):
 
     products: multiplications of a weight if nothing is skipped, of all `passes`; passes: how often its inputs come, 1
     where they stay the same; steps: how often its outputs are made. weights, inputs, outputs: how many there are, the
-    last two of one step. binary: inputs are 0 or 1. states, multiplications: what the neuron of each output keeps from
-    step to step (its potential, and more), and multiplies at each; 0 where there are no neurons. floats: numbers that
-    are no spikes are floats, not of 8 bits.
+    last two of one step. binary: inputs are 0 or 1. events: an input that is 0 costs nothing; others may be numbers.
+    states, multiplications: what the neuron of each output keeps from step to step (its potential, and more), and
+    multiplies at each; 0 where there are no neurons. floats: numbers that are no spikes are floats, not of 8 bits.
     """
 
     products: int
@@ -33,6 +33,7 @@ class Work(NamedTuple):
     inputs: int
     outputs: int
     binary: bool
+    events: bool
     states: int
     multiplications: int
     floats: bool
@@ -155,6 +156,7 @@ class SpikingLayer(nnx.Module):
             inputs=fed,
             outputs=neurons,
             binary=binary,
+            events=binary or (self.is_spiking and not once),
             states=self.neuron.states,
             multiplications=self.neuron.multiplications,
             floats=getattr(self.neuron, "floats", False),

@@ -152,6 +152,7 @@ class SpikingNet(StepwiseNetwork):
                     inputs=inputs,
                     outputs=self.classes,
                     binary=binary,
+                    events=binary,
                     states=0,
                     multiplications=0,
                     floats=found[-1].floats,

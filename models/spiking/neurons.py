@@ -81,7 +81,8 @@ class Neuron(nnx.Module):
                 "membrane_norm"
             )
         # softplus(x) = threshold
-        at = jnp.log(jnp.expm1(jnp.array([float(threshold)])))
+        # and log(exp(threshold) - 1), which overflows for large ones
+        at = threshold + jnp.log(-jnp.expm1(-jnp.array([float(threshold)])))
         self.threshold = Param(at, out_sharding=("norm",)) if learn_threshold else threshold
         self.reset, self.attached, self.surrogate, self.slope = reset, attached, surrogate, slope
         self.initial = initial

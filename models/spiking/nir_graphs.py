@@ -14,8 +14,8 @@ so that `decay` is 1 - dt / tau, v_leak and v_reset are 0, and R (w_in) is what 
 this house has no resistance. Its comparison is h >= threshold: v_threshold is the next smaller float32.
 
 What NIR has no word for is refused: soft resets and none, an initial potential, adaptive thresholds, a membrane_norm
-(once folded it is a threshold, but for signs of single neurons), a decay of 1 beside a leaking current. Recurrent
-layers, which it has, are not written yet. BatchNorm is folded into weights and bias. NIR's
+(folded it is a threshold a channel or neuron, which is written and not read back), a decay of 1 beside a leaking
+current. Recurrent layers, which it has, are not written yet. BatchNorm is folded into weights and bias. NIR's
 convolutions come channel first and are padded alike on both sides; where 'SAME' pads more behind, the kernel gets zeros
 in front. The mean over places and the head behind it are one Affine over all places. The encoding, the decoding and the
 number of steps belong to who runs the graph: its input is what the first layer sees at a step, its output what the last
@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lissom.models.registry import construct
+from lissom.models.spiking import ACTIVATIONS
 from lissom.models.spiking.layers import SpikingLayer
 from lissom.models.spiking.network import SpikingNet
 from lissom.models.spiking.neurons import ALIF, CUBA, IF, Neuron
@@ -164,9 +166,9 @@ def _time_constant(name: str, decay, dt: float) -> float:
 
 def from_nir(graph, *, dt: float = 1.0, input_shape: Sequence[int] | None = None, **settings) -> SpikingNet:
     """The network of a graph that `to_nir` could have made with this dt: a chain of convolutions and Affine nodes with
-    neurons behind them that are all alike, or an Affine alone at the end. `settings` of `SpikingNet` say what no graph
-    does: time_steps, encoding, decoding. input_shape: that of the examples, where the encoding makes of them what the
-    graph sees (frames, delta). ValueError for any other graph."""
+    neurons behind them of one kind, alike within a layer, or an Affine alone at the end. `settings` of `SpikingNet`
+    say what no graph does: time_steps, encoding, decoding. input_shape: that of the examples, where the encoding makes
+    of them what the graph sees (frames, delta). ValueError for any other graph."""
     nir, nodes = needed_nir(), _chain(graph)
     layers, neurons, head, flat = [], [], None, None
     shape = tuple(int(size) for size in nodes[0].output_type["output"])
@@ -187,8 +189,8 @@ def from_nir(graph, *, dt: float = 1.0, input_shape: Sequence[int] | None = None
         shape = tuple(int(size) for size in node.output_type["output"])
     if len(neurons) != len(layers) or not layers:
         raise ValueError(f"{len(layers)} layers have {len(neurons)} populations of neurons behind them")
-    if any(other[:2] != neurons[0][:2] for other in neurons):
-        raise ValueError("the neurons of a plain spiking network are all alike, and these differ between layers")
+    if any(other[0] != neurons[0][0] for other in neurons):
+        raise ValueError("the neurons of a plain spiking network are of one kind, and these differ between layers")
     return _assembled(layers, neurons, head, input_shape, shape[0], settings)
 
 
@@ -281,7 +283,9 @@ def _assembled(layers, neurons, head, input_shape: Sequence[int], classes: int, 
     if (head is None) != (network.head is None):
         has = "spikes" if head is None else "numbers"
         raise ValueError(f"the graph gives {has}, which model.decoding={settings.get('decoding', 'mean')!r} can't read")
-    for layer, read, (_, _, gain) in zip(network.layers, layers, neurons, strict=True):
+    for layer, read, (_, own, gain) in zip(network.layers, layers, neurons, strict=True):
+        shape = {"channels": layer.outputs, "space": layer.after}
+        layer.neuron = construct(ACTIVATIONS, name, {name: own}, "neuron", **shape, rngs=nnx.Rngs(0))
         _fill(layer.weights, read["weights"] * gain, read["bias"] * gain)
     if head is not None:
         _fill(network.head, head["weights"], head["bias"])

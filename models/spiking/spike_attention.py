@@ -52,6 +52,8 @@ class SpikeAttention(nnx.Module):
 
     Noted as work: of sdsa1 the pairs of a key and a value that are both 1, of sdsa2 the spikes of q, one addition each;
     of the others such pairs of channels of a head in a token, and D additions for each spike of q. Masks add nothing.
+    How many spikes are moved is read off the additions, as if each went to as many outputs as any other, which pairs
+    do not: an estimate.
     What is held in place of weights is k^T v, or the mask.
     """
 

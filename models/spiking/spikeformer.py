@@ -184,7 +184,7 @@ class Spikeformer(StepwiseNetwork):
             if number and is_membrane:
                 x = walk.fire(next(edges), x)
             binary = self.shortcut != "spike" if number else self.encoder.binary
-            x = walk.map(entry, x, binary=binary)
+            x = walk.map(entry, x, binary=binary, events=number > 0 or not self.encoder.repeats)
             if not is_membrane:
                 x = walk.fire(next(edges), x)
             for block in blocks:

@@ -29,9 +29,9 @@ class Walk:
         self._before = None if states is None else iter(states)
         self.states, self.activity, self.work = [], [], []
 
-    def map(self, layer: SpikeMap, x: jax.Array, *, binary: bool = True) -> jax.Array:
+    def map(self, layer: SpikeMap, x: jax.Array, *, binary: bool = True, events: bool = True) -> jax.Array:
         """Currents [steps, B, rows', columns', C'] of x [T, B, rows, columns, C], one step of which stands for all.
-        binary: x is 0 or 1."""
+        binary: x is 0 or 1. events: what is 0 in x costs nothing."""
         y = layer(x.reshape(-1, *x.shape[2:]), train=self.train)
         y = y.reshape(*x.shape[:2], *y.shape[1:])
         space = x.shape[2:-1]
@@ -47,15 +47,18 @@ class Walk:
             inputs=math.prod(space) * layer.inputs,
             outputs=math.prod(y.shape[2:]),
             binary=binary,
+            events=events,
         )
         return jnp.broadcast_to(y, (self.steps, *y.shape[1:])) if len(y) < self.steps else y
 
-    def row(self, synapses: jax.Array, examples: int, *, products: int, passes: int, **work) -> None:
+    def row(
+        self, synapses: jax.Array, examples: int, *, products: int, passes: int, events: bool = True, **work
+    ) -> None:
         """Notes products (of one step) that no neuron follows yet, and their synaptic operations."""
         self.activity.append([0, 0, synapses, examples])
         self.work.append(
-            Work(products=products * passes, passes=passes, steps=self.steps, states=0, multiplications=0,
-                 floats=False, **work)
+            Work(products=products * passes, passes=passes, steps=self.steps, events=events, states=0,
+                 multiplications=0, floats=False, **work)
         )  # fmt: skip
 
     def fire(self, neuron: nnx.Module, current: jax.Array) -> jax.Array:

@@ -108,6 +108,10 @@ def test_thresholds_are_balanced_by_the_percentile():
     half = changed(net, "to_spiking", [{"inputs": values}], steps=1, percentile=50.0)
     assert float(half.layers[0].weights.kernel[0, 0, 0, 0]) == pytest.approx(1 / 5)
     np.testing.assert_allclose(half.head.kernel[...], 5 * net.head.kernel[...], rtol=1e-5)
+    # Where few pixels are lit the percentile is 0, and the limit the largest.
+    few = np.where(values > 9.5, values, 0)
+    rare = changed(net, "to_spiking", [{"inputs": few}], steps=1, percentile=50.0)
+    assert float(rare.layers[0].weights.kernel[0, 0, 0, 0]) == pytest.approx(1 / 10)
     # Only so many examples are looked at: the first has the smallest values.
     first = changed(net, "to_spiking", [{"inputs": values}] * 2, steps=1, percentile=100.0, examples=1)
     assert float(first.layers[0].weights.kernel[0, 0, 0, 0]) == pytest.approx(1 / values[0].max())
@@ -121,6 +125,7 @@ def test_thresholds_are_balanced_by_the_percentile():
         ({"steps": 4}, "it is for model.neuron='relu' or 'clip_floor', not a LIF"),
         ({"steps": 4}, "it is for the network 'spiking', not for a VisionTransformer"),
         ({"steps": 4}, "it is for model.encoding='direct'"),
+        ({"steps": 4}, "it is for model.decoding='mean'"),
     ],
 )
 def test_bad_input(settings, words):
@@ -128,6 +133,8 @@ def test_bad_input(settings, words):
         net = VisionTransformer(
             input_shape=(8, 8, 1), classes=5, width=8, depth=1, heads=1, patch=4, rngs=nnx.Rngs(0), mixer="attention"
         )
+    elif "decoding" in words:
+        net = network(neuron="relu", time_steps=1, decoding="max_membrane")
     elif "direct" in words:
         net = network(input_shape=(3, 8, 8, 1), neuron="relu", encoding="frames", time_steps=0)
     else:

@@ -10,7 +10,8 @@ PICO = 1e-12
 
 def work(**changes):
     given = {"products": 1000, "passes": 1, "steps": 1, "weights": 100, "inputs": 50, "outputs": 20, "binary": False}
-    return Work(**{**given, "states": 0, "multiplications": 0, "floats": False, **changes})
+    given |= {"events": changes.get("binary", False), "states": 0, "multiplications": 0, "floats": False}
+    return Work(**{**given, **changes})
 
 
 def test_access_is_interpolated():
@@ -30,6 +31,16 @@ def test_a_dense_layer():
     assert floats.traffic == pytest.approx((1000 * 2 * 5 + 20 * 5) * PICO)
     # What the inputs are has no part in it.
     assert energy([work()], [700.0]) == found
+
+
+def test_numbers_as_events():
+    """Sums of spikes are multiplied, where they are not 0, also where they come once."""
+    layer = work(events=True, states=1)
+    found, dense = energy([layer], [300.0]), energy([layer._replace(events=False)], [300.0])
+    assert found.operations == pytest.approx((300 * (0.2 + 0.1) + 20 * 0.1) * PICO)
+    assert dense.operations == pytest.approx((1000 * (0.2 + 0.1) + 20 * 0.1) * PICO)
+    # A head of such numbers has no neurons.
+    assert energy([work(events=True)], [300.0]).operations == pytest.approx(300 * (0.2 + 0.1) * PICO)
 
 
 def test_a_spiking_layer():
@@ -57,7 +68,7 @@ def test_the_first_layer_of_a_spiking_network():
     assert found.operations == pytest.approx((1000 * 0.3 + 80 * 0.1) * PICO)
     assert found.traffic == pytest.approx((1000 * 2.5 + 20 * 5 * 5 + 80 * 10) * PICO)
     # Events that are numbers come at each step, and only those that are not 0.
-    events = energy([work(states=1, passes=4, steps=4)], [300.0])
+    events = energy([work(states=1, passes=4, steps=4, events=True)], [300.0])
     assert events.operations == pytest.approx((300 * 0.3 + 80 * 0.1) * PICO)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lissom.compression.folding import FoldNorms
 from lissom.models.spiking.network import SpikingNet
 from lissom.models.spiking.nir_graphs import from_nir, to_nir
 
@@ -65,6 +66,17 @@ def test_there_and_back(case, tmp_path):
     np.testing.assert_array_equal(jax.jit(again.running)(x), jax.jit(folded.running)(x))
 
 
+def test_layers_keep_their_own_leaks(tmp_path):
+    """What is learned differs between layers."""
+    net = network(batch_norm=False, neuron="plif", neuron_kwargs={"plif": {"learn_threshold": True}})
+    for number, layer in enumerate(net.layers):
+        layer.neuron.decay[...] += 0.7 * number
+        layer.neuron.threshold[...] -= 0.5 * number
+    back, x = read_back(net, tmp_path / "learned.nir"), examples(net)
+    assert len({layer.neuron.decay for layer in back.layers}) == len(back.layers) > 1
+    np.testing.assert_allclose(jax.jit(back.running)(x), jax.jit(net.running)(x), atol=1e-5)
+
+
 def test_examples_with_a_time_axis(tmp_path):
     settings = {"input_shape": (5, 8, 8, 1), "encoding": "delta", "time_steps": 0}
     net = network(**settings, batch_norm=False)
@@ -79,9 +91,7 @@ def test_folded_thresholds_are_those_of_each_neuron():
     net = network(batch_norm=False, neuron_kwargs={"lif": {"membrane_norm": "channel"}})
     for layer in net.layers:
         layer.neuron.norm.bias[...] = jnp.linspace(-0.5, 0.5, layer.outputs)
-        source = layer.neuron.folded()[0]
-        layer.neuron.drop_norm()
-        layer.neuron.threshold[...] = source
+    net = FoldNorms().structure(net)
     graph = to_nir(net)
     told = graph.nodes["lif"].v_threshold
     assert told.shape == (4, 8, 8) and (np.ptp(told, (1, 2)) == 0).all() and len(np.unique(told)) == 4
@@ -158,8 +168,9 @@ def test_graphs_that_are_no_plain_network():
     graph.nodes["lif"].tau[0, 0, 0] = 9.0
     with pytest.raises(ValueError, match="tau differs between the neurons"):
         from_nir(graph)
-    graph.nodes["lif"].tau[...] = 9.0
-    with pytest.raises(ValueError, match="differ between layers"):
+    leaky = graph.nodes["lif"]
+    graph.nodes["lif"] = nir.IF(r=np.ones_like(leaky.r), v_threshold=leaky.v_threshold, v_reset=leaky.v_reset)
+    with pytest.raises(ValueError, match="of one kind, and these differ between layers"):
         from_nir(graph)
     graph.edges.append(("lif", "conv2d"))
     with pytest.raises(ValueError, match="has branches or loops"):

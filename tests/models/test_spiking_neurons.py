@@ -50,6 +50,9 @@ def test_what_is_learned_has_gradients():
     found = {"/".join(map(str, path)): float(leaf[...][0]) for path, leaf in nnx.to_flat_state(grads)}
     assert found.keys() == {"decay", "threshold"}
     assert found["threshold"] < 0 < abs(found["decay"])  # a higher threshold has fewer spikes
+    for threshold in (1e-3, 1.0, 1e3):
+        learned = neuron(LIF, learn_threshold=True, threshold=threshold).limit()
+        assert float(learned[0]) == pytest.approx(threshold, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [IF, LIF, PLIF])

@@ -24,6 +24,8 @@ def test_rows_of_two_seeds(tiny_run, tmp_path, capsys):
     snn = [tiny_run("vision/digits_snn", f"snn_seed{seed}", seed=seed)[1] for seed in (0, 1)]
     twin = tiny_run("vision/digits_snn", "twin", **{"model.neuron": "relu", "model.time_steps": 1})[1]
     rows = early_exit.run([*snn, twin], **SMALL, tolerance=1.0, out=tmp_path / "out")
+    with pytest.raises(UserError, match="would be one line of the table"):
+        early_exit.run([snn[0], snn[0]], **SMALL)
     assert "twin: it takes one step" in capsys.readouterr().err
     kept = read_rows(tmp_path / "out" / "rows.jsonl")
     assert [row.identity for row in kept] == [row.identity for row in rows] and {row.identity.seed for row in rows} == {
