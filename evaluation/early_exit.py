@@ -14,7 +14,9 @@ T. Policies:
                nothing to. Its mean over all draws without replacement needs none of them: sum_t p_t accuracy_t
 
 The paper leaves open whether each step has a temperature of its own, how it is found, and at which point of the front
-a threshold is read off. Here one temperature serves all steps, or one each (`per_step`); it is that of least negative
+a threshold is read off. Here one temperature serves all steps, of scores that are as they are or, where they are means
+over the steps, of their sums, which say less at first (the paper's "accumulated output"); or there is one temperature a
+step (`per_step`); it is that of least negative
 log-likelihood; and the threshold is the cheapest that is right often enough, on examples that nothing is judged on.
 """
 

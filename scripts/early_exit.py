@@ -1,7 +1,8 @@
 """Accuracy against mean time steps of spiking networks that stop each example once they are sure of it, and what a
 batch that stops early takes on the clock.
 
-    uv run scripts/early_exit.py --runs='runs/compare/digits_snn/*' [--validation=0.5] [--tolerance=0.5] [--per_step]
+    uv run scripts/early_exit.py --runs='runs/compare/digits_snn/*' [--validation=0.5] [--tolerance=0.5]
+        [--calibration=accumulated]
         [--budgets=1.25,1.5,2,3,4,6,8,12,16] [--batch=256] [--repeats=30] [--transform='to_spiking steps=8']
         --out=results/early_exit
 
@@ -10,6 +11,11 @@ with `--transform` what `eval.py` exported after the evaluation transform of tha
 They were trained on all training examples, on which any network is too sure of itself; so a fixed stratified half of
 the TEST set (`--validation`: its share) is held out for the temperature and the thresholds, and every number is of the
 rest.
+
+`--calibration`: one temperature, of the scores added up over the steps so far, as the paper has it (`accumulated`: what
+the decoding `mean` divides by their number is multiplied by it again; other decodings are as they are), or of the
+scores themselves (`shared`); or a temperature for each step (`per_step`).
+
 A line of the table is a run and a policy (`evaluation/early_exit.py`):
 
     fixed, t steps             all examples after t steps; the first line is the whole run
@@ -41,6 +47,7 @@ SHOWN = (
     *("latency_p50", "speedup"),
 )
 NEVER = "dynamic, threshold 1"
+CALIBRATIONS = ("accumulated", "shared", "per_step")
 
 
 class Half(NamedTuple):
@@ -110,15 +117,20 @@ def split(examples, share: float):
 # ---- what policies are worth -------------------------------------------------------------------------------
 
 
-def policies(validation: Half, judged: Half, tolerance: float, budgets: Sequence[float], per_step: bool):
-    """(lines, temperature, threshold of the chosen point). Everything that is chosen is chosen on `validation`."""
+def policies(validation: Half, judged: Half, tolerance: float, budgets: Sequence[float], calibration: str, mean: bool):
+    """(lines, temperatures of the scores, threshold of the chosen point). Everything that is chosen is chosen on
+    `validation`. mean: the scores are means over the steps so far."""
     import numpy as np
 
     from lissom.evaluation import early_exit
     from lissom.evaluation.rows import measure
     from lissom.models.spiking.early_exit import confidence
 
-    temperature = early_exit.temperature(validation.scores, validation.labels, per_step=per_step)
+    per_step = calibration == "per_step"
+    counts = np.arange(1, len(validation.scores) + 1 if mean and calibration == "accumulated" else 2)
+    found = early_exit.temperature(validation.scores * counts[:, None, None], validation.labels, per_step=per_step)
+    # A sum of t scores by a temperature is their mean by the t-th part of it.
+    fitted, temperature = found, np.float32(found / (counts if len(counts) > 1 else 1))
     sure = lambda half, at: np.asarray(confidence(half.scores, np.reshape(at, (-1, 1, 1))))
     known, found = sure(validation, temperature), sure(judged, temperature)
     front, right = early_exit.validation_front(validation.right, known), judged.right
@@ -139,10 +151,10 @@ def policies(validation: Half, judged: Half, tolerance: float, budgets: Sequence
         if budget < len(right):
             lines += stopped(f"within {budget:g} steps", early_exit.within(front, budget).threshold)
     chosen = early_exit.cheapest(front, validation.right[-1].mean() - tolerance / 100)
-    of_step = [{"step": t} for t in range(1, temperature.size + 1)] if per_step else [{}]
-    more = [measure("temperature", value, **at) for value, at in zip(np.ravel(temperature), of_step, strict=True)]
-    for fitted, confidences in ((False, sure(judged, 1.0)), (True, found)):
-        more.append(measure("calibration_error", early_exit.calibration_error(confidences, right), fitted=fitted))
+    of_step = [{"step": t} for t in range(1, fitted.size + 1)] if per_step else [{}]
+    more = [measure("temperature", value, **at) for value, at in zip(np.ravel(fitted), of_step, strict=True)]
+    for is_fitted, confidences in ((False, sure(judged, 1.0)), (True, found)):
+        more.append(measure("calibration_error", early_exit.calibration_error(confidences, right), fitted=is_fitted))
     lines += stopped("chosen", chosen.threshold, *more)
     lines.append(line("oracle", early_exit.oracle(right), "ceiling"))
     return lines, temperature, chosen.threshold
@@ -190,10 +202,11 @@ def on_the_clock(parts, judged: Half, temperature, threshold: float, batch: int,
     return lines
 
 
-def of_run(path, transform, *, validation, tolerance, budgets, per_step, batch, repeats) -> tuple[Any, list[Line], str]:
+def of_run(path, transform, *, validation, tolerance, budgets, calibration, batch, repeats) -> tuple[Any, list, str]:
     """(the run's config, its lines, a note); UserError for a run whose network takes no steps, or one."""
     from lissom.compression.artefacts import reload, structure_of
     from lissom.eval import export_name
+    from lissom.models.spiking.decoders import Mean
     from lissom.models.spiking.stepwise import StepwiseNetwork
     from lissom.models.variables import merge
     from lissom.training.building import load_dataset
@@ -210,7 +223,9 @@ def of_run(path, transform, *, validation, tolerance, budgets, per_step, batch, 
         raise UserError("it takes one step, behind which there is nothing to stop")
     examples = load_dataset(config).test
     known, judged = (half(parts, examples, rows, batch) for rows in split(examples, validation))
-    lines, temperature, threshold = policies(known, judged, tolerance, budgets, per_step)
+    lines, temperature, threshold = policies(
+        known, judged, tolerance, budgets, calibration, isinstance(network.decoder, Mean)
+    )
     timed = {line.policy: line for line in on_the_clock(parts, judged, temperature, threshold, batch, repeats)}
     lines = [
         Line(*line[:2], line.measurements + timed.pop(line.policy, Line("", "", [])).measurements) for line in lines
@@ -273,7 +288,7 @@ def run(
     validation: float = 0.5,
     tolerance: float = 0.5,
     budgets: Sequence[float] = BUDGETS,
-    per_step: bool = False,
+    calibration: str = "accumulated",
     batch: int = 256,
     repeats: int = 30,
     transform: str | None = None,
@@ -282,6 +297,8 @@ def run(
     """Measures, writes and returns the rows; a run without steps is left out and said so."""
     if not 0 < validation < 1:
         raise UserError(f"--validation={validation} must be above 0 and below 1")
+    if calibration not in CALIBRATIONS:
+        raise UserError(f"--calibration={calibration} must be one of {', '.join(CALIBRATIONS)}")
     if tolerance < 0:
         raise UserError(f"--tolerance={tolerance} must be at least 0 percentage points")
     if not budgets or not all(budget >= 1 for budget in budgets):
@@ -296,7 +313,7 @@ def run(
 
     if out is not None:
         check_writable(out, "--out")
-    settings = {"validation": validation, "tolerance": tolerance, "budgets": budgets, "per_step": per_step}
+    settings = {"validation": validation, "tolerance": tolerance, "budgets": budgets, "calibration": calibration}
     here, rows = provenance(), []
     _check_apart(runs)
     for path in runs:
@@ -327,7 +344,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_float("validation", 0.5, "share of the test set that thresholds are read off")
     flags.DEFINE_float("tolerance", 0.5, "percentage points of accuracy that may be given up for steps")
     flags.DEFINE_list("budgets", [f"{budget:g}" for budget in BUDGETS], "mean steps that a threshold keeps within")
-    flags.DEFINE_bool("per_step", False, "a temperature for each step")
+    flags.DEFINE_string("calibration", "accumulated", f"what the temperature is of: {', '.join(CALIBRATIONS)}")
     flags.DEFINE_integer("batch", 256, "examples of a batch that is timed")
     flags.DEFINE_integer("repeats", 30, "samples of each latency")
     flags.DEFINE_string("transform", None, "the evaluation transform whose exported networks are taken")
@@ -340,9 +357,8 @@ def main(argv: list[str]) -> None:
             budgets = [float(budget) for budget in given.budgets]
         except ValueError as error:
             raise UserError(f"--budgets holds numbers: {error}") from error
-        settings = {
-            name: given[name].value for name in ("validation", "tolerance", "per_step", "batch", "repeats", "transform")
-        }
+        names = ("validation", "tolerance", "calibration", "batch", "repeats", "transform")
+        settings = {name: given[name].value for name in names}
         run(runs, **settings, budgets=budgets, out=pathlib.Path(given.out) if given.out else None)
 
 
