@@ -127,10 +127,11 @@ def policies(validation: Half, judged: Half, tolerance: float, budgets: Sequence
     from lissom.models.spiking.early_exit import confidence
 
     per_step = calibration == "per_step"
-    counts = np.arange(1, len(validation.scores) + 1 if mean and calibration == "accumulated" else 2)
-    found = early_exit.temperature(validation.scores * counts[:, None, None], validation.labels, per_step=per_step)
+    counts = np.arange(1, len(validation.scores) + 1) if mean and calibration == "accumulated" else np.ones(())
+    whole = validation.scores * counts.reshape(-1, 1, 1)
+    fitted = early_exit.temperature(whole, validation.labels, per_step=per_step)
     # A sum of t scores by a temperature is their mean by the t-th part of it.
-    fitted, temperature = found, np.float32(found / (counts if len(counts) > 1 else 1))
+    temperature = np.float32(fitted / counts)
     sure = lambda half, at: np.asarray(confidence(half.scores, np.reshape(at, (-1, 1, 1))))
     known, found = sure(validation, temperature), sure(judged, temperature)
     front, right = early_exit.validation_front(validation.right, known), judged.right
@@ -153,7 +154,7 @@ def policies(validation: Half, judged: Half, tolerance: float, budgets: Sequence
     chosen = early_exit.cheapest(front, validation.right[-1].mean() - tolerance / 100)
     of_step = [{"step": t} for t in range(1, fitted.size + 1)] if per_step else [{}]
     more = [measure("temperature", value, **at) for value, at in zip(np.ravel(fitted), of_step, strict=True)]
-    for is_fitted, confidences in ((False, sure(judged, 1.0)), (True, found)):
+    for is_fitted, confidences in ((False, sure(judged, 1 / counts)), (True, found)):
         more.append(measure("calibration_error", early_exit.calibration_error(confidences, right), fitted=is_fitted))
     lines += stopped("chosen", chosen.threshold, *more)
     lines.append(line("oracle", early_exit.oracle(right), "ceiling"))

@@ -1,5 +1,7 @@
 """Rows of trained spiking networks that stop early."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -25,7 +27,7 @@ def test_rows_of_two_seeds(tiny_run, tmp_path, capsys):
     twin = tiny_run("vision/digits_snn", "twin", **{"model.neuron": "relu", "model.time_steps": 1})[1]
     rows = early_exit.run([*snn, twin], **SMALL, tolerance=1.0, out=tmp_path / "out")
     with pytest.raises(UserError, match="would be one line of the table"):
-        early_exit.run([snn[0], snn[0]], **SMALL)
+        early_exit.run([snn[0], shutil.copytree(snn[0], tmp_path / "other" / snn[0].name)], **SMALL)
     assert "twin: it takes one step" in capsys.readouterr().err
     kept = read_rows(tmp_path / "out" / "rows.jsonl")
     assert [row.identity for row in kept] == [row.identity for row in rows] and {row.identity.seed for row in rows} == {
@@ -54,6 +56,24 @@ def test_rows_of_two_seeds(tiny_run, tmp_path, capsys):
         assert ("speedup", "batch=48", "reference=threshold 1") in chosen
 
 
+def test_what_is_calibrated():
+    """Scores that are means, of which the first are as large as the last: added up, the first say little."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400)
+    drawn = rng.normal(size=(8, 400, 3)) + np.eye(3)[labels]
+    means = np.cumsum(drawn, 0) / np.arange(1, 9)[:, None, None]
+    half = early_exit.Half(None, labels, means, means.argmax(-1) == labels)
+    at = {
+        kind: early_exit.policies(half, half, 0.0, (), kind, True)[1] for kind in ("accumulated", "shared", "per_step")
+    }
+    assert at["shared"].shape == () and at["accumulated"].shape == at["per_step"].shape == (8,)
+    # A step adds to a class's log-likelihood its score, so that the sums are log-likelihoods: a temperature of 1.
+    np.testing.assert_allclose(at["accumulated"] * np.arange(1, 9), np.full(8, 1.0), atol=0.1)
+    np.testing.assert_allclose(at["per_step"] * np.arange(1, 9), np.full(8, 1.0), atol=0.25)
+    # Scores that are sums already are taken as they are.
+    assert early_exit.policies(half, half, 0.0, (), "accumulated", False)[1] == at["shared"]
+
+
 def test_an_exported_conversion(tiny_run, capsys):
     from lissom.eval import evaluate
 
@@ -80,9 +100,9 @@ def test_a_half_is_held_out_and_thresholds_come_from_it(tiny_run):
     known, judged = (early_exit.half(parts, examples, part, 64) for part in (rows, others))
     assert known.scores.shape == (4, len(rows), 10)
     sharp = known._replace(scores=known.scores + 3 * np.eye(10)[known.labels], right=np.ones_like(known.right))
-    lines, temperature, threshold = early_exit.policies(sharp, judged, 0.5, (2.0,), False)
+    lines, temperature, threshold = early_exit.policies(sharp, judged, 0.5, (2.0,), "shared", True)
     wrong = judged._replace(right=~judged.right)
-    other, same, also = early_exit.policies(sharp, wrong, 0.5, (2.0,), False)
+    other, same, also = early_exit.policies(sharp, wrong, 0.5, (2.0,), "shared", True)
     assert (temperature, threshold) == (same, also) and threshold == 0
     assert lines[0].measurements[0].value == pytest.approx(1 - other[0].measurements[0].value)
     _, each, _ = early_exit.policies(known, judged, 0.5, (2.0,), True)
