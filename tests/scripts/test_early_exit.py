@@ -105,7 +105,7 @@ def test_a_half_is_held_out_and_thresholds_come_from_it(tiny_run):
     other, same, also = early_exit.policies(sharp, wrong, 0.5, (2.0,), "shared", True)
     assert (temperature, threshold) == (same, also) and threshold == 0
     assert lines[0].measurements[0].value == pytest.approx(1 - other[0].measurements[0].value)
-    _, each, _ = early_exit.policies(known, judged, 0.5, (2.0,), True)
+    _, each, _ = early_exit.policies(known, judged, 0.5, (2.0,), "per_step", True)
     assert each.shape == (4,)
 
 
