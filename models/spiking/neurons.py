@@ -37,7 +37,10 @@ class Neuron(nnx.Module):
 
     with one BN for all steps: in training it takes the statistics of each step, one after the other, which no fused
     scan can. "channel" has one mean, variance, scale and bias a channel, "element" one a neuron. In evaluation it is
-    what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again. `fold` keeps that form
+    what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again. The statistics of
+    evaluation are means over the steps, those of training each step's own: where many neurons have the same potential
+    (the background of a picture), a small difference moves all of them over the threshold, and evaluation is another
+    network than training was. `fold` keeps that form
     and drops the norm.
     """
 
