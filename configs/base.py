@@ -78,6 +78,24 @@ def decoder(**changes) -> dict:
     return fields | changes
 
 
+def stepwise(**changes) -> dict:
+    """The fields of `config.model` for a network that goes through examples step by step, with spiking neurons."""
+    fields = {
+        "size": "small",
+        "neuron": "lif",
+        "neuron_kwargs": {
+            "if": {},
+            "lif": {"decay": 0.5, "threshold": 1.0, "learn_threshold": False, "membrane_norm": "none"},
+        },
+        "encoding": "direct",
+        "encoding_kwargs": {},
+        "decoding": "mean",
+        "decoding_kwargs": {},
+        "time_steps": 4,
+    }
+    return fields | changes
+
+
 def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """What every recipe's `tiny` mode shares: three steps of the smallest model, in seconds."""
     config.model.size = "tiny"

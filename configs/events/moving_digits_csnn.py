@@ -10,7 +10,7 @@ Sweep: data.kwargs.moving_digits.control=none,shuffled,single  data.kwargs.movin
     the letters of a pen: data.name=pen_strokes)
 """
 
-from lissom.configs.base import base, mode, tiny
+from lissom.configs.base import base, mode, stepwise, tiny
 
 
 def get_config(arg: str = ""):
@@ -34,22 +34,17 @@ def get_config(arg: str = ""):
         }
     )
     config.model.update(
-        {
-            "name": "spiking",
-            "size": "small",
-            "strides": (2, 2, 2),
-            "hidden": (),
-            "recurrent": False,
-            "kernel": 3,
-            "neuron": "lif",
-            "neuron_kwargs": {"lif": {"decay": 0.8, "threshold": 1.0}},
-            "batch_norm": True,
-            "encoding": "frames",
-            "encoding_kwargs": {},
-            "decoding": "mean",
-            "decoding_kwargs": {},
-            "time_steps": 0,
-        }
+        stepwise(
+            name="spiking",
+            strides=(2, 2, 2),
+            hidden=(),
+            recurrent=False,
+            kernel=3,
+            neuron_kwargs={"lif": {"decay": 0.8, "threshold": 1.0}},
+            batch_norm=True,
+            encoding="frames",
+            time_steps=0,
+        )
     )
     config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 10}

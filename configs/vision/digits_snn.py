@@ -14,33 +14,14 @@ Sweep: model.time_steps=1,2,4,8  model.neuron=if,lif,plif,alif,cuba  model.size=
     (the dense twins: model.neuron=relu,clip_floor with model.time_steps=1)
 """
 
-from lissom.configs.base import base, mode, tiny
+from lissom.configs.base import base, mode, stepwise, tiny
 
 
 def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "digits", "batch_size": 64})
-    config.model.update(
-        {
-            "name": "spiking",
-            "size": "small",
-            "hidden": (),
-            "recurrent": False,
-            "kernel": 3,
-            "neuron": "lif",
-            "neuron_kwargs": {
-                "if": {},
-                "lif": {"decay": 0.5, "threshold": 1.0, "learn_threshold": False, "membrane_norm": "none"},
-                "clip_floor": {"levels": 255},
-            },
-            "batch_norm": True,
-            "encoding": "direct",
-            "encoding_kwargs": {},
-            "decoding": "mean",
-            "decoding_kwargs": {},
-            "time_steps": 4,
-        }
-    )
+    config.model.update(stepwise(name="spiking", hidden=(), recurrent=False, kernel=3, batch_norm=True))
+    config.model.neuron_kwargs.clip_floor = {"levels": 255}
     config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 30}
     chosen = mode(arg, ("tiny", "staged", "single"))

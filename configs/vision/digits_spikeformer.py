@@ -10,7 +10,7 @@ Sweep: model.attention=sdsa1,sdsa2,sdsa3,sdsa4  model.shortcut=membrane,vanilla,
     (28 x 28 pixels: data.name=mnist5k with model.strides=2,2,2)
 """
 
-from lissom.configs.base import base, mode, tiny
+from lissom.configs.base import base, mode, stepwise, tiny
 from lissom.configs.vision import digits_vit
 
 
@@ -18,27 +18,16 @@ def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "digits", "batch_size": 64, "augment": ("noise",)})
     config.model.update(
-        {
-            "name": "spikeformer",
-            "size": "small",
-            "stem": 3,
-            "kernel": 5,
-            "separable": 2,
-            "expansion": 4,
-            "attention": "sdsa3",
-            "attention_threshold": None,
-            "shortcut": "membrane",
-            "neuron": "lif",
-            "neuron_kwargs": {
-                "if": {},
-                "lif": {"decay": 0.5, "threshold": 1.0, "learn_threshold": False, "membrane_norm": "none"},
-            },
-            "encoding": "direct",
-            "encoding_kwargs": {},
-            "decoding": "mean",
-            "decoding_kwargs": {},
-            "time_steps": 4,
-        }
+        stepwise(
+            name="spikeformer",
+            stem=3,
+            kernel=5,
+            separable=2,
+            expansion=4,
+            attention="sdsa3",
+            attention_threshold=None,
+            shortcut="membrane",
+        )
     )
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 15}

@@ -47,27 +47,13 @@ class SpikingNet(StepwiseNetwork):
         neuron: str = "lif",
         neuron_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         batch_norm: bool = True,
-        encoding: str = "direct",
-        encoding_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        decoding: str = "mean",
-        decoding_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        time_steps: int = 4,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
+        **settings,
     ):
-        super().__init__(
-            input_shape=input_shape,
-            classes=classes,
-            encoding=encoding,
-            encoding_kwargs=encoding_kwargs,
-            decoding=decoding,
-            decoding_kwargs=decoding_kwargs,
-            time_steps=time_steps,
-            rngs=rngs,
-        )
-        *space, channels = input_shape[1:] if self.encoder.timed else input_shape
+        super().__init__(input_shape=input_shape, classes=classes, dtype=dtype, rngs=rngs, **settings)
+        *space, inputs = self.encoded
         _check_sizes(space, input_shape, widths, strides, kernel, hidden, recurrent)
-        self.dtype = dtype
         kinds = {
             "neuron": neuron,
             "neuron_kwargs": neuron_kwargs,
@@ -75,7 +61,7 @@ class SpikingNet(StepwiseNetwork):
             "dtype": dtype,
             "rngs": rngs,
         }
-        inputs, layers = self.encoder.channels(channels, input_shape[0]), []
+        layers = []
         for width, stride in zip(widths, strides, strict=True):
             layers.append(SpikingLayer(inputs, width, space, kernel=kernel, stride=stride, **kinds))
             inputs, space = width, layers[-1].after
@@ -86,12 +72,13 @@ class SpikingNet(StepwiseNetwork):
         for number, width in enumerate(dense):
             layers.append(SpikingLayer(inputs, width, (), recurrent=recurrent and number < len(hidden), **kinds))
             inputs = width
-        if not layers[-1].is_spiking and self.encoder.repeats and time_steps > 1:
+        if not layers[-1].is_spiking and self.encoder.repeats and self.steps > 1:
             raise ValueError(
-                f"model.neuron={neuron!r} has no memory, and model.time_steps={time_steps} would compute the same so "
+                f"model.neuron={neuron!r} has no memory, and model.time_steps={self.steps} would compute the same so "
                 "many times: set it to 1"
             )
         if self.decoder.spiking and not layers[-1].is_spiking:
+            decoding = settings["decoding"]
             raise ValueError(f"model.decoding={decoding!r} reads spikes, and model.neuron={neuron!r} has none")
         self.layers = nnx.List(layers)
         self.features = inputs

@@ -40,8 +40,7 @@ class Neuron(nnx.Module):
     what the comparison says of h_t (`folded_threshold`), and the scan is the fused one again. The statistics of
     evaluation are means over the steps, those of training each step's own: where many neurons have the same potential
     (the background of a picture), a small difference moves all of them over the threshold, and evaluation is another
-    network than training was. `fold` keeps that form
-    and drops the norm.
+    network than training was. `fold` keeps that form and drops the norm.
     """
 
     # What a neuron keeps from step to step, and multiplies at each.

@@ -96,13 +96,9 @@ class Spikeformer(StepwiseNetwork):
         shortcut: str = "membrane",
         neuron: str = "lif",
         neuron_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        encoding: str = "direct",
-        encoding_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        decoding: str = "mean",
-        decoding_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        time_steps: int = 4,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
+        **settings,
     ):
         at_least_one(
             "model", widths=widths, depths=depths, strides=strides, heads=heads, stem=stem, kernel=kernel,
@@ -110,27 +106,17 @@ class Spikeformer(StepwiseNetwork):
         )  # fmt: skip
         _check_sizes(widths, depths, strides, convolutional, heads, kernel)
         _check_names(attention, attention_threshold, shortcut)
-        super().__init__(
-            input_shape=input_shape,
-            classes=classes,
-            encoding=encoding,
-            encoding_kwargs=encoding_kwargs,
-            decoding=decoding,
-            decoding_kwargs=decoding_kwargs,
-            time_steps=time_steps,
-            rngs=rngs,
-        )
+        super().__init__(input_shape=input_shape, classes=classes, dtype=dtype, rngs=rngs, **settings)
         if self.decoder.spiking:
+            decoding = settings["decoding"]
             raise ValueError(f"model.decoding={decoding!r} reads spikes, and the head of a spikeformer has no neurons")
-        example = input_shape[1:] if self.encoder.timed else input_shape
-        *space, channels = shape_of("spikeformer", example, "rows, columns, channels")
-        self.encoded = (*space, self.encoder.channels(channels, input_shape[0]))
-        self.shortcut, self.dtype = shortcut, dtype
+        *space, channels = shape_of("spikeformer", self.encoded, "rows, columns, channels")
+        self.shortcut = shortcut
         if not construct(ACTIVATIONS, neuron, neuron_kwargs, "neuron", channels=1, space=(), rngs=rngs).states:
             raise ValueError(f"model.neuron={neuron!r} does not spike, and a spikeformer has no dense twin")
         chosen = {"neuron": neuron, "neuron_kwargs": neuron_kwargs}
         of_attention = {"heads": heads, "form": attention, "threshold": attention_threshold, **chosen}
-        kinds, before = {"dtype": dtype, "rngs": rngs}, self.encoded[-1]
+        kinds, before = {"dtype": dtype, "rngs": rngs}, channels
         entries, edges, stages, is_membrane = [], [], [], shortcut == "membrane"
         for number, (width, depth, stride) in enumerate(zip(widths, depths, strides, strict=True)):
             # Neurons in front of each of these but the stem, or behind all of them.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lissom.models.linear import needed
@@ -16,7 +17,8 @@ class StepwiseNetwork(nnx.Module):
     """inputs [B, *space, C], or with an encoding of timed examples [B, T, *space, C] -> logits [B, classes].
 
     time_steps: how often the network sees an example; 0 where the examples have a time axis (encoding "frames",
-    "delta" or "stacked"). A subclass says what a step is: `start`, `advance`, `work`, `is_spiking`.
+    "delta" or "stacked"). `encoded`: the shape of an example at a step, behind the encoder. A subclass says what a step
+    is: `start`, `advance`, `work`, `is_spiking`.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class StepwiseNetwork(nnx.Module):
         decoding: str = "mean",
         decoding_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         time_steps: int = 4,
+        dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.encoder = construct(ENCODERS, encoding, encoding_kwargs, "encoding", rngs=rngs)
@@ -40,6 +43,8 @@ class StepwiseNetwork(nnx.Module):
         if self.encoder.timed and len(input_shape) < 2:
             raise ValueError(f"model.encoding={encoding!r} reads examples [time, ...], not {list(input_shape)}")
         self.steps, self.classes = time_steps or self.encoder.steps(input_shape[0]), classes
+        *space, channels = input_shape[1:] if self.encoder.timed else input_shape
+        self.encoded, self.dtype = (*space, self.encoder.channels(channels, input_shape[0])), dtype
 
     @property
     def is_spiking(self) -> bool:
