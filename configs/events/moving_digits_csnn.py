@@ -1,16 +1,19 @@
 """A convolutional spiking network on the event streams of moving digits; class = digit x direction.
 
+Mode spikeformer: a spike-driven transformer (Yao et al. 2024, arXiv:2404.03663) of about as many parameters.
+
 Paper: convolutions and leaky neurons on binned events, as in Eshraghian et al. 2021, arXiv:2109.12894, and the projects
     on DVS recordings that follow it; data and sizes are ours.
 Command: uv run train.py --config=configs/events/moving_digits_csnn.py
 Time: not measured. Result: not measured.
 Sweep: data.kwargs.moving_digits.control=none,shuffled,single  data.kwargs.moving_digits.binning=counts,binary,surface
     model.neuron=lif,plif,alif,cuba
-    (a CNN on the same frames: model.neuron=relu, frame by frame or with model.encoding=stacked all at once;
-    the letters of a pen: data.name=pen_strokes)
+    (on the same frames: mode spikeformer, and a CNN, model.neuron=relu, frame by frame or with model.encoding=stacked
+    all at once; the letters of a pen: data.name=pen_strokes)
 """
 
 from lissom.configs.base import base, mode, stepwise, tiny
+from lissom.configs.vision import digits_spikeformer
 
 
 def get_config(arg: str = ""):
@@ -48,7 +51,14 @@ def get_config(arg: str = ""):
     )
     config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 10}
-    if mode(arg, ("tiny",)):
+    chosen = mode(arg, ("tiny", "spikeformer"))
+    if chosen == "spikeformer":
+        # Small maps first: every one of them is computed for every frame.
+        sizes = {"widths": (8, 16, 32), "depths": (1, 1, 1), "strides": (2, 2, 1), "convolutional": 2, "heads": 4}
+        kept = {name: config.model[name] for name in ("neuron_kwargs", "encoding", "time_steps")}
+        config.model = digits_spikeformer.get_config().model
+        config.model.update(sizes | kept)
+    if chosen == "tiny":
         config.data.kwargs.moving_digits.update({"size": 16, "steps": 5, "train_size": 96, "test_size": 64})
         config.model.strides = (2, 2)
         return tiny(config)
