@@ -36,24 +36,31 @@ def run(current, state: State, rates: Rates, *, rule: Rule) -> tuple[jax.Array, 
 
 
 class Charged(NamedTuple):
-    """Between comparison and reset. h, i: potential and current of the step; a: c times the adaptation in front of it,
-    to which its spikes are not added yet; q: the threshold that h is compared with. At the start, where nothing has
-    been compared, q is inf, and a is the adaptation."""
+    """Between comparison and reset. h, i: potential and current of the step; a: the adaptation in front of it; c, q:
+    how fast it decays, and the threshold without it. At the start nothing is compared and nothing decays: q is inf, c
+    is 1."""
 
     h: jax.Array
     i: jax.Array | None
     a: jax.Array | None
+    c: jax.Array | None
     q: jax.Array
 
 
 def _at_rest(state: State, rates: Rates) -> Charged:
-    adapts = state.a is not None
-    return Charged(*state, jnp.full_like(state.v if adapts else rates.threshold, jnp.inf))
+    adaptation_decay = None if state.a is None else jnp.ones_like(rates.adaptation_decay)
+    return Charged(*state, adaptation_decay, jnp.full_like(rates.threshold, jnp.inf))
 
 
-def _settled(rule: Rule, charged: Charged) -> State:
+def _limit(rates: Rates, charged: Charged) -> jax.Array:
+    """What h is compared with. It is not carried, since that would cost an array to write and to read a step."""
+    return charged.q if charged.a is None else charged.q + rates.adaptation_step * charged.a
+
+
+def _settled(rule: Rule, rates: Rates, charged: Charged) -> State:
     """The state behind the step."""
-    h, i, a, q = charged
+    h, i, a, c, _ = charged
+    q = _limit(rates, charged)
     s = (h >= q).astype(h.dtype)
     if rule.reset == "hard":
         v = (1 - s) * h + s * rule.reset_to
@@ -61,28 +68,29 @@ def _settled(rule: Rule, charged: Charged) -> State:
         v = h - jnp.where(h >= q, q, 0)
     else:
         v = h
-    return State(v, i, None if a is None else a + s)
+    return State(v, i, None if a is None else c * a + s)
 
 
 def _charge(rule: Rule, rates: Rates, charged: Charged, current: jax.Array) -> Charged:
     """The next step."""
-    v, i, a = _settled(rule, charged)
-    q = rates.threshold
+    v, i, a = _settled(rule, rates, charged)
     if i is not None:
         i = current = rates.current_decay * i + current
-    if a is not None:
-        q, a = q + rates.adaptation_step * a, rates.adaptation_decay * a
-    return Charged(rates.decay * v + current, i, a, q)
+    return Charged(rates.decay * v + current, i, a, rates.adaptation_decay, rates.threshold)
+
+
+def _fired(rates: Rates, charged: Charged) -> jax.Array:
+    return charged.h >= _limit(rates, charged)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(rule: Rule, current: jax.Array, state: State, rates: Rates) -> tuple[jax.Array, State]:
     def one(charged, now):
         charged = _charge(rule, rates, charged, now.astype(state.v.dtype))
-        return charged, (charged.h >= charged.q).astype(current.dtype)
+        return charged, _fired(rates, charged).astype(current.dtype)
 
     charged, spikes = jax.lax.scan(one, _at_rest(state, rates), current)
-    return spikes, _settled(rule, charged)
+    return spikes, _settled(rule, rates, charged)
 
 
 def _pieces(time: int) -> list[tuple[int, int, int]]:
@@ -102,7 +110,7 @@ def _forward(rule: Rule, current, state, rates):
     def one(carry, t):
         charged, spikes = carry
         charged = _charge(rule, rates, charged, current[t].astype(state.v.dtype))
-        now = (charged.h >= charged.q).astype(current.dtype)
+        now = _fired(rates, charged).astype(current.dtype)
         return (charged, jax.lax.dynamic_update_index_in_dim(spikes, now, t, 0)), None
 
     for start, segments, length in _pieces(len(current)):
@@ -112,35 +120,34 @@ def _forward(rule: Rule, current, state, rates):
 
         (charged, spikes), before = jax.lax.scan(segment, (charged, spikes), start + length * jnp.arange(segments))
         starts.append(before)
-    return (spikes, _settled(rule, charged)), (current, rates, wanted, starts)
+    return (spikes, _settled(rule, rates, charged)), (current, rates, wanted, starts)
 
 
 def _backward(rule: Rule, kept, cotangents):
     current, rates, wanted, starts = kept
     d_spikes, d_state = jax.tree.map(_instantiated, cotangents, is_leaf=_is_zero)
     neurons, wide = current.shape[1:], starts[0].h.dtype
-    adapts = starts[0].a is not None
     # The gradient by the potential is then the decay times that by the current, and is carried without it, so that one
     # array is written where both would be: as the potentials are, one factor late, and 1 at the end of time.
-    is_plain = starts[0].i is None and not adapts
+    is_plain = starts[0].i is None and starts[0].a is None
 
     def again(charged, t):
-        before = _settled(rule, charged)
+        before = _settled(rule, rates, charged)
         charged = _charge(rule, rates, charged, current[t].astype(wide))
         parts = (
             None if wanted.decay is None else before.v,
             None if wanted.current_decay is None else before.i,
-            None if wanted.adaptation_decay is None and wanted.adaptation_step is None else before.a,
+            before.a,
         )
-        return charged, (charged.h, charged.q if adapts else None, parts)
+        return charged, (charged.h, parts)
 
     def back(carry, over):
         d_state, factor, d_rates, d_current = carry
-        (h, q, parts), t = over
+        (h, parts), t = over
         d_state = d_state._replace(v=factor * d_state.v)
         # Where a part is not kept, the gradients that it would be a factor of are not wanted.
         state = State(*(None if of is None else 0.0 if x is None else x for of, x in zip(d_state, parts, strict=True)))
-        q = rates.threshold if q is None else q
+        q = rates.threshold if state.a is None else rates.threshold + rates.adaptation_step * state.a
         found, d_state, d_now = pulled_at(rule, rates, state, h, q, d_state, d_spikes[t].astype(wide))
         d_rates = Rates(*(None if sum_ is None else sum_ + now for sum_, now in zip(d_rates, found, strict=True)))
         d_current = jax.lax.dynamic_update_index_in_dim(d_current, d_now.astype(current.dtype), t, 0)
