@@ -130,12 +130,20 @@ class Neuron(nnx.Module):
         take; those of single neurons stay here, since a convolution has one weight for all places, and where
         `keep_signs` those of channels too: then None."""
         limit, signs = self.folded()
-        axes = (*(None,) * (len(self.features) - 1), "norm")
-        self.norm, self.threshold = None, nnx.data(Frozen(limit, out_sharding=axes))
+        self.norm = None
+        self.hold(limit)
         if len(self.features) == 1 and not keep_signs:
             return signs
-        self.signs = nnx.data(Frozen(signs, out_sharding=axes))
+        self.signs = nnx.data(Frozen(signs, out_sharding=self._axes()))
         return None
+
+    def hold(self, limits: jax.Array) -> None:
+        """From here on thresholds are these, [C] or of each neuron [*space, C], of any sign, and not learned."""
+        self.features = limits.shape
+        self.threshold = nnx.data(Frozen(limits, out_sharding=self._axes()))
+
+    def _axes(self) -> tuple[str | None, ...]:
+        return (*(None,) * (len(self.features) - 1), "norm")
 
     def _normed(self, current: jax.Array, state: State | None):
         decay, limit, wide = self.rates()["decay"], self.limit(), jnp.promote_types(current.dtype, jnp.float32)

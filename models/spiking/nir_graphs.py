@@ -14,18 +14,19 @@ so that `decay` is 1 - dt / tau, v_leak and v_reset are 0, and R (w_in) is what 
 this house has no resistance. Its comparison is h >= threshold: v_threshold is the next smaller float32.
 
 What NIR has no word for is refused: soft resets and none, an initial potential, adaptive thresholds, a membrane_norm
-(folded it is a threshold a channel or neuron, which is written and not read back), a decay of 1 beside a leaking
-current. Recurrent layers, which it has, are not written yet. BatchNorm is folded into weights and bias. NIR's
-convolutions come channel first and are padded alike on both sides; where 'SAME' pads more behind, the kernel gets zeros
-in front. The mean over places and the head behind it are one Affine over all places. The encoding, the decoding and the
-number of steps belong to who runs the graph: its input is what the first layer sees at a step, its output what the last
-one gives.
+(folded it is a threshold a channel or neuron, which NIR has, unless the scale of a single neuron is below 0), a decay
+of 1 beside a leaking current. Recurrent layers, which it has, are not written yet. BatchNorm is folded into weights and
+bias. NIR's convolutions come channel first and are padded alike on both sides; where 'SAME' pads more behind, the
+kernel gets zeros in front. The mean over places and the head behind it are one Affine over all places. The encoding,
+the decoding and the number of steps belong to who runs the graph: its input is what the first layer sees at a step, its
+output what the last one gives.
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -137,7 +138,7 @@ def _neuron(nir, neuron: Neuron, shape: tuple[int, ...], dt: float):
         raise ValueError(f"NIR resets potentials to a value, and neuron.reset={neuron.reset!r} does not")
     if neuron.initial:
         raise ValueError(f"NIR starts potentials at 0, and neuron.initial={neuron.initial} does not")
-    if neuron.norm is not None or neuron.signs is not None:
+    if neuron.norm is not None or (neuron.signs is not None and (neuron.signs[...] < 0).any()):
         raise ValueError("NIR compares potentials one way, and neuron.membrane_norm may turn that around")
     limits = np.broadcast_to(np.asarray(neuron.limit(), np.float32), (*shape[1:], shape[0]))
     below = np.nextafter(np.moveaxis(limits, -1, 0), np.float32(-np.inf)).astype(np.float64)
@@ -166,9 +167,9 @@ def _time_constant(name: str, decay, dt: float) -> float:
 
 def from_nir(graph, *, dt: float = 1.0, input_shape: Sequence[int] | None = None, **settings) -> SpikingNet:
     """The network of a graph that `to_nir` could have made with this dt: a chain of convolutions and Affine nodes with
-    neurons behind them of one kind, alike within a layer, or an Affine alone at the end. `settings` of `SpikingNet`
-    say what no graph does: time_steps, encoding, decoding. input_shape: that of the examples, where the encoding makes
-    of them what the graph sees (frames, delta). ValueError for any other graph."""
+    neurons behind them of one kind, alike within a layer but for their thresholds, or an Affine alone at the end.
+    `settings` of `SpikingNet` say what no graph does: time_steps, encoding, decoding. input_shape: that of the
+    examples, where the encoding makes of them what the graph sees (frames, delta). ValueError for any other graph."""
     nir, nodes = needed_nir(), _chain(graph)
     layers, neurons, head, flat = [], [], None, None
     shape = tuple(int(size) for size in nodes[0].output_type["output"])
@@ -183,13 +184,13 @@ def from_nir(graph, *, dt: float = 1.0, input_shape: Sequence[int] | None = None
             found = _affine(node, flat, last=following is nodes[-1])
             layers, head, flat = ([*layers, found], head, None) if following is not nodes[-1] else (layers, found, None)
         elif isinstance(node, nir.IF | nir.LIF | nir.CubaLIF) and len(neurons) < len(layers):
-            neurons.append(_rates(nir, node, dt))
+            neurons.append(_population(nir, node, dt))
         else:
             raise ValueError(f"a {type(node).__name__} has no place in a plain spiking network")
         shape = tuple(int(size) for size in node.output_type["output"])
     if len(neurons) != len(layers) or not layers:
         raise ValueError(f"{len(layers)} layers have {len(neurons)} populations of neurons behind them")
-    if any(other[0] != neurons[0][0] for other in neurons):
+    if len({population.name for population in neurons}) > 1:
         raise ValueError("the neurons of a plain spiking network are of one kind, and these differ between layers")
     return _assembled(layers, neurons, head, input_shape, shape[0], settings)
 
@@ -239,19 +240,32 @@ def _affine(node, flat: tuple[int, ...] | None, last: bool) -> dict[str, Any]:
     return {"kernel": None, "weights": np.moveaxis(by_place, 0, 1).reshape(weights.shape), "bias": bias}
 
 
-def _rates(nir, node, dt: float) -> tuple[str, dict[str, float], float]:
-    """(name in ACTIVATIONS, its settings, what its currents are multiplied by)."""
+class _Population(NamedTuple):
+    """`settings` of the kind `name` of ACTIVATIONS; limits: thresholds [*space, C] where neurons have their own; gain:
+    what their currents are multiplied by."""
+
+    name: str
+    settings: dict[str, float]
+    limits: np.ndarray | None
+    gain: float
+
+
+def _population(nir, node, dt: float) -> _Population:
     one = lambda name: _alike(name, getattr(node, name))
     if one("v_reset") or (not isinstance(node, nir.IF) and one("v_leak")):
         raise ValueError("neurons are read whose v_reset and v_leak are 0")
-    above = np.nextafter(np.float32(one("v_threshold")), np.float32(np.inf))
-    settings = {"threshold": float(above)}
+    limits = np.nextafter(np.moveaxis(np.asarray(node.v_threshold, np.float32), 0, -1), np.float32(np.inf))
+    settings = {}
+    # Learned thresholds are above 0; those of a folded norm need not be.
+    if np.ptp(limits) == 0 and limits.flat[0] > 0:
+        settings, limits = {"threshold": float(limits.flat[0])}, None
     if isinstance(node, nir.IF):
-        return "if", settings, dt * one("r")
+        return _Population("if", settings, limits, dt * one("r"))
     if isinstance(node, nir.LIF):
-        return "lif", {**settings, "decay": 1 - dt / one("tau")}, dt / one("tau") * one("r")
+        return _Population("lif", {**settings, "decay": 1 - dt / one("tau")}, limits, dt / one("tau") * one("r"))
     settings |= {"decay": 1 - dt / one("tau_mem"), "current_decay": 1 - dt / one("tau_syn")}
-    return "cuba", settings, dt / one("tau_syn") * one("w_in") * dt / one("tau_mem") * one("r")
+    gain = dt / one("tau_syn") * one("w_in") * dt / one("tau_mem") * one("r")
+    return _Population("cuba", settings, limits, gain)
 
 
 def _alike(name: str, values) -> float:
@@ -266,7 +280,7 @@ def _assembled(layers, neurons, head, input_shape: Sequence[int], classes: int, 
     kernels = {layer["kernel"] for layer in convolutions} or {3}
     if len(kernels) > 1:
         raise ValueError(f"a plain spiking network has one size of kernel, and these are {sorted(kernels)}")
-    name, of_neuron, _ = neurons[0]
+    name = neurons[0].name
     network = SpikingNet(
         input_shape=input_shape,
         classes=classes,
@@ -275,7 +289,7 @@ def _assembled(layers, neurons, head, input_shape: Sequence[int], classes: int, 
         kernel=kernels.pop(),
         hidden=dense if head is not None else dense[:-1],
         neuron=name,
-        neuron_kwargs={name: of_neuron},
+        neuron_kwargs={name: neurons[0].settings},
         batch_norm=False,
         rngs=nnx.Rngs(0),
         **settings,
@@ -283,13 +297,21 @@ def _assembled(layers, neurons, head, input_shape: Sequence[int], classes: int, 
     if (head is None) != (network.head is None):
         has = "spikes" if head is None else "numbers"
         raise ValueError(f"the graph gives {has}, which model.decoding={settings.get('decoding', 'mean')!r} can't read")
-    for layer, read, (_, own, gain) in zip(network.layers, layers, neurons, strict=True):
+    for layer, read, population in zip(network.layers, layers, neurons, strict=True):
         shape = {"channels": layer.outputs, "space": layer.after}
-        layer.neuron = construct(ACTIVATIONS, name, {name: own}, "neuron", **shape, rngs=nnx.Rngs(0))
-        _fill(layer.weights, read["weights"] * gain, read["bias"] * gain)
+        layer.neuron = construct(ACTIVATIONS, name, {name: population.settings}, "neuron", **shape, rngs=nnx.Rngs(0))
+        if population.limits is not None:
+            layer.neuron.hold(_by_channel(population.limits))
+        _fill(layer.weights, read["weights"] * population.gain, read["bias"] * population.gain)
     if head is not None:
         _fill(network.head, head["weights"], head["bias"])
     return network
+
+
+def _by_channel(limits: np.ndarray) -> jax.Array:
+    """[*space, C] as [C], where all places have the same."""
+    by_place = limits.reshape(-1, limits.shape[-1])
+    return jnp.asarray(limits if np.ptp(by_place, 0).any() else by_place[0])
 
 
 def _fill(module, weights: np.ndarray, bias: np.ndarray) -> None:

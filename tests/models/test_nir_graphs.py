@@ -86,18 +86,22 @@ def test_examples_with_a_time_axis(tmp_path):
     np.testing.assert_array_equal(jax.jit(back.running)(x), jax.jit(net.running)(x))
 
 
-def test_folded_thresholds_are_those_of_each_neuron():
-    """Norms of membranes that were folded are a threshold a channel, which NIR has and a plain network has not."""
-    net = network(batch_norm=False, neuron_kwargs={"lif": {"membrane_norm": "channel"}})
+@pytest.mark.parametrize("kind", ["channel", "element"])
+def test_folded_thresholds_are_those_of_each_neuron(kind, tmp_path):
+    """Norms of membranes that were folded are a threshold a channel or neuron, which NIR has: there and back."""
+    net = network(batch_norm=False, neuron_kwargs={"lif": {"membrane_norm": kind}})
     for layer in net.layers:
-        layer.neuron.norm.bias[...] = jnp.linspace(-0.5, 0.5, layer.outputs)
+        layer.neuron.norm.bias[...] = jnp.linspace(-1.5, 1.5, layer.neuron.norm.bias.size)  # some are below 0
     net = FoldNorms().structure(net)
-    graph = to_nir(net)
-    told = graph.nodes["lif"].v_threshold
-    assert told.shape == (4, 8, 8) and (np.ptp(told, (1, 2)) == 0).all() and len(np.unique(told)) == 4
-    np.testing.assert_allclose(told[:, 0, 0], net.layers[0].neuron.limit(), rtol=1e-6)
-    with pytest.raises(ValueError, match="v_threshold differs between the neurons"):
-        from_nir(graph)
+    told = to_nir(net).nodes["lif"].v_threshold
+    limits = np.broadcast_to(net.layers[0].neuron.limit(), (8, 8, 4))
+    np.testing.assert_allclose(np.moveaxis(told, 0, -1), limits, rtol=1e-6, atol=1e-6)
+    assert told.min() < 0 < told.max() and (np.ptp(told, (1, 2)) == 0).all() == (kind == "channel")
+    back, x = read_back(net, tmp_path / "folded.nir"), examples(net)
+    assert back.layers[0].neuron.limit().shape == net.layers[0].neuron.limit().shape
+    whole = jax.jit(net.running)(x)
+    np.testing.assert_array_equal(jax.jit(back.running)(x), whole)
+    assert np.abs(whole).max() > 0
 
 
 def euler(node, current, dt):
