@@ -73,8 +73,8 @@ def run(
 
     Scores are those of `running` but for the rounding of sums, whose order may differ between batch sizes. Computed
     once, in front of the loops: the encoding of all steps, also of those that nobody sees, and where it is the same at
-    all steps (`encoder.repeats`) what the network makes of it without its state (`entered`: of a plain network the
-    first product).
+    all steps (`encoder.repeats`) what the network makes of it without its state (`entered`: the first
+    product).
     """
     encoder, batch = network.encoder, len(inputs)
     last = encoder.steps(inputs.shape[1]) if encoder.timed else network.steps

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,7 @@ from flax import nnx
 from lissom.models.bounds import at_least_one
 from lissom.models.linear import Linear
 from lissom.models.spiking.layers import SpikingLayer, Work
-from lissom.models.spiking.stepwise import StepwiseNetwork
-
-
-class Entered(NamedTuple):
-    """Encoded x, and the currents that the first layer makes of it."""
-
-    x: jax.Array
-    current: jax.Array
+from lissom.models.spiking.stepwise import Entered, StepwiseNetwork, entered_or_not
 
 
 class SpikingNet(StepwiseNetwork):
@@ -111,7 +104,7 @@ class SpikingNet(StepwiseNetwork):
 
     def through(self, x: jax.Array | Entered, steps: int, states: Sequence, *, train: bool = False):
         """Of each layer, one after the other: (itself, what it sees, what it gives, its state to go on with)."""
-        x, current = x if isinstance(x, Entered) else (x, None)
+        x, current = entered_or_not(x)
         x = x.astype(self.dtype)
         for number, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             before = x.reshape(*x.shape[:2], -1) if number == self.first_dense else x

@@ -14,7 +14,7 @@ from lissom.models.spiking import ACTIVATIONS
 from lissom.models.spiking.layers import Work
 from lissom.models.spiking.spike_attention import THRESHOLDS, SpikeAttention
 from lissom.models.spiking.spike_maps import DepthwiseSeparable, NormedConv, SpikeMap
-from lissom.models.spiking.stepwise import StepwiseNetwork
+from lissom.models.spiking.stepwise import Entered, StepwiseNetwork, entered_or_not
 from lissom.models.spiking.walk import Walk
 
 SHORTCUTS = ("membrane", "vanilla", "spike")
@@ -148,7 +148,11 @@ class Spikeformer(StepwiseNetwork):
     def start(self, batch: int) -> tuple:
         return None, self.decoder.start(batch, self.classes)
 
-    def advance(self, x: jax.Array, steps: int, carry: tuple, *, train: bool = False):
+    def entered(self, x: jax.Array) -> Entered:
+        stem = lambda x: self.entries[0](x.astype(self.dtype), train=False)
+        return Entered(x, jax.vmap(stem)(x))
+
+    def advance(self, x: jax.Array | Entered, steps: int, carry: tuple, *, train: bool = False):
         walk = Walk(steps, carry[0], train=train)
         outputs = self._outputs(x, walk)
         scores, decoded = self.decoder(outputs, carry[1])
@@ -163,14 +167,16 @@ class Spikeformer(StepwiseNetwork):
         jax.eval_shape(lambda x: self._outputs(x, walk), x)
         return walk.work
 
-    def _outputs(self, x: jax.Array, walk: Walk) -> jax.Array:
+    def _outputs(self, x: jax.Array | Entered, walk: Walk) -> jax.Array:
         """float32 [steps, B, classes], what the head says of each step."""
+        x, current = entered_or_not(x)
         x, is_membrane, edges = x.astype(self.dtype), self.shortcut == "membrane", iter(self.edges)
         for number, (entry, blocks) in enumerate(zip(self.entries, self.stages, strict=True)):
             if number and is_membrane:
                 x = walk.fire(next(edges), x)
             binary = self.shortcut != "spike" if number else self.encoder.binary
-            x = walk.map(entry, x, binary=binary, events=number > 0 or not self.encoder.repeats)
+            events = number > 0 or not self.encoder.repeats
+            x = walk.map(entry, x, binary=binary, events=events, known=None if number else current)
             if not is_membrane:
                 x = walk.fire(next(edges), x)
             for block in blocks:

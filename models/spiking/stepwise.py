@@ -1,7 +1,7 @@
 """What all networks that go through examples step by step share: encoder in front, decoder behind, a state between."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,24 @@ from lissom.models.spiking import DECODERS, ENCODERS
 from lissom.models.spiking.layers import Work
 
 
+class Entered(NamedTuple):
+    """Encoded x, and the currents that the first layer makes of it."""
+
+    x: jax.Array
+    current: jax.Array | None
+
+
+def entered_or_not(x: jax.Array | Entered) -> Entered:
+    """With None for currents that are to be computed."""
+    return x if isinstance(x, Entered) else Entered(x, None)
+
+
 class StepwiseNetwork(nnx.Module):
     """inputs [B, *space, C], or with an encoding of timed examples [B, T, *space, C] -> logits [B, classes].
 
     time_steps: how often the network sees an example; 0 where the examples have a time axis (encoding "frames",
     "delta" or "stacked"). `encoded`: the shape of an example at a step, behind the encoder. A subclass says what a step
-    is: `start`, `advance`, `work`, `is_spiking`.
+    is: `start`, `advance`, `entered`, `work`, `is_spiking`.
     """
 
     def __init__(
@@ -55,7 +67,7 @@ class StepwiseNetwork(nnx.Module):
         """What `advance` begins with."""
         raise NotImplementedError
 
-    def advance(self, x: jax.Array, steps: int, carry: tuple, *, train: bool = False):
+    def advance(self, x: jax.Array | Entered, steps: int, carry: tuple, *, train: bool = False):
         """Encoded x [steps, B, ...], or one step that stands for `steps` equal ones -> (scores [steps, B, classes]
         after each step, carry, activity float32 [layers, 4]). Several calls that hand on the carry give the scores of
         one of all their steps.
@@ -65,11 +77,10 @@ class StepwiseNetwork(nnx.Module):
         """
         raise NotImplementedError
 
-    def entered(self, x: jax.Array) -> Any:
-        """Encoded x -> what may be given to `advance` in its place, in evaluation: x with that already computed of it
-        which needs no state. Who gives the same x at step after step computes it once. Any tree of arrays
-        [steps, B, ...]; here x alone."""
-        return x
+    def entered(self, x: jax.Array) -> Entered:
+        """Encoded x -> what may be given to `advance` in its place, in evaluation: x with what needs no state already
+        computed of it. Who gives the same x at step after step computes it once."""
+        raise NotImplementedError
 
     def work(self) -> list[Work]:
         """What each layer does for one example."""

@@ -29,11 +29,21 @@ class Walk:
         self._before = None if states is None else iter(states)
         self.states, self.activity, self.work = [], [], []
 
-    def map(self, layer: SpikeMap, x: jax.Array, *, binary: bool = True, events: bool = True) -> jax.Array:
+    def map(
+        self,
+        layer: SpikeMap,
+        x: jax.Array,
+        *,
+        binary: bool = True,
+        events: bool = True,
+        known: jax.Array | None = None,
+    ) -> jax.Array:
         """Currents [steps, B, rows', columns', C'] of x [T, B, rows, columns, C], one step of which stands for all.
-        binary: x is 0 or 1. events: what is 0 in x costs nothing."""
-        y = layer(x.reshape(-1, *x.shape[2:]), train=self.train)
-        y = y.reshape(*x.shape[:2], *y.shape[1:])
+        binary: x is 0 or 1. events: what is 0 in x costs nothing. known: the currents, where they are computed."""
+        y = known
+        if y is None:
+            y = layer(x.reshape(-1, *x.shape[2:]), train=self.train)
+            y = y.reshape(*x.shape[:2], *y.shape[1:])
         space = x.shape[2:-1]
         reaches = [reached(size, layer.size, layer.stride) for size in space]
         fan_out = np.multiply.outer(*reaches) * layer.outputs

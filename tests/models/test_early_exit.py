@@ -9,6 +9,8 @@ from flax import nnx
 from lissom.evaluation.early_exit import exit_steps
 from lissom.models.spiking.early_exit import batch_sizes, carry_axes, confidence, run
 from lissom.models.spiking.network import SpikingNet
+from lissom.models.spiking.spike_maps import NormedConv
+from lissom.models.spiking.spikeformer import Spikeformer
 
 SHAPE = (8, 4, 2)
 SETTINGS = {"input_shape": SHAPE, "classes": 4, "widths": (4, 6), "strides": (1, 2), "time_steps": 6}
@@ -170,3 +172,25 @@ def test_confidence_by_hand():
     np.testing.assert_allclose(confidence(scores), [0.5, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(confidence(scores, 0.5), [0.5, 0.9, 1.0], rtol=1e-6)
     assert float(confidence(scores).max()) <= 1
+
+
+def test_a_spikeformer_stops_too(monkeypatch):
+    """And what its stem makes of pictures that are the same at every step is computed once."""
+    sizes = {"widths": (4, 8), "depths": (1, 1), "strides": (2, 1), "convolutional": 1, "heads": 2, "stem": 3}
+    network = Spikeformer(input_shape=SHAPE, classes=4, kernel=3, time_steps=6, **sizes, rngs=nnx.Rngs(0))
+    inputs, seen, stem = pictures(13), [], network.entries[0]
+    original = NormedConv.__call__
+    monkeypatch.setattr(
+        NormedConv, "__call__", lambda self, x, **kw: seen.append((self is stem, len(x))) or original(self, x, **kw)
+    )
+    sure = np.unique(confidence(jax.jit(network.running)(inputs), 0.5))
+    middle = float(sure[len(sure) // 2] + sure[len(sure) // 2 - 1]) / 2
+    scores, steps = expected(network, inputs, 0.5, middle)
+    assert len(set(steps)) > 1
+    # Traced without jit, the network is this object.
+    seen.clear()
+    found = run(network, inputs, 0.5, middle, smallest=2)
+    np.testing.assert_array_equal(found.steps, steps)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-5)
+    # 2 and 3: for the shapes of the carry.
+    assert [batch for of_stem, batch in seen if of_stem] == [2, 3, 13] and len(seen) > 20
