@@ -1,0 +1,1 @@
+"""Fewer bits for weights, activations and gradients: number formats, scales, training with them, and what is stored."""

@@ -1,0 +1,98 @@
+"""Fake quantization: numbers of a format in float32 arithmetic, with gradients by which a network learns to live with
+them.
+
+    y = fake(x, scheme, contracted)         y = scale(x) round(x / scale(x))
+
+Rounding has no gradient, and so one is made up: `straight_through` takes round for the identity where nothing saturates
+and for a constant where it does (Bengio et al. 2013, arXiv:1308.3432). The scale is taken for a constant, or with
+through_scale=True for what it is, the largest magnitude of x times a number (rounded straight through where it has a
+format of its own): then the numbers on the edge of the range get the gradient of all that is scaled by them.
+
+Learned step sizes (LSQ, Esser et al. 2020, arXiv:1902.08153) learn the scale s itself, whose gradient is, by the same
+rule,
+
+    dy/ds = round(x / s) - x / s within the range, and -largest or largest outside
+
+times 1 / sqrt(n largest) for n numbers that share it, so that steps of s and of weights are as large, each as a share
+of what it changes.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lissom.compression.quantization.formats import Format
+from lissom.compression.quantization.scaling import Scheme, over_groups, peaks, scale_shape, scales, spread
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def straight_through(format: Format, x: jax.Array, uniform: jax.Array | None = None) -> jax.Array:
+    """`format.round`, and the derivative of clipping to its range."""
+    return format.round(x, uniform)
+
+
+@straight_through.defjvp
+def _straight_through_jvp(format, primals, tangents):
+    x, uniform = primals
+    # x is divided by a scale of its own magnitude: the largest number may lie a rounding beyond the range.
+    largest = format.largest * (1 + 1e-6)
+    inside = (x >= (-largest if format.signed else 0.0)) & (x <= largest)
+    return format.round(x, uniform), jnp.where(inside, tangents[0], 0.0).astype(jnp.float32)
+
+
+@jax.custom_jvp
+def _as_given(value: jax.Array, stands_for: jax.Array) -> jax.Array:
+    """value, with the gradient of what it stands for."""
+    del stands_for
+    return value
+
+
+@_as_given.defjvp
+def _as_given_jvp(primals, tangents):
+    return primals[0], tangents[1]
+
+
+def fake(
+    x: jax.Array,
+    scheme: Scheme,
+    contracted: Sequence[int],
+    uniform: jax.Array | None = None,
+    *,
+    through_scale: bool = False,
+) -> jax.Array:
+    """x's shape and dtype. uniform: numbers in [0, 1), for stochastic rounding."""
+    wide = x.astype(jnp.float32)
+    peak = peaks(wide, scale_shape(x.shape, scheme.per, contracted))
+    scale = jax.lax.stop_gradient(scales(peak, scheme)[0])
+    if through_scale:
+        scale = _as_given(scale, jnp.where(peak > 0, scheme.clip * peak / scheme.numbers.largest, scale))
+    scale = spread(scale, x.shape)
+    return (scale * straight_through(scheme.numbers, wide / scale, uniform)).astype(x.dtype)
+
+
+def with_learned_scale(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
+    """s round(x / s) for scales [as x, 1 where they are shared], above 0, which are parameters (LSQ)."""
+    shared = x.size // scale.size
+    factor = 1 / math.sqrt(shared * format.largest)
+    scale = spread(_as_given(scale, factor * scale), x.shape)
+    return (scale * straight_through(format, x.astype(jnp.float32) / scale)).astype(x.dtype)
+
+
+def initial_scale(x: jax.Array, shape: Sequence[int], format: Format) -> jax.Array:
+    """What LSQ begins with: 2 mean |x| / sqrt(largest) of those that share a scale [shape]; where all are 0: 1."""
+    scale = 2 * over_groups(jnp.mean, jnp.abs(x.astype(jnp.float32)), shape) / math.sqrt(format.largest)
+    return jnp.where(scale > 0, scale, 1.0)
+
+
+def clipped_at(x: jax.Array, largest: jax.Array, format: Format) -> jax.Array:
+    """PACT (Choi et al. 2018, arXiv:1805.06085): activations between 0 and a learned `largest`, above 0, in an unsigned
+    format; dy/dlargest is 1 where x is beyond it, and 0 elsewhere."""
+    if format.signed:
+        raise ValueError(f"clipped activations are never below 0: take an unsigned format, not {format.name}")
+    clipped = jnp.clip(x.astype(jnp.float32), 0.0, largest)
+    step = jax.lax.stop_gradient(largest) / format.largest
+    # clip has the gradients that the paper says; what comes behind it is the identity for them.
+    return _as_given(step * format.round(clipped / step), clipped).astype(x.dtype)
