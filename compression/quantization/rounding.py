@@ -3,8 +3,9 @@ them.
 
     y = fake(x, scheme, contracted)         y = scale(x) round(x / scale(x))
 
-Rounding has no gradient, and so one is made up: `straight_through` takes round for the identity where nothing saturates
-and for a constant where it does (Bengio et al. 2013, arXiv:1308.3432). The scale is taken for a constant, or with
+Rounding has no gradient, and so one is made up: `straight_through` takes round for the identity, and beyond the range
+for a constant (Bengio et al. 2013, arXiv:1308.3432). A range that is the largest magnitude cuts nothing off: what is
+beyond it, because a scale of few bits was rounded down, keeps its gradient. The scale is taken for a constant, or with
 through_scale=True for what it is, the largest magnitude of x times a number (rounded straight through where it has a
 format of its own): then the numbers on the edge of the range get the gradient of all that is scaled by them.
 
@@ -28,19 +29,23 @@ from lissom.compression.quantization.formats import Format
 from lissom.compression.quantization.scaling import Scheme, over_groups, peaks, scale_shape, scales, spread
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def straight_through(format: Format, x: jax.Array, uniform: jax.Array | None = None) -> jax.Array:
-    """`format.round`, and the derivative of clipping to its range."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def straight_through(format: Format, x: jax.Array, uniform: jax.Array | None = None, clipped: bool = True) -> jax.Array:
+    """`format.round`, and the derivative of clipping to its range, or of the identity."""
+    del clipped
     return format.round(x, uniform)
 
 
 @straight_through.defjvp
-def _straight_through_jvp(format, primals, tangents):
+def _straight_through_jvp(format, clipped, primals, tangents):
     x, uniform = primals
-    # x is divided by a scale of its own magnitude: the largest number may lie a rounding beyond the range.
-    largest = format.largest * (1 + 1e-6)
-    inside = (x >= (-largest if format.signed else 0.0)) & (x <= largest)
-    return format.round(x, uniform), jnp.where(inside, tangents[0], 0.0).astype(jnp.float32)
+    tangent = tangents[0].astype(jnp.float32)
+    if clipped:
+        # x is divided by a scale: what lies on the edge of the range may lie a rounding beyond it.
+        largest = format.largest * (1 + 1e-6)
+        inside = (x >= (-largest if format.signed else 0.0)) & (x <= largest)
+        tangent = jnp.where(inside, tangent, 0.0)
+    return format.round(x, uniform), tangent
 
 
 @jax.custom_jvp
@@ -70,7 +75,9 @@ def fake(
     if through_scale:
         scale = _as_given(scale, jnp.where(peak > 0, scheme.clip * peak / scheme.numbers.largest, scale))
     scale = spread(scale, x.shape)
-    return (scale * straight_through(scheme.numbers, wide / scale, uniform)).astype(x.dtype)
+    # Numbers below 0 are beyond an unsigned range, whatever the scale.
+    clipped = scheme.clip < 1 or not scheme.numbers.signed
+    return (scale * straight_through(scheme.numbers, wide / scale, uniform, clipped)).astype(x.dtype)
 
 
 def with_learned_scale(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:

@@ -174,6 +174,19 @@ def test_the_largest_number_has_its_gradient():
     np.testing.assert_allclose(gradient, 1, rtol=1e-6)
 
 
+def test_only_a_range_that_is_meant_cuts_gradients_off():
+    """Numbers that saturate since a scale was rounded down keep theirs; those beyond a range of 0.7 max |x| do not."""
+    x = weights((8, 16))
+    few = Scheme("fp4_e2m1", per=8, scale_format="ue4m3", scale_rounding="down", tensor_scale=True)
+    found = quantize(x, few, (1,))
+    assert (np.abs(x / spread(found.scale, x.shape)) > 6.01).any()
+    np.testing.assert_allclose(jax.grad(lambda x: fake(x, few, (1,)).sum())(x), 1, rtol=1e-6)
+    narrow = Scheme("int4", per="channel", clip=0.7)
+    beyond = np.abs(x) > 0.7 * np.abs(x).max(1, keepdims=True) * (1 + 1e-5)
+    np.testing.assert_allclose(jax.grad(lambda x: fake(x, narrow, (1,)).sum())(x), ~beyond, rtol=1e-6)
+    assert beyond.any()
+
+
 def test_the_scale_has_a_gradient_if_asked():
     """y_i = s q_i with s = |x_k| / L: dy_i/dx_k has q_i - x_i / s besides, and L for k itself, whose own number does
     not move within its range."""

@@ -1,0 +1,142 @@
+"""Matrix products whose operands are rounded to few bits, each of the three of training by its own rule.
+
+    forward         Y = X W         contracted: the inputs
+    backward        dX = dY W^T     the outputs
+                    dW = X^T dY     the rows
+
+An `Operand` says how one of the two is rounded; operands without one stay as they are. What is summed over together
+shares scales: those of a group lie along the contracted axis, so that each product has another quantization of the same
+array (a kernel is rounded along its inputs forward and along its outputs backward).
+
+rotation: both operands are multiplied by an orthogonal Hadamard matrix along the contracted axis, block by block, which
+spreads what lies far out over the block: (X H)(H^T W) = X W. stochastic: rounding is random, so that the mean of what
+is rounded is right; the products of gradients want it (Chmiel et al. 2021, arXiv:2112.10769). The gradient of rounding
+itself is `fake`'s, of the operands forward.
+
+The options are those of the design space of training in FP4 (see docs/techniques.toml); which of them cost how much is
+`extra_operations`.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lissom.compression.quantization.rounding import fake
+from lissom.compression.quantization.scaling import Scheme
+
+
+@dataclass(frozen=True)
+class Operand:
+    """rotation: the size of a block, a power of two, or 0. through_scale: as `fake` has it, of operands forward."""
+
+    scheme: Scheme
+    rotation: int = 0
+    stochastic: bool = False
+    through_scale: bool = False
+
+    def __post_init__(self):
+        if self.rotation < 0 or self.rotation & (self.rotation - 1):
+            raise ValueError(f"rotation={self.rotation} must be a power of two, or 0")
+
+    def extra_operations(self, size: int) -> int:
+        """What rounding `size` numbers costs beside the product: of each number its magnitude, the largest so far, a
+        quotient and the rounding; a rotation log2(block) sums and a product; a draw and a sum; the largest scale."""
+        rotated = 1 + int(math.log2(self.rotation)) if self.rotation > 1 else 0
+        return size * (4 + rotated + 2 * self.stochastic) + self.scheme.tensor_scale * size
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Pairs of operands, left and right; an operand None is not rounded. A pair None: the product of the gradient as
+    it is with what forward was rounded to, which is what differentiating rounded operands gives."""
+
+    forward: tuple[Operand | None, Operand | None] = (None, None)
+    by_inputs: tuple[Operand | None, Operand | None] | None = None
+    by_weights: tuple[Operand | None, Operand | None] | None = None
+
+    def __post_init__(self):
+        for name in ("forward", "by_inputs", "by_weights"):
+            left, right = getattr(self, name) or (None, None)
+            rotations = {0 if operand is None else operand.rotation for operand in (left, right)}
+            if len(rotations) > 1:
+                raise ValueError(f"{name}: both operands are rotated by the same blocks, or neither is")
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs a key."""
+        pairs = (self.forward, self.by_inputs or (), self.by_weights or ())
+        return any(operand is not None and operand.stochastic for pair in pairs for operand in pair)
+
+
+def hadamard(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """x with each `block` numbers along the axis multiplied by H / sqrt(block), H[i, j] = (-1)^(bits that i and j
+    share) (Sylvester's), which is its own transpose and inverse. ValueError where blocks do not divide the axis."""
+    if block <= 1:
+        return x
+    size = x.shape[axis]
+    if size % block:
+        raise ValueError(f"rotation={block} does not divide axis {axis} of {list(x.shape)}")
+    index = np.arange(block)
+    shared = np.bitwise_count(index[:, None] & index[None]).astype(np.int64)
+    matrix = jnp.asarray((-1.0) ** shared / math.sqrt(block), x.dtype)
+    moved = jnp.moveaxis(x, axis, -1)
+    blocks = moved.reshape(*moved.shape[:-1], size // block, block)
+    return jnp.moveaxis((blocks @ matrix).reshape(moved.shape), -1, axis)
+
+
+def rounded(x: jax.Array, operand: Operand | None, contracted: Sequence[int], key: jax.Array | None) -> jax.Array:
+    """The operand of a product."""
+    if operand is None:
+        return x
+    x = hadamard(x, contracted[-1], operand.rotation)
+    uniform = jax.random.uniform(key, x.shape) if operand.stochastic else None
+    return fake(x, operand.scheme, contracted, uniform, through_scale=operand.through_scale)
+
+
+def product(x: jax.Array, w: jax.Array, rule: Rule, key: jax.Array | None = None) -> jax.Array:
+    """x[rows, in] w[in, out] -> [rows, out]. key: for rules that draw; ValueError where one is missing."""
+    if rule.draws and key is None:
+        raise ValueError("stochastic rounding needs a random key")
+    return _product(rule, x, w, jax.random.key(0) if key is None else key)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(rule: Rule, x: jax.Array, w: jax.Array, key: jax.Array) -> jax.Array:
+    return _pair(rule.forward, x, w, key)
+
+
+def _pair(operands, left: jax.Array, right: jax.Array, key: jax.Array) -> jax.Array:
+    keys = jax.random.split(key)
+    return rounded(left, operands[0], (1,), keys[0]) @ rounded(right, operands[1], (0,), keys[1])
+
+
+def _forward(rule, x, w, key):
+    return _product(rule, x, w, key), (x, w, key)
+
+
+def _backward(rule, kept, d_y):
+    x, w, key = kept
+    _, by_inputs, by_weights = jax.random.split(key, 3)
+    # Drawn as forward.
+    of_x, of_w = jax.random.split(key)
+    x_rounded, pull_x = jax.vjp(lambda x: rounded(x, rule.forward[0], (1,), of_x), x)
+    w_rounded, pull_w = jax.vjp(lambda w: rounded(w, rule.forward[1], (0,), of_w), w)
+    block = 0 if rule.forward[0] is None else rule.forward[0].rotation
+    # What stands behind the rounding is rotated, and so is the gradient by it.
+    if rule.by_inputs is None:
+        d_x = d_y @ w_rounded.T
+    else:
+        d_x = hadamard(_pair(rule.by_inputs, d_y, w.T, by_inputs), 1, block)
+    if rule.by_weights is None:
+        d_w = x_rounded.T @ d_y
+    else:
+        d_w = hadamard(_pair(rule.by_weights, x.T, d_y, by_weights), 0, block)
+    return *pull_x(d_x.astype(x_rounded.dtype)), *pull_w(d_w.astype(w_rounded.dtype)), None
+
+
+_product.defvjp(_forward, _backward)

@@ -1,0 +1,123 @@
+"""Each of the three products of training has the operands that its rule says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.linalg import hadamard as sylvester
+
+from lissom.compression.quantization.products import Operand, Rule, hadamard, product
+from lissom.compression.quantization.rounding import fake
+from lissom.compression.quantization.scaling import Scheme
+
+ROWS, INPUTS, OUTPUTS = 16, 32, 8
+FP4 = Operand(Scheme("fp4_e2m1", per=8, scale_format="ue4m3", tensor_scale=True))
+INT4 = Operand(Scheme("int4"))
+
+
+def operands(seed=0):
+    x, w, d_y = (
+        jnp.asarray(np.random.default_rng(seed + i).normal(size=shape), jnp.float32)
+        for i, shape in enumerate([(ROWS, INPUTS), (INPUTS, OUTPUTS), (ROWS, OUTPUTS)])
+    )
+    return x, w, d_y
+
+
+def pulled(rule, key=None):
+    x, w, d_y = operands()
+    y, pull = jax.vjp(jax.jit(lambda x, w: product(x, w, rule, key)), x, w)
+    return y, *pull(d_y)
+
+
+def test_without_rules_it_is_the_product():
+    x, w, d_y = operands()
+    for found, expected in zip(pulled(Rule()), (x @ w, d_y @ w.T, x.T @ d_y), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("through_scale", [False, True])
+def test_forward_alone_is_the_derivative_of_rounded_operands(through_scale):
+    """Whether scales are constants or not, and in rotated blocks too."""
+    x, w, d_y = operands()
+    own = Operand(Scheme("int4", per=8), rotation=8, through_scale=through_scale)
+
+    def plain(x, w):
+        x, w = hadamard(x, 1, 8), hadamard(w, 0, 8)
+        kinds = {"through_scale": through_scale}
+        return fake(x, own.scheme, (1,), **kinds) @ fake(w, own.scheme, (0,), **kinds)
+
+    y, pull = jax.vjp(plain, x, w)
+    for found, expected in zip(pulled(Rule(forward=(own, own))), (y, *pull(d_y)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_product_rounds_its_own_operands():
+    """Along what it sums over: a kernel has other groups backward than forward."""
+    x, w, d_y = operands()
+    one, other = FP4.scheme, INT4.scheme
+    y, d_x, d_w = pulled(Rule(forward=(FP4, INT4), by_inputs=(INT4, FP4), by_weights=(FP4, FP4)))
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(y, fake(x, one, (1,)) @ fake(w, other, (0,)), **close)
+    np.testing.assert_allclose(d_x, fake(d_y, other, (1,)) @ fake(w.T, one, (0,)), **close)
+    np.testing.assert_allclose(d_w, fake(x.T, one, (1,)) @ fake(d_y, one, (0,)), **close)
+    assert np.abs(y - x @ w).max() > 0.1
+
+
+@pytest.mark.parametrize("block", [2, 8, 32])
+def test_rotations_are_hadamards_and_cancel(block):
+    x, w, _ = operands()
+    matrix = np.kron(np.eye(INPUTS // block), sylvester(block)) / np.sqrt(block)
+    np.testing.assert_allclose(hadamard(x, 1, block), np.asarray(x) @ matrix, atol=1e-5)
+    np.testing.assert_allclose(hadamard(w, 0, block), matrix @ np.asarray(w), atol=1e-5)
+    np.testing.assert_allclose(hadamard(x, 1, block) @ hadamard(w, 0, block), x @ w, atol=1e-4)
+    # Rounded forward and backward in rotated blocks: with 8 bits nearly the product itself.
+    int8 = Operand(Scheme("int8"), rotation=block)
+    few = Operand(Scheme("int8"), rotation=8)
+    y, d_x, d_w = pulled(Rule(forward=(int8, int8), by_inputs=(few, few), by_weights=(few, few)))
+    _, _, d_y = operands()
+    for found, expected in zip((y, d_x, d_w), (x @ w, d_y @ w.T, x.T @ d_y), strict=True):
+        assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_rotations_help_against_what_lies_far_out():
+    x, w, _ = operands()
+    x = x.at[:, 5].mul(10)
+    errors = []
+    for rotation in (0, 32):
+        own = Operand(Scheme("int4", per="tensor"), rotation=rotation)
+        exact = Operand(Scheme("int8"), rotation=rotation)
+        errors.append(np.abs(product(x, w, Rule(forward=(own, exact))) - x @ w).mean())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_stochastic_gradients_are_right_on_average():
+    x, w, d_y = operands()
+    random = Operand(Scheme("int4", per="tensor"), stochastic=True)
+    rule = Rule(by_inputs=(random, None), by_weights=(None, random))
+    found = jax.vmap(lambda key: jax.vjp(lambda x, w: product(x, w, rule, key), x, w)[1](d_y))
+    d_x, d_w = found(jax.random.split(jax.random.key(0), 2000))
+    for draws, expected in ((d_x, d_y @ w.T), (d_w, x.T @ d_y)):
+        error = np.abs(draws.mean(0) - expected)
+        assert (error <= 5 * draws.std(0) / np.sqrt(2000) + 1e-5).all() and draws.std(0).max() > 0.1
+    with pytest.raises(ValueError, match="stochastic rounding needs a random key"):
+        product(x, w, rule)
+
+
+def test_what_options_cost_is_counted():
+    plain = Operand(Scheme("fp4_e2m1", per=8, scale_format="ue4m3"))
+    assert plain.extra_operations(100) == 400
+    assert Operand(plain.scheme, rotation=16, stochastic=True).extra_operations(100) == 400 + 500 + 200
+    assert FP4.extra_operations(100) == 500
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Operand(INT4.scheme, rotation=12), "rotation=12 must be a power of two"),
+        (lambda: Rule(forward=(Operand(INT4.scheme, rotation=8), INT4)), "forward: both operands are rotated"),
+        (lambda: hadamard(jnp.ones((3, 12)), 1, 8), r"rotation=8 does not divide axis 1 of \[3, 12\]"),
+    ],
+)
+def test_bad_rules(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
