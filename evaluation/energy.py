@@ -15,11 +15,13 @@ What is moved, for both kinds of layer without reuse between operations, weights
 
     dense     of each multiplication a weight and an input are read; sums stay in a register; each output is written
     spiking   of each synaptic operation a weight is read, and a 32-bit potential read and written: events come in any
-              order. Each spike is written and read as a 32-bit address. At each step all that each neuron keeps (its
-              potential, a current or an adaptation) is read, added to and written, and multiplied as often as it asks
+              order. Each spike is written and read as a 32-bit address, and where events carry numbers (counts of a
+              sensor, sums of spikes) with 8 bits more, by which the weight is multiplied. At each step all that each
+              neuron keeps (its potential, a current or an adaptation) is read, added to and written, and multiplied as
+              often as it asks
 
-A first layer that sees numbers is a dense one, whose sums are written as 32-bit currents and read at every step. A
-dense layer is not given the zeros of its inputs to skip; a spiking one lives off them.
+A first layer that sees the numbers of a picture is a dense one, whose sums are written as 32-bit currents and read at
+every step. A dense layer is not given the zeros of its inputs to skip; a spiking one lives off them.
 """
 
 from collections.abc import Sequence
@@ -75,16 +77,16 @@ def _dense(layer: Work) -> tuple[float, float]:
 def _spiking(layer: Work, synapses: float) -> tuple[float, float]:
     held, state = layer.weights * NUMBER / 8, layer.outputs * POTENTIAL / 8
     weight, potential = access(NUMBER, held), 2 * access(POTENTIAL, state)
-    if layer.binary:
-        operations, traffic = synapses * ADD[POTENTIAL], synapses * (weight + potential)
+    if layer.events:
+        number = 0 if layer.binary else NUMBER
+        operations = synapses * (ADD[POTENTIAL] + (MULTIPLY[NUMBER] if number else 0))
         # A spike goes to about as many outputs as any other.
         spikes = synapses * layer.inputs * layer.passes / layer.products
-        traffic += spikes * 2 * access(POTENTIAL, layer.inputs * POTENTIAL / 8)
+        event = access(POTENTIAL + number, layer.inputs * (POTENTIAL + number) / 8)
+        traffic = synapses * (weight + potential) + spikes * 2 * event
     else:
-        # Numbers come in: all of them, or those that are not 0.
-        products = synapses if layer.events else layer.products
-        operations = products * (MULTIPLY[NUMBER] + ADD[POTENTIAL])
-        traffic = products * (weight + access(NUMBER, layer.inputs * NUMBER / 8))
+        operations = layer.products * (MULTIPLY[NUMBER] + ADD[POTENTIAL])
+        traffic = layer.products * (weight + access(NUMBER, layer.inputs * NUMBER / 8))
         traffic += layer.outputs * (layer.passes + layer.steps) * access(POTENTIAL, state)
     updates = layer.outputs * layer.steps
     operations += updates * (layer.states * ADD[POTENTIAL] + layer.multiplications * MULTIPLY[POTENTIAL])

@@ -39,6 +39,10 @@ def test_numbers_as_events():
     found, dense = energy([layer], [300.0]), energy([layer._replace(events=False)], [300.0])
     assert found.operations == pytest.approx((300 * (0.2 + 0.1) + 20 * 0.1) * PICO)
     assert dense.operations == pytest.approx((1000 * (0.2 + 0.1) + 20 * 0.1) * PICO)
+    # They come in any order, as spikes do (20 products each), and bring 8 bits more than an address.
+    assert found.traffic == pytest.approx((300 * (1.25 + 10) + 15 * 2 * 6.25 + 20 * 10) * PICO)
+    spikes = energy([layer._replace(binary=True)], [300.0])
+    assert found.traffic - spikes.traffic == pytest.approx(15 * 2 * 1.25 * PICO)
     # A head of such numbers has no neurons.
     assert energy([work(events=True)], [300.0]).operations == pytest.approx(300 * (0.2 + 0.1) * PICO)
 
