@@ -72,7 +72,11 @@ def reload(directory: pathlib.Path | str) -> Parts:
         facts = json.loads((directory / "facts.json").read_text())
         entries = json.loads((directory / "transforms.json").read_text())
     except OSError as error:
-        raise UserError(f"{directory} holds no exported network: {error.strerror} ({error.filename})") from error
+        beside = sorted(path.parent.name for path in directory.parent.glob("*/transforms.json"))
+        raise UserError(
+            f"{directory} holds no exported network: {error.strerror} ({error.filename})"
+            + (f"; beside it are {', '.join(map(repr, beside))}" if beside else "")
+        ) from error
     transforms = build_transforms(config.transforms) + build_transforms(entries)
     parts = split(nnx.eval_shape(lambda: structured(build_network(config, facts, nnx.Rngs(0)), transforms)))
     found = Checkpoints(directory / "checkpoints").newest(

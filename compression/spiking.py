@@ -30,8 +30,9 @@ class ToSpiking(Transform):
     """
 
     def __init__(self, *, steps: int, percentile: float = 99.9, examples: int = 512, initial: float = 0.5):
-        if steps < 1 or examples < 1:
-            raise ValueError(f"steps={steps} and examples={examples} must be at least 1")
+        for name, value in (("steps", steps), ("examples", examples)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if not 0 < percentile <= 100:
             raise ValueError(f"percentile={percentile} must be above 0 and at most 100")
         self.steps, self.percentile, self.examples, self.initial = steps, percentile, examples, initial

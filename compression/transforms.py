@@ -47,7 +47,10 @@ def build_transforms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tr
         missing = required(kind, settings)
         if missing:
             raise UserError(f"transform {name!r} needs {', '.join(missing)}")
-        built.append((name, kind(**settings)))
+        try:
+            built.append((name, kind(**settings)))
+        except ValueError as error:  # what it says of its settings
+            raise UserError(f"transform {name!r}: {error}") from error
     return built
 
 

@@ -4,7 +4,7 @@ batch that stops early takes on the clock.
     uv run scripts/early_exit.py --runs='runs/compare/digits_snn/*' [--validation=0.5] [--tolerance=0.5]
         [--calibration=accumulated]
         [--budgets=1.25,1.5,2,3,4,6,8,12,16] [--batch=256] [--repeats=30] [--transform='to_spiking steps=8']
-        --out=results/early_exit
+        [--out=FOLDER]
 
 Finished runs of networks that go through examples step by step (`models/spiking/stepwise.py`), of more than one step;
 with `--transform` what `eval.py` exported after the evaluation transform of that name (a converted dense network).
@@ -329,14 +329,20 @@ def run(
             label = f"{variant}: {line.policy}"
             identity = Identity(config.recipe, task, config.seed, overrides, transform, label, line.role)
             rows.append(Row(identity, here, tuple(line.measurements), notes=(note,)))
-            said = ", ".join(f"{m.name} {m.value:.4g}" for m in line.measurements if m.name in SHOWN)
+            said = ", ".join(f"{_told(m)} {m.value:.4g}" for m in line.measurements if m.name in SHOWN)
             print(f"{label}, seed {config.seed}: {said}")
     if not rows:
-        raise UserError(f"none of {len(runs)} runs has a network that takes steps")
+        raise UserError(f"none of {len(runs)} runs can be judged: the lines above say why")
     if out is not None:
         write_report(rows, out, plot=False, shown=SHOWN)
         picture(rows, out / "early_exit.png")
     return rows
+
+
+def _told(measurement) -> str:
+    """Its name, and by what it differs from others of that name; all have one size of batch."""
+    apart = [f"{key}={value}" for key, value in measurement.conditions.items() if key != "batch"]
+    return measurement.name + (f" ({', '.join(apart)})" if apart else "")
 
 
 def main(argv: list[str]) -> None:

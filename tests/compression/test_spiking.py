@@ -120,8 +120,8 @@ def test_thresholds_are_balanced_by_the_percentile():
 @pytest.mark.parametrize(
     "settings,words",
     [
-        ({"steps": 0}, "steps=0 and examples=512 must be at least 1"),
-        ({"steps": 4, "percentile": 0.0}, "percentile=0.0 must be above 0 and at most 100"),
+        ({"steps": 0}, "transform 'to_spiking': steps=0 must be at least 1"),
+        ({"steps": 4, "percentile": 0.0}, "transform 'to_spiking': percentile=0.0 must be above 0 and at most 100"),
         ({"steps": 4}, "it is for model.neuron='relu' or 'clip_floor', not a LIF"),
         ({"steps": 4}, "it is for the network 'spiking', not for a VisionTransformer"),
         ({"steps": 4}, "it is for model.encoding='direct'"),

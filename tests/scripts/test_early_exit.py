@@ -85,7 +85,11 @@ def test_an_exported_conversion(tiny_run, capsys):
         early_exit.run([path], **SMALL, transform="to_spiking")
     assert "holds no exported network" in capsys.readouterr().err
     evaluate([path])
+    with pytest.raises(UserError, match="none of 1 runs"):
+        early_exit.run([path], **SMALL, transform="to_spikes")
+    assert "beside it are 'to_spiking'" in capsys.readouterr().err
     rows = early_exit.run([path], **SMALL, transform="to_spiking")
+    assert "speedup (reference=whole run)" in capsys.readouterr().out
     assert {row.identity.transform for row in rows} == {"to_spiking"}
     assert next(iter(told(rows))) == "fixed, 5 steps"
 
