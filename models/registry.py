@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -152,7 +153,8 @@ def construct(
     A plug-in's settings stand under the name of its class (a config's keys have no dots). Names and types of every
     entry of `kwargs` are checked against its own constructor, also those of names that were not chosen. An entry with a
     capital letter belongs to a plug-in: where that was not chosen (another layer of a pattern has it, or another run of
-    a comparison) it is passed over.
+    a comparison) it is passed over. A ValueError that begins with one of its settings ("mixer.window=0 ...") says where
+    that was set.
     """
     kwargs = dict(kwargs or {})
     own = name if name in table else name.rpartition(":")[2]
@@ -166,4 +168,11 @@ def construct(
     missing = required(target, given)
     if missing:
         raise UnknownName(f"{what} {name!r} needs {', '.join(missing)}: give it among the settings of {own!r}")
-    return target(**given)
+    try:
+        return target(**given)
+    except ValueError as error:
+        # Names of what it stands for ("neuron.decay") are no fields of a config: this says where the field is.
+        named = re.match(r"\w+\.(\w+)=", str(error))
+        if type(error) is not ValueError or named is None or named[1] not in kwargs.get(own, {}):
+            raise
+        raise ValueError(f"{error} (set in {what}_kwargs.{own})") from error

@@ -90,6 +90,24 @@ def test_out_of_bounds(name, settings, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name,settings,place",
+    [
+        ("vit", {"mixer": "window", "mixer_kwargs": {"window": {"window": 0}}}, "mixer_kwargs.window"),
+        ("spiking", {"neuron_kwargs": {"lif": {"decay": 2.0}}}, "neuron_kwargs.lif"),
+        ("spiking", {"encoding": "rate", "encoding_kwargs": {"rate": {"gain": 0.0}}}, "encoding_kwargs.rate"),
+        (
+            "vit",
+            {"ffn": "moe", "ffn_kwargs": {"moe": {"gate": "top_k", "gate_kwargs": {"top_k": {"jitter": 1.0}}}}},
+            "gate_kwargs.top_k",
+        ),
+    ],
+)
+def test_what_is_out_of_bounds_is_told_where_it_was_set(name, settings, place):
+    with pytest.raises(ValueError, match=rf" \(set in {place}\)$"):
+        build(name, **settings)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_least_that_is_allowed(name):
     least = {"width": 1, "heads": 1, "depth": 1, "patch": 1, "dropout": 0.0, "channels": (1,), "kernel": 1, "stride": 1}
