@@ -5,7 +5,8 @@ Mode spikeformer: a spike-driven transformer (Yao et al. 2024, arXiv:2404.03663)
 Paper: convolutions and leaky neurons on binned events, as in Eshraghian et al. 2021, arXiv:2109.12894, and the projects
     on DVS recordings that follow it; data and sizes are ours.
 Command: uv run train.py --config=configs/events/moving_digits_csnn.py
-Time: not measured. Result: not measured.
+Time: about five minutes on one CPU core. Result: (results/spiking_events, 16 x 16 pixels in 8 frames, 8 epochs, three
+    seeds) 50.9 ± 1.1 % of 40 classes, 25.2 ± 0.7 with frames in random order; a CNN of stacked frames 56.3 ± 0.9.
 Sweep: data.kwargs.moving_digits.control=none,shuffled,single  data.kwargs.moving_digits.binning=counts,binary,surface
     model.neuron=lif,plif,alif,cuba
     (on the same frames: mode spikeformer, and a CNN, model.neuron=relu, frame by frame or with model.encoding=stacked

@@ -4,7 +4,8 @@ Mode vit: a vision transformer of nearly as many parameters, trained alike.
 
 Paper: Yao et al. 2024, arXiv:2404.03663 (the architecture; the size is ours).
 Command: uv run train.py --config=configs/vision/digits_spikeformer.py
-Time: not measured. Result: not measured.
+Time: two minutes on one CPU core. Result: (results/spikeformer, 10 epochs, 2 steps, three seeds) 93.2 to 95.8 % for the
+    four attentions, 92.2 % for mode vit; a linear classifier has 96.7 %.
 Sweep: model.attention=sdsa1,sdsa2,sdsa3,sdsa4  model.shortcut=membrane,vanilla,spike  model.time_steps=1,2,4
     model.attention_threshold=2,4,8  model.neuron=if,lif,plif,alif,cuba  model.convolutional=0,1,2
     (28 x 28 pixels: data.name=mnist5k with model.strides=2,2,2)
