@@ -49,6 +49,8 @@ def build_transforms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tr
             raise UserError(f"transform {name!r} needs {', '.join(missing)}")
         try:
             built.append((name, kind(**settings)))
+        except UserError:  # which says of what it speaks
+            raise
         except ValueError as error:  # what it says of its settings
             raise UserError(f"transform {name!r}: {error}") from error
     return built

@@ -21,7 +21,8 @@ What is moved, for both kinds of layer without reuse between operations, weights
               often as it asks
 
 A first layer that sees the numbers of a picture is a dense one, whose sums are written as 32-bit currents and read at
-every step. A dense layer is not given the zeros of its inputs to skip; a spiking one lives off them.
+every step. A dense layer is not given the zeros of its inputs to skip; a spiking one lives off them. Where a recurrent
+layer sees numbers, its own spikes are taken for numbers too.
 """
 
 from collections.abc import Sequence

@@ -146,6 +146,8 @@ def construct(
     name: str,
     kwargs: Mapping[str, Mapping[str, Any]] | None,
     what: str,
+    *,
+    is_field: bool = True,
     **fixed: Any,
 ) -> Any:
     """Builds what `name` stands for with `kwargs[name]` (its own settings) and `fixed` (what the caller provides).
@@ -154,7 +156,7 @@ def construct(
     entry of `kwargs` are checked against its own constructor, also those of names that were not chosen. An entry with a
     capital letter belongs to a plug-in: where that was not chosen (another layer of a pattern has it, or another run of
     a comparison) it is passed over. A ValueError that begins with one of its settings ("mixer.window=0 ...") says where
-    that was set.
+    that was set; is_field: that place is `what`_kwargs.
     """
     kwargs = dict(kwargs or {})
     own = name if name in table else name.rpartition(":")[2]
@@ -172,7 +174,8 @@ def construct(
         return target(**given)
     except ValueError as error:
         # Names of what it stands for ("neuron.decay") are no fields of a config: this says where the field is.
-        named = re.match(r"\w+\.(\w+)=", str(error))
-        if type(error) is not ValueError or named is None or named[1] not in kwargs.get(own, {}):
+        named = re.match(r"(\w+)\.(\w+)=", str(error))
+        is_own = named is not None and named[1] != "model" and named[2] in kwargs.get(own, {})
+        if not (is_field and is_own and type(error) is ValueError):
             raise
         raise ValueError(f"{error} (set in {what}_kwargs.{own})") from error

@@ -59,7 +59,7 @@ class Format:
         raise NotImplementedError
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """float32 numbers of the codes."""
+        """float32 numbers of the codes; NaN of those that are left for what is infinite or no number."""
         raise NotImplementedError
 
     def _within(self, x: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ class Integer(Format):
         return self.is_signed
 
     def round(self, x, uniform=None, *, way="nearest"):
-        return _whole(self._within(x), uniform, way)
+        return self._within(_whole(self._within(x), uniform, way))
 
     def encode(self, numbers):
         # Two's complement.
@@ -132,8 +132,8 @@ class Float(Format):
     def round(self, x, uniform=None, *, way="nearest"):
         x = self._within(x)
         step = self._step(x)
-        # Both are exact: steps are powers of two.
-        return _whole(x / step, uniform, way) * step
+        # Both are exact: steps are powers of two. A draw near 1 may lift even the largest by a step.
+        return self._within(_whole(x / step, uniform, way) * step)
 
     def _exponents(self, x: jax.Array) -> jax.Array:
         """floor(log2 |x|), but not below that of subnormals."""
@@ -158,6 +158,7 @@ class Float(Format):
         e, m = code >> self.mantissa, code & (2**self.mantissa - 1)
         fraction = jnp.where(e > 0, 2**self.mantissa, 0) + m
         number = jnp.ldexp(fraction.astype(jnp.float32), jnp.maximum(e, 1) - self.bias - self.mantissa)
+        number = jnp.where(code >= 2 ** (self.exponent + self.mantissa) - self.reserved, jnp.nan, number)
         return jnp.where(codes.astype(jnp.int32) >> (self.bits - 1) == 1, -number, number) if self.signed else number
 
 
@@ -184,7 +185,8 @@ class PowersOfTwo(Format):
         return (jnp.frexp(numbers)[1] + 126).astype(jnp.uint8)
 
     def decode(self, codes):
-        return jnp.ldexp(jnp.float32(1), jnp.maximum(codes.astype(jnp.int32), 1) - 127)
+        number = jnp.ldexp(jnp.float32(1), jnp.clip(codes.astype(jnp.int32), 1, 254) - 127)
+        return jnp.where(codes == 255, jnp.nan, number)
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,11 @@ class Operand:
 
     def extra_operations(self, size: int) -> int:
         """What rounding `size` numbers costs beside the product: of each number its magnitude, the largest so far, a
-        quotient and the rounding; a rotation log2(block) sums and a product; a draw and a sum; the largest scale."""
+        quotient and the rounding; a rotation log2(block) sums and a product; a draw and a sum; of
+        groups the largest scale."""
         rotated = 1 + int(math.log2(self.rotation)) if self.rotation > 1 else 0
-        return size * (4 + rotated + 2 * self.stochastic) + self.scheme.tensor_scale * size
+        groups = 0 if isinstance(self.scheme.per, str) else size // self.scheme.per
+        return size * (4 + rotated + 2 * self.stochastic) + self.scheme.tensor_scale * groups
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Rule:
     def __post_init__(self):
         for name in ("forward", "by_inputs", "by_weights"):
             left, right = getattr(self, name) or (None, None)
-            rotations = {0 if operand is None else operand.rotation for operand in (left, right)}
+            blocks = [0 if operand is None else operand.rotation for operand in (left, right)]
+            rotations = {block if block > 1 else 0 for block in blocks}
             if len(rotations) > 1:
                 raise ValueError(f"{name}: both operands are rotated by the same blocks, or neither is")
 
@@ -99,7 +102,10 @@ def rounded(x: jax.Array, operand: Operand | None, contracted: Sequence[int], ke
 
 
 def product(x: jax.Array, w: jax.Array, rule: Rule, key: jax.Array | None = None) -> jax.Array:
-    """x[rows, in] w[in, out] -> [rows, out]. key: for rules that draw; ValueError where one is missing."""
+    """x[rows, in] w[in, out] -> [rows, out]. key: for rules that draw; ValueError where one is missing, or an
+    operand has not two axes."""
+    if x.ndim != 2 or w.ndim != 2:
+        raise ValueError(f"a product of {list(x.shape)} and {list(w.shape)}: flatten both to two axes")
     if rule.draws and key is None:
         raise ValueError("stochastic rounding needs a random key")
     return _product(rule, x, w, jax.random.key(0) if key is None else key)
@@ -107,11 +113,10 @@ def product(x: jax.Array, w: jax.Array, rule: Rule, key: jax.Array | None = None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(rule: Rule, x: jax.Array, w: jax.Array, key: jax.Array) -> jax.Array:
-    return _pair(rule.forward, x, w, key)
+    return _pair(rule.forward, x, w, jax.random.split(key, 4)[:2])
 
 
-def _pair(operands, left: jax.Array, right: jax.Array, key: jax.Array) -> jax.Array:
-    keys = jax.random.split(key)
+def _pair(operands, left: jax.Array, right: jax.Array, keys: jax.Array) -> jax.Array:
     return rounded(left, operands[0], (1,), keys[0]) @ rounded(right, operands[1], (0,), keys[1])
 
 
@@ -121,9 +126,7 @@ def _forward(rule, x, w, key):
 
 def _backward(rule, kept, d_y):
     x, w, key = kept
-    _, by_inputs, by_weights = jax.random.split(key, 3)
-    # Drawn as forward.
-    of_x, of_w = jax.random.split(key)
+    of_x, of_w, by_inputs, by_weights = jax.random.split(key, 4)  # the first two as forward
     x_rounded, pull_x = jax.vjp(lambda x: rounded(x, rule.forward[0], (1,), of_x), x)
     w_rounded, pull_w = jax.vjp(lambda w: rounded(w, rule.forward[1], (0,), of_w), w)
     block = 0 if rule.forward[0] is None else rule.forward[0].rotation
@@ -131,11 +134,11 @@ def _backward(rule, kept, d_y):
     if rule.by_inputs is None:
         d_x = d_y @ w_rounded.T
     else:
-        d_x = hadamard(_pair(rule.by_inputs, d_y, w.T, by_inputs), 1, block)
+        d_x = hadamard(_pair(rule.by_inputs, d_y, w.T, jax.random.split(by_inputs)), 1, block)
     if rule.by_weights is None:
         d_w = x_rounded.T @ d_y
     else:
-        d_w = hadamard(_pair(rule.by_weights, x.T, d_y, by_weights), 0, block)
+        d_w = hadamard(_pair(rule.by_weights, x.T, d_y, jax.random.split(by_weights)), 0, block)
     return *pull_x(d_x.astype(x_rounded.dtype)), *pull_w(d_w.astype(w_rounded.dtype)), None
 
 

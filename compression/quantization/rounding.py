@@ -4,15 +4,16 @@ them.
     y = fake(x, scheme, contracted)         y = scale(x) round(x / scale(x))
 
 Rounding has no gradient, and so one is made up: `straight_through` takes round for the identity, and beyond the range
-for a constant (Bengio et al. 2013, arXiv:1308.3432). A range that is the largest magnitude cuts nothing off: what is
-beyond it, because a scale of few bits was rounded down, keeps its gradient. The scale is taken for a constant, or with
+for a constant (Bengio et al. 2013, arXiv:1308.3432). A range that is the largest magnitude is not meant to cut anything
+off: what is beyond it, because a scale of few bits was rounded down, keeps its gradient, up to twice the range; what is
+further out has met the end of the scale's own format. The scale is taken for a constant, or with
 through_scale=True for what it is, the largest magnitude of x times a number (rounded straight through where it has a
 format of its own): then the numbers on the edge of the range get the gradient of all that is scaled by them.
 
 Learned step sizes (LSQ, Esser et al. 2020, arXiv:1902.08153) learn the scale s itself, whose gradient is, by the same
 rule,
 
-    dy/ds = round(x / s) - x / s within the range, and -largest or largest outside
+    dy/ds = round(x / s) - x / s within the range, outside its end: -largest (unsigned: 0) or largest
 
 times 1 / sqrt(n largest) for n numbers that share it, so that steps of s and of weights are as large, each as a share
 of what it changes.
@@ -28,24 +29,23 @@ import jax.numpy as jnp
 from lissom.compression.quantization.formats import Format
 from lissom.compression.quantization.scaling import Scheme, over_groups, peaks, scale_shape, scales, spread
 
+LEAST = 1e-12  # of learned scales
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
-def straight_through(format: Format, x: jax.Array, uniform: jax.Array | None = None, clipped: bool = True) -> jax.Array:
-    """`format.round`, and the derivative of clipping to its range, or of the identity."""
-    del clipped
+def straight_through(format: Format, x: jax.Array, uniform: jax.Array | None = None, reach: float = 1.0) -> jax.Array:
+    """`format.round`, and the derivative of clipping to `reach` times its range; below 0 an unsigned one has none."""
+    del reach
     return format.round(x, uniform)
 
 
 @straight_through.defjvp
-def _straight_through_jvp(format, clipped, primals, tangents):
+def _straight_through_jvp(format, reach, primals, tangents):
     x, uniform = primals
-    tangent = tangents[0].astype(jnp.float32)
-    if clipped:
-        # x is divided by a scale: what lies on the edge of the range may lie a rounding beyond it.
-        largest = format.largest * (1 + 1e-6)
-        inside = (x >= (-largest if format.signed else 0.0)) & (x <= largest)
-        tangent = jnp.where(inside, tangent, 0.0)
-    return format.round(x, uniform), tangent
+    # x is divided by a scale: what lies on the edge of the range may lie a rounding beyond it.
+    furthest = reach * format.largest * (1 + 1e-6)
+    inside = (x >= (-furthest if format.signed else 0.0)) & (x <= furthest)
+    return format.round(x, uniform), jnp.where(inside, tangents[0].astype(jnp.float32), 0.0)
 
 
 @jax.custom_jvp
@@ -71,20 +71,22 @@ def fake(
     """x's shape and dtype. uniform: numbers in [0, 1), for stochastic rounding."""
     wide = x.astype(jnp.float32)
     peak = peaks(wide, scale_shape(x.shape, scheme.per, contracted))
-    scale = jax.lax.stop_gradient(scales(peak, scheme)[0])
+    scale, reach = jax.lax.stop_gradient(scales(peak, scheme)[0]), 1.0 if scheme.clip < 1 else 2.0
     if through_scale:
-        scale = _as_given(scale, jnp.where(peak > 0, scheme.clip * peak / scheme.numbers.largest, scale))
+        # What saturates moves with the scale, and not by itself. Rounding moves a scale by less than a factor of 2:
+        # one that is further off is the largest or the smallest that its format has, and moves with nothing.
+        wanted, reach = scheme.clip * peak / scheme.numbers.largest, 1.0
+        scale = _as_given(scale, jnp.where((wanted <= 2 * scale) & (wanted >= scale / 2), wanted, scale))
     scale = spread(scale, x.shape)
-    # Numbers below 0 are beyond an unsigned range, whatever the scale.
-    clipped = scheme.clip < 1 or not scheme.numbers.signed
-    return (scale * straight_through(scheme.numbers, wide / scale, uniform, clipped)).astype(x.dtype)
+    return (scale * straight_through(scheme.numbers, wide / scale, uniform, reach)).astype(x.dtype)
 
 
 def with_learned_scale(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
-    """s round(x / s) for scales [as x, 1 where they are shared], above 0, which are parameters (LSQ)."""
+    """s round(x / s) for scales [as x, 1 where they are shared], which are parameters (LSQ). One that a step took to 0
+    or below counts as LEAST, with the gradient that it has there."""
     shared = x.size // scale.size
     factor = 1 / math.sqrt(shared * format.largest)
-    scale = spread(_as_given(scale, factor * scale), x.shape)
+    scale = spread(_as_given(jnp.maximum(scale, LEAST), factor * scale), x.shape)
     return (scale * straight_through(format, x.astype(jnp.float32) / scale)).astype(x.dtype)
 
 
@@ -99,7 +101,8 @@ def clipped_at(x: jax.Array, largest: jax.Array, format: Format) -> jax.Array:
     format; dy/dlargest is 1 where x is beyond it, and 0 elsewhere."""
     if format.signed:
         raise ValueError(f"clipped activations are never below 0: take an unsigned format, not {format.name}")
-    clipped = jnp.clip(x.astype(jnp.float32), 0.0, largest)
+    wide = x.astype(jnp.float32)
+    clipped = jnp.where(wide >= largest, largest, jnp.where(wide <= 0, 0.0, wide))
     step = jax.lax.stop_gradient(largest) / format.largest
-    # clip has the gradients that the paper says; what comes behind it is the identity for them.
+    # The gradients are those of clipping; what comes behind it is the identity for them.
     return _as_given(step * format.round(clipped / step), clipped).astype(x.dtype)

@@ -46,10 +46,12 @@ class Scheme:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         if isinstance(self.per, str) and self.per not in ("tensor", "channel"):
             raise ValueError(f"per={self.per!r} must be 'tensor', 'channel' or the size of a group")
-        if not isinstance(self.per, str) and self.per < 1:
-            raise ValueError(f"per={self.per} must be at least 1")
+        if not isinstance(self.per, str) and (type(self.per) is not int or self.per < 1):
+            raise ValueError(f"per={self.per} must be a whole number, at least 1")
         if self.tensor_scale and self.scale_format == "float32":
             raise ValueError("tensor_scale=True goes with a scale_format of few bits: float32 needs no second scale")
+        if self.tensor_scale and self.scale_format == "e8m0":
+            raise ValueError("tensor_scale=True goes with ue4m3 or ue5m3: e8m0 has the range of float32")
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip={self.clip} must be above 0 and at most 1")
 
@@ -76,6 +78,8 @@ class Scaled(NamedTuple):
 def scale_shape(shape: Sequence[int], per: str | int, contracted: Sequence[int]) -> tuple[int, ...]:
     """ValueError where groups do not divide the last contracted axis."""
     axes = sorted(axis % len(shape) for axis in contracted)
+    if not axes:
+        raise ValueError("a product sums over an axis or more, and contracted names none")
     if per == "tensor":
         return (1,) * len(shape)
     if per == "channel":
@@ -116,6 +120,9 @@ def scales(peak: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | None
         tensor = scale.max() / format.largest
         tensor = jnp.where(tensor == 0, 1.0, tensor)
         scale = scale / tensor
+    if scheme.scale_rounding == "down":
+        # The quotient may lie a rounding below the number of the format that it is, and would lose a whole step.
+        scale = scale * (1 + 2.0**-20)
     # Where all are 0 any scale does; where a few are tiny, 0 would be none.
     few = jnp.maximum(format.round(scale, way=scheme.scale_rounding), format.smallest)
     return few if tensor is None else few * tensor, tensor

@@ -37,7 +37,7 @@ class PerHead(Selector):
             group = tuple(h for h, entry in enumerate(entries) if entry == (name, settings))
             facts = {"heads": len(group), "kv_heads": len(group), "head_dim": self.head_dim, "block": self.block}
             own = name if name in SELECTORS else name.rpartition(":")[2]
-            member = construct(SELECTORS, name, {own: settings}, "selector", **facts, rngs=rngs)
+            member = construct(SELECTORS, name, {own: settings}, "selector", is_field=False, **facts, rngs=rngs)
             if type(member).choose is Selector.choose:
                 raise ValueError(f"selector.assignment: {name} selects for all heads together, not for one")
             members.append(member)

@@ -49,7 +49,7 @@ def search(
     whole = jax.jit(whole_of)(q, k, v)
     for name, choices in candidates.items():
         for settings in choices:
-            selector = construct(SELECTORS, name, {name: settings}, "selector", **facts)
+            selector = construct(SELECTORS, name, {name: settings}, "selector", is_field=False, **facts)
             values = jax.device_get(judged_by_program(selector, q, k, v, whole=whole))
             for head, entries in enumerate(found):
                 numbers = {measure: float(of[head]) for measure, of in values.items()}
@@ -71,6 +71,8 @@ def streaming_heads(
     `page_bounds.streaming`. LServe (arXiv:2502.14866) takes half, by DuoAttention's trained gates; the error of the
     output, mean over the heads of a group, stands in for them here."""
     facts = {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "block": block}
-    selector = construct(SELECTORS, "a_shape", {"a_shape": {"sink": sink, "window": window}}, "selector", **facts)
+    selector = construct(
+        SELECTORS, "a_shape", {"a_shape": {"sink": sink, "window": window}}, "selector", is_field=False, **facts
+    )
     error = np.asarray(judged_by_program(selector, q, k, v)["error"]).reshape(k.shape[2], -1).mean(1)
     return tuple(sorted(int(head) for head in np.argsort(error, kind="stable")[: int(share * k.shape[2] + 1e-6)]))

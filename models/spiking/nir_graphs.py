@@ -255,6 +255,9 @@ def _population(nir, node, dt: float) -> _Population:
     if one("v_reset") or (not isinstance(node, nir.IF) and one("v_leak")):
         raise ValueError("neurons are read whose v_reset and v_leak are 0")
     limits = np.nextafter(np.moveaxis(np.asarray(node.v_threshold, np.float32), 0, -1), np.float32(np.inf))
+    # XLA takes what is smaller than any normal number for 0, and a threshold of 0 fires at rest.
+    tiny = np.finfo(np.float32).tiny
+    limits = np.where((limits > 0) & (limits < tiny), tiny, limits)
     settings = {}
     # Learned thresholds are above 0; those of a folded norm need not be.
     if np.ptp(limits) == 0 and limits.flat[0] > 0:
@@ -299,7 +302,9 @@ def _assembled(layers, neurons, head, input_shape: Sequence[int], classes: int, 
         raise ValueError(f"the graph gives {has}, which model.decoding={settings.get('decoding', 'mean')!r} can't read")
     for layer, read, population in zip(network.layers, layers, neurons, strict=True):
         shape = {"channels": layer.outputs, "space": layer.after}
-        layer.neuron = construct(ACTIVATIONS, name, {name: population.settings}, "neuron", **shape, rngs=nnx.Rngs(0))
+        layer.neuron = construct(
+            ACTIVATIONS, name, {name: population.settings}, "neuron", is_field=False, **shape, rngs=nnx.Rngs(0)
+        )
         if population.limits is not None:
             layer.neuron.hold(_by_channel(population.limits))
         _fill(layer.weights, read["weights"] * population.gain, read["bias"] * population.gain)

@@ -30,7 +30,7 @@ class StepwiseNetwork(nnx.Module):
 
     time_steps: how often the network sees an example; 0 where the examples have a time axis (encoding "frames",
     "delta" or "stacked"). `encoded`: the shape of an example at a step, behind the encoder. A subclass says what a step
-    is: `start`, `advance`, `entered`, `work`, `is_spiking`.
+    is: `start`, `advance`, `work`, `is_spiking`, and where it can `entered`.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class StepwiseNetwork(nnx.Module):
 
     def entered(self, x: jax.Array) -> Entered:
         """Encoded x -> what may be given to `advance` in its place, in evaluation: x with what needs no state already
-        computed of it. Who gives the same x at step after step computes it once."""
-        raise NotImplementedError
+        computed of it. Who gives the same x at step after step computes it once. Here nothing is."""
+        return Entered(x, None)
 
     def work(self) -> list[Work]:
         """What each layer does for one example."""

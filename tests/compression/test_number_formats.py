@@ -105,6 +105,21 @@ def test_beyond_the_largest_and_not_a_number(name):
         assert found[2] == lowest(format) and np.isnan(found[3])
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_no_draw_leaves_the_format(name):
+    """x + u rounds up to the next whole number where u is next to 1: of the largest, that would be one too many."""
+    format = ALL[name]
+    x = jnp.asarray([format.largest, lowest(format), format.smallest], jnp.float32)
+    found = jax.jit(format.round)(x, jnp.full(3, 1 - 2.0**-24, jnp.float32))
+    assert set(np.asarray(found).tolist()) <= set(numbers(format).tolist()) and found[0] == format.largest
+    np.testing.assert_array_equal(format.decode(format.encode(found)), found)
+
+
+def test_codes_that_are_no_numbers():
+    for name, codes in {"fp8_e4m3": (0x7F, 0xFF), "fp8_e5m2": (0x7C, 0x7F), "ue5m3": (255,), "e8m0": (255,)}.items():
+        assert np.isnan(ALL[name].decode(jnp.asarray(codes, jnp.uint8))).all()
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", [(1,), (7, 3), (8, 1, 2), (5, 0)])
 def test_packed_codes_are_those_that_were(bits, shape):

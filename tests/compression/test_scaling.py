@@ -85,13 +85,15 @@ def test_scales_are_numbers_of_their_format(scale_format, way):
         assert np.abs(found.numbers).max() == 6
 
 
-def test_two_levels_of_scales_do_not_depend_on_the_size_of_the_tensor():
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("way", ["nearest", "up", "down"])
+def test_two_levels_of_scales_do_not_depend_on_the_size_of_the_tensor(way, seed):
     """Without the tensor's scale, e4m3 has none for what is so small or so large; with it the numbers are the same."""
-    x = weights((4, 32))
-    two = Scheme("fp4_e2m1", per=16, scale_format="ue4m3", tensor_scale=True)
+    x = weights((4, 32), seed)
+    two = Scheme("fp4_e2m1", per=16, scale_format="ue4m3", scale_rounding=way, tensor_scale=True)
     one = Scheme("fp4_e2m1", per=16, scale_format="ue4m3")
     base = quantize(x, two, (1,))
-    assert float(base.scale.max() / base.tensor) == 448
+    assert float(base.scale.max() / base.tensor) == pytest.approx(448, rel=1e-6)
     for factor in (2.0**-40, 2.0**40):
         found = quantize(factor * x, two, (1,))
         np.testing.assert_array_equal(found.numbers, base.numbers)
@@ -128,7 +130,13 @@ def test_bits():
     [
         ({"format": "int3"}, "format='int3' must be one of int8, int4"),
         ({"format": "int8", "per": "row"}, "per='row' must be 'tensor', 'channel' or the size of a group"),
-        ({"format": "int8", "per": 0}, "per=0 must be at least 1"),
+        ({"format": "int8", "per": 0}, "per=0 must be a whole number, at least 1"),
+        ({"format": "int8", "per": 2.0}, "per=2.0 must be a whole number"),
+        ({"format": "int8", "per": True}, "per=True must be a whole number"),
+        (
+            {"format": "int8", "scale_format": "e8m0", "tensor_scale": True},
+            "tensor_scale=True goes with ue4m3 or ue5m3",
+        ),
         ({"format": "int8", "scale_format": "e4m3"}, "scale_format='e4m3' must be one of float32, e8m0"),
         ({"format": "int8", "scale_rounding": "away"}, "scale_rounding='away' must be one of"),
         ({"format": "int8", "tensor_scale": True}, "tensor_scale=True goes with a scale_format of few bits"),
@@ -143,6 +151,8 @@ def test_bad_schemes(settings, words):
 def test_groups_that_do_not_divide_are_an_error():
     with pytest.raises(ValueError, match=r"groups of 5 do not divide axis 1 of \[6, 32, 5\]"):
         quantize(weights(), Scheme("int4", per=5), (0, 1))
+    with pytest.raises(ValueError, match="contracted names none"):
+        quantize(weights(), Scheme("int4", per=5), ())
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------
@@ -155,6 +165,8 @@ def test_straight_through_is_clipping(name):
     value, gradient = jax.vjp(lambda x: straight_through(format, x), x)
     np.testing.assert_array_equal(value, format.round(x))
     np.testing.assert_array_equal(gradient(jnp.full(5, 3.0))[0], [0, 3 * format.signed, 3, 3, 0])
+    further = jax.vjp(lambda x: straight_through(format, x, None, 2.0), 1.5 * x)[1](jnp.ones(5))[0]
+    np.testing.assert_array_equal(further, [0, format.signed, 1, 1, 0])
 
 
 @pytest.mark.parametrize("per", ["tensor", "channel", 4])
@@ -185,6 +197,28 @@ def test_only_a_range_that_is_meant_cuts_gradients_off():
     beyond = np.abs(x) > 0.7 * np.abs(x).max(1, keepdims=True) * (1 + 1e-5)
     np.testing.assert_allclose(jax.grad(lambda x: fake(x, narrow, (1,)).sum())(x), ~beyond, rtol=1e-6)
     assert beyond.any()
+    # Unsigned: what is below 0 is cut off, and nothing else.
+    unsigned = Scheme("uint4", per=8, scale_format="ue4m3", scale_rounding="down", tensor_scale=True)
+    np.testing.assert_allclose(jax.grad(lambda x: fake(x, unsigned, (1,)).sum())(x), x >= 0, rtol=1e-6)
+    # The scale's own format has an end: what is far beyond it does not move.
+    far = jnp.asarray([[1.0, -2.0, 0.5, 1e5]])
+    few = Scheme("fp4_e2m1", per=4, scale_format="ue4m3")
+    np.testing.assert_array_equal(fake(far, few, (1,))[0, 3], 6 * 448)
+    for through_scale in (False, True):
+        found = jax.grad(lambda x, t=through_scale: fake(x, few, (1,), through_scale=t)[0, 3])(far)
+        np.testing.assert_array_equal(found, np.zeros((1, 4)))
+
+
+@pytest.mark.parametrize("way", ["nearest", "up", "down"])
+@pytest.mark.parametrize("peak", [8.9, 11.0, 7.0])
+def test_a_rounded_scale_has_the_gradient_of_what_it_stands_for(way, peak):
+    """Where the peak saturates, y = 6 s with ds/dpeak = 1/6, so that dy/dpeak is 1; else the rule within the range."""
+    x, scheme = jnp.asarray([1.0, -2.0, 0.5, peak]), Scheme("fp4_e2m1", "tensor", "e8m0", way)
+    scale = float(quantize(x, scheme, (0,)).scale[0])
+    y, gradient = jax.value_and_grad(lambda x: fake(x, scheme, (0,), through_scale=True)[3])(x)
+    inside = peak / scale <= 6
+    expected = 1.0 + (float(y) / scale - peak / scale) / 6 if inside else 1.0
+    np.testing.assert_allclose(gradient, [0, 0, 0, expected], atol=1e-5)
 
 
 def test_the_scale_has_a_gradient_if_asked():
@@ -209,6 +243,9 @@ def test_learned_scales_by_hand():
     np.testing.assert_array_equal(d_x, [[1, 1], [0, 0]])
     factor = 1 / np.sqrt(2 * 7)
     np.testing.assert_allclose(d_scale, factor * np.array([[3 - 2.6 + 7, -2 + 1.8 - 7]]), rtol=1e-5)
+    # A step that went below 0 is no end.
+    lost = jax.vjp(lambda s: with_learned_scale(x, s, format), jnp.asarray([[-0.1, 0.5]]))
+    assert np.isfinite(lost[0]).all() and np.isfinite(lost[1](jnp.ones((2, 2)))[0]).all()
     np.testing.assert_allclose(initial_scale(x, (1, 2), format), 2 * np.array([[1.63, 2.95]]) / np.sqrt(7), rtol=1e-6)
 
 
@@ -219,6 +256,10 @@ def test_clipped_activations_by_hand():
     d_x, d_largest = pull(jnp.asarray([1.0, 2.0, 4.0, 8.0]))
     np.testing.assert_array_equal(d_x, [0, 2, 4, 0])
     assert d_largest == 8
+    # On the edges, and where nothing is a number.
+    _, pull = jax.vjp(lambda x, a: clipped_at(x, a, format), jnp.asarray([0.0, 1.5]), jnp.asarray(1.5))
+    np.testing.assert_array_equal(np.concatenate([pull(jnp.ones(2))[0], pull(jnp.ones(2))[1][None]]), [0, 0, 1])
+    assert np.isnan(clipped_at(jnp.asarray([jnp.nan]), jnp.asarray(1.5), format))
     with pytest.raises(ValueError, match="take an unsigned format, not int4"):
         clipped_at(x, jnp.asarray(1.0), FORMATS["int4"])
 

@@ -104,6 +104,20 @@ def test_folded_thresholds_are_those_of_each_neuron(kind, tmp_path):
     assert np.abs(whole).max() > 0
 
 
+def test_a_threshold_of_0_does_not_fire_at_rest():
+    """NIR compares with >, and the next number above 0 is one that XLA takes for 0."""
+    net = network(batch_norm=False)
+    graph = to_nir(net)
+    for node in graph.nodes.values():
+        if hasattr(node, "v_threshold"):
+            node.v_threshold = np.zeros_like(node.v_threshold)
+        if hasattr(node, "bias"):
+            node.bias = np.zeros_like(node.bias)
+    back = from_nir(graph, time_steps=3)
+    silent = jax.jit(back.running)(jnp.zeros((2, 8, 8, 2)))
+    assert not np.asarray(silent).any()
+
+
 def euler(node, current, dt):
     """Spikes [T, N] of a NIR neuron that is given currents [T, N], as its equations say."""
     v = i = np.zeros(current.shape[1])

@@ -108,6 +108,15 @@ def test_what_is_out_of_bounds_is_told_where_it_was_set(name, settings, place):
         build(name, **settings)
 
 
+def test_a_place_is_told_of_what_a_config_has_alone():
+    """Members of a mixed selector stand in a list, not in a field of their own."""
+    members = {"assignment": (("a_shape", {"sink": 1, "window": -1}),) * 4}
+    kwargs = {"block_sparse": {"selector": "per_head", "selector_kwargs": {"per_head": members}}}
+    with pytest.raises(ValueError, match="window=-1") as error:
+        build("language", mixer="block_sparse", mixer_kwargs=kwargs)
+    assert "set in selector_kwargs.a_shape" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_least_that_is_allowed(name):
     least = {"width": 1, "heads": 1, "depth": 1, "patch": 1, "dropout": 0.0, "channels": (1,), "kernel": 1, "stride": 1}
