@@ -13,7 +13,7 @@ spreads what lies far out over the block: (X H)(H^T W) = X W. stochastic: roundi
 is rounded is right; the products of gradients want it (Chmiel et al. 2021, arXiv:2112.10769). The gradient of rounding
 itself is `fake`'s, of the operands forward.
 
-The options are those of the design space of training in FP4 (see docs/techniques.toml); which of them cost how much is
+The options are those of the design space of training in FP4; which of them cost how much is
 `extra_operations`.
 """
 
