@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.compression.quantization.scaling import Scheme, quantize
 from lissom.compression.transforms import Transform, layer_paths, match_rules, replace_layers
 from lissom.models.linear import Conv, Embedding, Linear
 from lissom.models.variables import Frozen
@@ -20,11 +21,9 @@ class Int8(nnx.Module):
 
     def __init__(self, weight: jax.Array, channel: int):
         over = tuple(axis for axis in range(weight.ndim) if axis != channel % weight.ndim)
-        peak = jnp.abs(weight).max(over, keepdims=True)
-        scale = jnp.where(peak > 0, peak / 127, 1.0)
-        axes = (None,) * weight.ndim
-        self.integers = Frozen(jnp.round(weight / scale).astype(jnp.int8), out_sharding=axes)
-        self.scale = Frozen(scale, out_sharding=axes)
+        scaled, axes = quantize(weight, Scheme("int8"), over), (None,) * weight.ndim
+        self.integers = Frozen(scaled.numbers.astype(jnp.int8), out_sharding=axes)
+        self.scale = Frozen(scaled.scale, out_sharding=axes)
 
     def __getitem__(self, _: type(Ellipsis)) -> jax.Array:
         """The dequantized weight: reads like the variable that it stands for."""

@@ -25,7 +25,7 @@ in every product (jax 0.11.2).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +40,20 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Format:
-    """largest, smallest: the largest number, and the smallest one above 0. is_uniform: products can be taken of the
-    numbers themselves, in hardware that has the format."""
+    """signed: whether it has numbers below 0."""
 
     name: str
     bits: int
-    largest: float = field(init=False)
-    smallest: float = field(init=False)
+    signed: bool = True
 
-    signed, is_uniform = True, True
+    @property
+    def largest(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def smallest(self) -> float:
+        """Of those above 0."""
+        raise NotImplementedError
 
     def round(self, x: jax.Array, uniform: jax.Array | None = None, *, way: str = "nearest") -> jax.Array:
         """float32 numbers of the format. `way` ("nearest", "up", "down") is that without `uniform`."""
@@ -75,17 +80,18 @@ def _whole(x: jax.Array, uniform: jax.Array | None, way: str) -> jax.Array:
     return WAYS[way](x) if uniform is None else jnp.floor(x + uniform)
 
 
+def _goes_up(above: jax.Array, uniform: jax.Array | None, way: str) -> jax.Array:
+    """Of what lies `above` (0 to 1) between two neighbours, the lower of which is 0: whether it becomes the upper one;
+    nearest: half-way it does."""
+    if uniform is not None:
+        return above + uniform >= 1
+    return {"nearest": above >= 0.5, "up": above > 0, "down": above >= 1}[way]
+
+
 @dataclass(frozen=True)
 class Integer(Format):
-    is_signed: bool = True
-
-    def __post_init__(self):
-        object.__setattr__(self, "largest", float(2 ** (self.bits - self.is_signed) - 1))
-        object.__setattr__(self, "smallest", 1.0)
-
-    @property
-    def signed(self) -> bool:
-        return self.is_signed
+    largest = property(lambda self: float(2 ** (self.bits - self.signed) - 1))
+    smallest = property(lambda self: 1.0)
 
     def round(self, x, uniform=None, *, way="nearest"):
         return self._within(_whole(self._within(x), uniform, way))
@@ -96,7 +102,7 @@ class Integer(Format):
 
     def decode(self, codes):
         codes = codes.astype(jnp.int32)
-        negative = (codes >> (self.bits - 1)) * self.is_signed
+        negative = (codes >> (self.bits - 1)) * self.signed
         return (codes - 2**self.bits * negative).astype(jnp.float32)
 
 
@@ -108,30 +114,28 @@ class Float(Format):
     exponent: int = 0
     mantissa: int = 0
     reserved: int = 0
-    is_signed: bool = True
-
-    def __post_init__(self):
-        step = 2.0 ** (1 - self.bias - self.mantissa)
-        object.__setattr__(self, "smallest", step)
-        codes = 2 ** (self.exponent + self.mantissa) - self.reserved
-        object.__setattr__(self, "largest", self._number(codes - 1))
 
     @property
     def bias(self) -> int:
         return 2 ** (self.exponent - 1) - 1
 
     @property
-    def signed(self) -> bool:
-        return self.is_signed
+    def largest(self) -> float:
+        e, m = divmod(self._magnitudes - 1, 2**self.mantissa)
+        return math.ldexp(1 + m / 2**self.mantissa, e - self.bias)
 
-    def _number(self, code: int) -> float:
-        e, m = divmod(code, 2**self.mantissa)
-        fraction = m / 2**self.mantissa
-        return math.ldexp(fraction + (e > 0), max(e, 1) - self.bias)
+    @property
+    def smallest(self) -> float:
+        return 2.0 ** (1 - self.bias - self.mantissa)
+
+    @property
+    def _magnitudes(self) -> int:
+        """How many codes are numbers, without the sign."""
+        return 2 ** (self.exponent + self.mantissa) - self.reserved
 
     def round(self, x, uniform=None, *, way="nearest"):
         x = self._within(x)
-        step = self._step(x)
+        step = jnp.ldexp(jnp.float32(1), self._exponents(x) - self.mantissa)
         # Both are exact: steps are powers of two. A draw near 1 may lift even the largest by a step.
         return self._within(_whole(x / step, uniform, way) * step)
 
@@ -139,9 +143,6 @@ class Float(Format):
         """floor(log2 |x|), but not below that of subnormals."""
         _, e = jnp.frexp(x)
         return jnp.where(x == 0, 1 - self.bias, jnp.maximum(e - 1, 1 - self.bias))
-
-    def _step(self, x: jax.Array) -> jax.Array:
-        return jnp.ldexp(jnp.float32(1), self._exponents(x) - self.mantissa)
 
     def encode(self, numbers):
         e = self._exponents(numbers)
@@ -158,7 +159,7 @@ class Float(Format):
         e, m = code >> self.mantissa, code & (2**self.mantissa - 1)
         fraction = jnp.where(e > 0, 2**self.mantissa, 0) + m
         number = jnp.ldexp(fraction.astype(jnp.float32), jnp.maximum(e, 1) - self.bias - self.mantissa)
-        number = jnp.where(code >= 2 ** (self.exponent + self.mantissa) - self.reserved, jnp.nan, number)
+        number = jnp.where(code >= self._magnitudes, jnp.nan, number)
         return jnp.where(codes.astype(jnp.int32) >> (self.bits - 1) == 1, -number, number) if self.signed else number
 
 
@@ -167,18 +168,13 @@ class PowersOfTwo(Format):
     """2^-126 ... 2^127 (E8M0), and no 0: what is below becomes the smallest. The nearest is that of the numbers, not of
     their logarithms: 1.5 is as near to 1 as to 2, and goes to 2, as a cast of `ml_dtypes` does."""
 
-    signed = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "largest", 2.0**127)
-        object.__setattr__(self, "smallest", 2.0**-126)
+    largest = property(lambda self: 2.0**127)
+    smallest = property(lambda self: 2.0**-126)
 
     def round(self, x, uniform=None, *, way="nearest"):
         x = jnp.clip(jnp.asarray(x, jnp.float32), self.smallest, self.largest)
         half, e = jnp.frexp(x)  # x = half 2^e, half in [1/2, 1)
-        above = 2 * half - 1
-        limits = {"nearest": above >= 0.5, "up": above > 0, "down": False}
-        up = limits[way] if uniform is None else above + uniform >= 1
+        up = _goes_up(2 * half - 1, uniform, way)
         return jnp.where(jnp.isnan(x), x, jnp.ldexp(jnp.float32(1), e - 1 + up))
 
     def encode(self, numbers):
@@ -191,23 +187,18 @@ class PowersOfTwo(Format):
 
 @dataclass(frozen=True)
 class Table(Format):
-    """Any numbers, in order; of two as near the lower one."""
+    """Any numbers, in order; of two as near the upper one."""
 
     numbers: tuple[float, ...] = ()
 
-    is_uniform = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "largest", max(map(abs, self.numbers)))
-        object.__setattr__(self, "smallest", min(x for x in self.numbers if x > 0))
+    largest = property(lambda self: max(map(abs, self.numbers)))
+    smallest = property(lambda self: min(x for x in self.numbers if x > 0))
 
     def round(self, x, uniform=None, *, way="nearest"):
         x, numbers = self._within(x), jnp.asarray(self.numbers, jnp.float32)
         below = jnp.clip(jnp.searchsorted(numbers, x, side="right") - 1, 0, len(self.numbers) - 2)
         low, high = numbers[below], numbers[below + 1]
-        above = (x - low) / (high - low)
-        limits = {"nearest": above > 0.5, "up": above > 0, "down": above >= 1}
-        up = limits[way] if uniform is None else above + uniform >= 1
+        up = _goes_up((x - low) / (high - low), uniform, way)
         return jnp.where(jnp.isnan(x), x, jnp.where(up, high, low))
 
     def encode(self, numbers):
@@ -223,9 +214,9 @@ FORMATS: Mapping[str, Format] = {
         Integer("int8", 8),
         Integer("int4", 4),
         Integer("int2", 2),
-        Integer("uint8", 8, is_signed=False),
-        Integer("uint4", 4, is_signed=False),
-        Integer("uint2", 2, is_signed=False),
+        Integer("uint8", 8, signed=False),
+        Integer("uint4", 4, signed=False),
+        Integer("uint2", 2, signed=False),
         Float("fp8_e4m3", 8, exponent=4, mantissa=3, reserved=1),
         Float("fp8_e5m2", 8, exponent=5, mantissa=2, reserved=4),
         Float("fp4_e2m1", 4, exponent=2, mantissa=1),
@@ -236,9 +227,9 @@ FORMATS: Mapping[str, Format] = {
 SCALE_FORMATS: Mapping[str, Format] = {
     format.name: format
     for format in (
-        PowersOfTwo("e8m0", 8),
-        Float("ue4m3", 8, exponent=4, mantissa=3, reserved=1, is_signed=False),
-        Float("ue5m3", 8, exponent=5, mantissa=3, reserved=1, is_signed=False),
+        PowersOfTwo("e8m0", 8, signed=False),
+        Float("ue4m3", 8, signed=False, exponent=4, mantissa=3, reserved=1),
+        Float("ue5m3", 8, signed=False, exponent=5, mantissa=3, reserved=1),
     )
 }
 

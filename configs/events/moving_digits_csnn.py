@@ -1,6 +1,6 @@
 """A convolutional spiking network on the event streams of moving digits; class = digit x direction.
 
-Mode spikeformer: a spike-driven transformer (Yao et al. 2024, arXiv:2404.03663) of about as many parameters.
+Mode spikeformer: a spike-driven transformer (Yao et al. 2024, arXiv:2404.03663) of twice as many parameters.
 
 Paper: convolutions and leaky neurons on binned events, as in Eshraghian et al. 2021, arXiv:2109.12894, and the projects
     on DVS recordings that follow it; data and sizes are ours.
@@ -54,7 +54,7 @@ def get_config(arg: str = ""):
     config.train = {"epochs": 10}
     chosen = mode(arg, ("tiny", "spikeformer"))
     if chosen == "spikeformer":
-        # Small maps first: every one of them is computed for every frame.
+        # Narrow where the maps are large: all of it is computed for every frame.
         sizes = {"widths": (8, 16, 32), "depths": (1, 1, 1), "strides": (2, 2, 1), "convolutional": 2, "heads": 4}
         kept = {name: config.model[name] for name in ("neuron_kwargs", "encoding", "time_steps")}
         config.model = digits_spikeformer.get_config().model
