@@ -92,7 +92,9 @@ def _check(x, codes, scale, bits, x_scale) -> None:
         raise ValueError(f"x is [..., {k}], not empty, for codes {codes.shape}{given}, got shape {x.shape}.")
     groups = scale.shape[1]
     if scale.shape[0] != n or k % groups:
-        raise ValueError(f"scale is [{n}, g] for codes {codes.shape}, where g divides k = {k}, got shape {scale.shape}.")
+        raise ValueError(
+            f"scale is [{n}, g] for codes {codes.shape}, where g divides k = {k}, got shape {scale.shape}."
+        )
     if bits == 4 and k // groups % 2:
         raise ValueError(f"scale: a group of {k // groups} numbers of 4 bits would end within a byte.")
     if (x_scale is not None) != is_quantized(x.dtype):
@@ -101,7 +103,9 @@ def _check(x, codes, scale, bits, x_scale) -> None:
     if x_scale is None:
         return
     if (x.dtype == jnp.int8) != (codes.dtype not in FP8):
-        raise ValueError(f"x is int8 for codes of integers and a float8 for codes of float8, got {x.dtype} for {codes.dtype}.")
+        raise ValueError(
+            f"x is int8 for codes of integers and a float8 for codes of float8, got {x.dtype} for {codes.dtype}."
+        )
     _check_dtype("x_scale", x_scale, (scale.dtype,), ", as scale is")
     if not _broadcasts(x_scale.shape, (*x.shape[:-1], 1)):
         raise ValueError(f"x_scale is broadcastable to {(*x.shape[:-1], 1)}, got shape {x_scale.shape}.")

@@ -1,4 +1,4 @@
-"""The equation: codes to numbers, numbers times scales, a product. Of integers first the sums of each group, in int32."""
+"""The equation: codes to numbers, times scales, a product. Of integers first the sums of each group, in int32."""
 
 import jax
 import jax.numpy as jnp
