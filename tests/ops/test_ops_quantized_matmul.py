@@ -237,7 +237,7 @@ BAD = {
     r"x is \[..., 12\], not empty, for codes \(7, 6\) \(two a byte\), got shape \(5, 11\)": lambda x, c, s, p: (
         quantized_matmul(x[:, 1:], p, s, bits=4)
     ),
-    r"scale is \[7, g\] for codes \(7, 12\), where g divides k 12, got shape \(7, 5\)": lambda x, c, s, p: (
+    r"scale is \[7, g\] for codes \(7, 12\), where g divides k = 12, got shape \(7, 5\)": lambda x, c, s, p: (
         quantized_matmul(x, c, np.ones((7, 5), np.float32))
     ),
     r"scale is \[7, g\] .* got shape \(6, 1\)": lambda x, c, s, p: quantized_matmul(x, c, s[1:]),
