@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from lissom.ops.grouped_matmul.differentiable import ACTIVATIONS
-from lissom.ops.hopper import LOG2E, PRODUCER_REGISTERS, ROWS, Block, consumer_registers, drain, tile
+from lissom.ops.hopper import LOG2E, ROWS, Block, by_role, drain, fill, multiply, tile
 
 STEP = 64  # of the sum, a stage of the ring: a swizzled row of 128 bytes
 PIECE = 64  # columns that are in registers a second time
@@ -94,50 +93,6 @@ def _place(number, tall: int, wide: int):
     return row, panel * PANEL + number - row * width
 
 
-def _by_role(of: Block, consume: Callable[[jax.Array], None], produce: Callable[[], None]) -> None:
-    group = jax.lax.axis_index("warpgroup")
-
-    @pl.when(group < of.consumers)
-    def _():
-        plgpu.set_max_registers(consumer_registers(of.consumers), action="increase")
-        consume(group)
-
-    @pl.when(group == of.consumers)
-    def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        produce()
-
-
-def _fill(step, copies: Callable[[jax.Array], list[tuple]], ready, free) -> None:
-    """Fills the stage of a step: `copies(slot)` are pairs of what to copy and where to."""
-    stages = ready.shape[0]
-    slot = jax.lax.rem(step, jnp.int32(stages))
-    pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-    for source, target in copies(slot):
-        plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
-
-
-def _multiply(acc_ref, begin, end, operands: Callable, ready, free, prepare: Callable = lambda step, slot: None):
-    """acc += a b over the stages of the steps from `begin` to `end`; `operands(slot)` are a and b in shared memory.
-
-    A stage is free when the product of the next one is begun: so one is always under way.
-    """
-    stages = ready.shape[0]
-    slot_of = lambda step: jax.lax.rem(step, jnp.int32(stages))
-
-    @pl.loop(begin, end)
-    def _(step):
-        slot = slot_of(step)
-        plgpu.barrier_wait(ready.at[slot])
-        prepare(step, slot)
-        plgpu.wgmma(acc_ref, *operands(slot))
-        plgpu.wgmma_wait(1)
-        pl.when(step > begin)(lambda: plgpu.barrier_arrive(free.at[slot_of(step - 1)]))
-
-    plgpu.wgmma_wait(0)
-    pl.when(end > begin)(lambda: plgpu.barrier_arrive(free.at[slot_of(end - 1)]))
-
-
 def _row_of(rows: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (rows, PIECE), 0, layout=plgpu.Layout.WGMMA)
 
@@ -175,7 +130,7 @@ def _rows(x_ref, w_ref, entries_ref, blocks_ref, y_ref, *, tile, height, transpo
                             yield x_ref.at[rows, k], left_smem.at[slot, group]
                         yield matrix.at[(n, k) if transposed else (k, n)], right_smem.at[slot]
 
-                    _fill(filled + step, copies, ready, free)
+                    fill(filled + step, copies, ready, free)
 
                 return filled + steps_of(first + visit)
 
@@ -200,7 +155,7 @@ def _rows(x_ref, w_ref, entries_ref, blocks_ref, y_ref, *, tile, height, transpo
                 end = filled + steps_of(first + visit)
 
                 def product(acc_ref):
-                    _multiply(acc_ref, filled, end, operands, ready, free)
+                    multiply(acc_ref, filled, end, operands, ready, free)
                     return acc_ref[...]
 
                 new = f(pl.run_scoped(product, plgpu.ACC((ROWS, columns), jnp.float32))).astype(out.dtype)
@@ -232,7 +187,7 @@ def _rows(x_ref, w_ref, entries_ref, blocks_ref, y_ref, *, tile, height, transpo
         jax.lax.fori_loop(0, count, of_tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    _by_role(tile, consume, produce)
+    by_role(tile.consumers, consume, produce)
 
 
 class _Steps(NamedTuple):
@@ -287,7 +242,7 @@ def _sums(x_ref, y_ref, bounds_ref, z_ref, *, tile, grid, left_smem, right_smem,
                         yield x_ref.at[rows, pl.ds(first_k + group * ROWS, ROWS)], left_smem.at[slot, group]
                     yield y_ref.at[rows, pl.ds(first_n, columns)], right_smem.at[slot]
 
-                _fill(filled + step, copies, ready, free)
+                fill(filled + step, copies, ready, free)
 
             return filled + steps.count
 
@@ -319,8 +274,8 @@ def _sums(x_ref, y_ref, bounds_ref, z_ref, *, tile, grid, left_smem, right_smem,
 
             def product(acc_ref):
                 whole, end = filled + steps.whole, filled + steps.count
-                _multiply(acc_ref, filled, whole, operands, ready, free)
-                _multiply(acc_ref, whole, end, operands, ready, free, clear)
+                multiply(acc_ref, filled, whole, operands, ready, free)
+                multiply(acc_ref, whole, end, operands, ready, free, clear)
                 return acc_ref[...]
 
             acc = pl.run_scoped(product, plgpu.ACC((ROWS, columns), jnp.float32))
@@ -334,4 +289,4 @@ def _sums(x_ref, y_ref, bounds_ref, z_ref, *, tile, grid, left_smem, right_smem,
         jax.lax.fori_loop(0, count, of_tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    _by_role(tile, consume, produce)
+    by_role(tile.consumers, consume, produce)
