@@ -308,6 +308,8 @@ def _checksum(info: Mapping[str, Any]) -> dict[str, str]:
 
 def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, blank, times: Mapping[str, float]):
     """Exports, reloads and wraps one network."""
+    from flax import nnx
+
     from lissom import data
     from lissom.compression.artefacts import export, reload
     from lissom.evaluation.measuring import Subject
@@ -327,6 +329,7 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
             raise
         raise UserError(f"{run / 'exports'} can't be written: {error.strerror}") from error
     parts = reload(directory)
+    network = nnx.eval_shape(lambda: merge(parts))
     batches = lambda dataset: lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size)
     return Subject(
         run=str(run),
@@ -344,6 +347,7 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
         decode_length=config.evaluation.decode_length,
         artefact_bytes=artefact_bytes(directory),
         times=times,
+        simulated=any(getattr(node, "simulated", False) for _, node in nnx.iter_graph(network)),
         floor=bool(config.evaluation.floor),
         further=[(settings, batches(other)) for settings, other in further],
     )
@@ -421,6 +425,7 @@ SHOWN = (
     "cache_bytes_per_token",
     "peak_memory",
     "flops",
+    "bit_operations",
     "parameters",
     "artefact_bytes",
 )

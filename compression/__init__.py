@@ -2,6 +2,9 @@
 has two halves and is driven by settings or by path rules."""
 
 TRANSFORMS = {
+    "qat": "lissom.compression.quantization.transforms:Qat",
+    "packed": "lissom.compression.quantization.transforms:PackedLayers",
+    "quantize": "lissom.compression.quantization.transforms:Quantize",
     "int8_weights": "lissom.compression.weight_only:Int8Weights",
     "branches": "lissom.compression.branches:Branches",
     "bricks": "lissom.compression.bricks:Bricks",

@@ -126,13 +126,13 @@ def summarize_samples(samples: Sequence[float]) -> Latency:
     return Latency(float(p50), float(p90), tuple(samples))
 
 
-def latency_measurements(latency: Latency, batch: int, **conditions) -> list[Measurement]:
+def latency_measurements(latency: Latency, batch: int, kind: str = "measured", **conditions) -> list[Measurement]:
     """p50, p90 and throughput (batch / p50, examples a second) at this batch size."""
     conditions = {"batch": batch, **conditions}
     return [
-        measure("latency_p50", latency.p50, **conditions),
-        measure("latency_p90", latency.p90, **conditions),
-        measure("throughput", batch / latency.p50, **conditions),
+        measure("latency_p50", latency.p50, kind, **conditions),
+        measure("latency_p90", latency.p90, kind, **conditions),
+        measure("throughput", batch / latency.p50, kind, **conditions),
     ]
 
 

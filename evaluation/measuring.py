@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from lissom.evaluation import costs, energy, floors, memory, mixtures
 from lissom.evaluation.latency import latency_measurements, measure_interleaved
 from lissom.evaluation.metrics import JUDGED, METRICS
 from lissom.evaluation.rows import Identity, Measurement, Provenance, Row, measure
-from lissom.models import tallies
+from lissom.models import products, tallies
 
 ROTATED = 4  # different inputs a latency is taken over
 COMPARED = 4  # test examples on which a transformed network's outputs are compared with those of the trained one
@@ -46,6 +47,7 @@ class Subject:
     times: Mapping[str, float]
     decode_length: int = 0  # tokens of a sequence whose last one is timed; 0: as many as the examples have
     floor: bool = False  # whether it wants the trivial methods beside it
+    simulated: bool = False  # whether it imitates arithmetic of few bits: its times are not those of such
     further: Sequence[tuple[Mapping[str, Any], Callable[[], Iterable[dict]]]] = ()  # test sets of other settings
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
 
@@ -79,11 +81,14 @@ def measure_subject(subject: Subject) -> None:
         subject.measurements += _test_means(subject, totals, settings)
         if not settings:
             subject.measurements += _modelled(subject, totals)
-    note(measure("parameters", memory.parameter_count((subject.state[0], subject.state[2])), "compiled"))
+    hidden = sum(getattr(node, "hidden", 0) for _, node in nnx.iter_graph(subject.merge(subject.graph, subject.state)))
+    count = memory.parameter_count((subject.state[0], subject.state[2])) + hidden
+    note(measure("parameters", count, "compiled"))
     note(measure("parameter_bytes", memory.parameter_bytes((subject.state[0], subject.state[2])), "compiled"))
     note(measure("artefact_bytes", subject.artefact_bytes))
     one = _batches_of(subject.examples, 1)[0]
     note(measure("flops", costs.count(subject.forward, *subject.state, *one).flops, "compiled", batch=1))
+    subject.measurements += _of_few_bits(subject)
     for name, value in subject.times.items():
         note(measure(name, value, "compiled" if METRICS[name].unit in ("B", "FLOP") else "measured"))
     if subject.decodes:
@@ -91,6 +96,21 @@ def measure_subject(subject: Subject) -> None:
         init_cache = functools.partial(network.init_cache, 1)
         note(measure("cache_bytes", memory.cache_bytes(init_cache, length), "compiled", length=length))
         note(measure("cache_bytes_per_token", memory.cache_bytes_per_token(init_cache, length), "compiled"))
+
+
+def _of_few_bits(subject: Subject) -> list[Measurement]:
+    """What the products with kernels cost by their bits, of a network that has some of few; a float counts as 16."""
+    batch = max(subject.latency_batches)
+    found = {}
+    for size in {1, batch}:
+        with products.noted() as found[size]:
+            jax.eval_shape(subject.forward, *subject.state, *_batches_of(subject.examples, size)[0])
+    if all(call.quantizer is None for call in found[1]):
+        return []
+    bits = lambda call: 16 if call.quantizer is None else call.quantizer.bits
+    rounding = sum(call.quantizer.rounding_operations(call) for call in found[batch] if call.quantizer is not None)
+    costs = [measure("bit_operations", sum(call.multiply_adds * bits(call) for call in found[1]), "compiled", batch=1)]
+    return costs + ([measure("rounding_operations", rounding, "compiled", batch=batch)] if rounding else [])
 
 
 def _totals(subject: Subject, judge: Callable, batches: Iterable[dict]) -> tallies.Totals:
@@ -161,7 +181,8 @@ def latencies(subjects: Sequence[Subject]) -> None:
                 subject.measurements.append(memory.peak_measurement(compiled, batch=batch))
         repeats = max(subjects[number].repeats for number in candidates)
         for number, latency in measure_interleaved(candidates, repeats=repeats).items():
-            subjects[number].measurements += latency_measurements(latency, batch)
+            kind = "simulated" if subjects[number].simulated else "measured"
+            subjects[number].measurements += latency_measurements(latency, batch, kind)
 
 
 def decoding(subjects: Sequence[Subject]) -> None:
@@ -185,10 +206,11 @@ def decoding(subjects: Sequence[Subject]) -> None:
         for number, latency in measure_interleaved(candidates, repeats=repeats).items():
             conditions = {"batch": batch, "length": lengths[number]}
             p50, p90 = (seconds / steps[number] for seconds in (latency.p50, latency.p90))
+            kind = "simulated" if subjects[number].simulated else "measured"
             subjects[number].measurements += [
-                measure("decode_p50", p50, **conditions),
-                measure("decode_p90", p90, **conditions),
-                measure("decode_throughput", batch / p50, **conditions),
+                measure("decode_p50", p50, kind, **conditions),
+                measure("decode_p90", p90, kind, **conditions),
+                measure("decode_throughput", batch / p50, kind, **conditions),
             ]
 
 

@@ -1,6 +1,7 @@
 """Products with a parameter: dense, embedding, convolution; dropout with an explicit key.
 
 Parameters are float32, the product is computed in `dtype`; kernels are initialised with variance 1 / fan_in.
+A layer's `quantizer`, where a transform gave it one, computes the product in its stead (`models/products.py`).
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.products import Convolution, Dense, Logits, multiplied
 from lissom.models.variables import Param
 
 KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -41,10 +43,10 @@ class Linear(nnx.Module):
         kernel = init(rngs.params(), (inputs, flat), jnp.float32).reshape(inputs, *shape)
         self.kernel = Param(kernel, out_sharding=axes)
         self.bias = Param(jnp.zeros(shape), out_sharding=axes[1:]) if bias else None
-        self.dtype = dtype
+        self.dtype, self.quantizer = dtype, None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=1)
+        y = multiplied(Dense(), x, self.kernel, self.dtype, self.quantizer)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -69,13 +71,15 @@ class Embedding(nnx.Module):
     ):
         self.table = Param(width**-0.5 * jax.random.normal(rngs.params(), (vocab, width)), out_sharding=axes)
         self.multiplier = width**0.5 if multiplier is None else multiplier
-        self.dtype = dtype
+        self.dtype, self.quantizer = dtype, None
 
     def __call__(self, index: jax.Array) -> jax.Array:
+        if self.quantizer is not None:
+            return self.quantizer.rows_of(self.table, index).astype(self.dtype) * self.multiplier
         return self.table[...].astype(self.dtype)[index] * self.multiplier
 
     def logits(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...m,vm->...v", x.astype(self.dtype), self.table[...].astype(self.dtype))
+        return multiplied(Logits(), x, self.table, self.dtype, self.quantizer)
 
 
 class Conv(nnx.Module):
@@ -99,17 +103,10 @@ class Conv(nnx.Module):
         init = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
         self.kernel = Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
         self.bias = Param(jnp.zeros(outputs), out_sharding=("channels",)) if bias else None
-        self.stride, self.spatial, self.dtype = stride, len(kernel), dtype
+        self.stride, self.spatial, self.dtype, self.quantizer = stride, len(kernel), dtype, None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        letters = "XYZ"[: self.spatial]
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            (self.stride,) * self.spatial,
-            "SAME",
-            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-        )
+        y = multiplied(Convolution(self.stride), x, self.kernel, self.dtype, self.quantizer)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

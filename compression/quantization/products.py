@@ -26,20 +26,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lissom.compression.quantization.rounding import fake
+from lissom.compression.quantization.rounding import GRADIENTS, fake
 from lissom.compression.quantization.scaling import Scheme
 
 
 @dataclass(frozen=True)
 class Operand:
-    """rotation: the size of a block, a power of two, or 0. through_scale: as `fake` has it, of operands forward."""
+    """rotation: the size of a block, a power of two, or 0. through_scale, gradient: as `fake` has them, of operands
+    forward."""
 
     scheme: Scheme
     rotation: int = 0
     stochastic: bool = False
     through_scale: bool = False
+    gradient: str = GRADIENTS[0]
 
     def __post_init__(self):
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient={self.gradient!r} must be one of {', '.join(GRADIENTS)}")
         if self.rotation < 0 or self.rotation & (self.rotation - 1):
             raise ValueError(f"rotation={self.rotation} must be a power of two, or 0")
 
@@ -98,17 +102,29 @@ def rounded(x: jax.Array, operand: Operand | None, contracted: Sequence[int], ke
         return x
     x = hadamard(x, contracted[-1], operand.rotation)
     uniform = jax.random.uniform(key, x.shape) if operand.stochastic else None
-    return fake(x, operand.scheme, contracted, uniform, through_scale=operand.through_scale)
+    kinds = {"through_scale": operand.through_scale, "gradient": operand.gradient}
+    return fake(x, operand.scheme, contracted, uniform, **kinds)
+
+
+def key_of(*arrays: jax.Array) -> jax.Array:
+    """A random key that is a sum over the bits of the arrays: the same for the same values, another for others."""
+    total = jnp.zeros((), jnp.uint32)
+    for array in arrays:
+        bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(array).astype(jnp.float32), jnp.uint32)
+        # Weighed by place, so that a permutation is another array.
+        places = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
+        total = total * jnp.uint32(31) + (bits.reshape(-1) * places).sum(dtype=jnp.uint32)
+    return jax.random.key(total)
 
 
 def product(x: jax.Array, w: jax.Array, rule: Rule, key: jax.Array | None = None) -> jax.Array:
-    """x[rows, in] w[in, out] -> [rows, out]. key: for rules that draw; ValueError where one is missing, or an
-    operand has not two axes."""
+    """x[rows, in] w[in, out] -> [rows, out]. key: of what is drawn; None: `key_of` both. ValueError where an operand
+    has not two axes."""
     if x.ndim != 2 or w.ndim != 2:
         raise ValueError(f"a product of {list(x.shape)} and {list(w.shape)}: flatten both to two axes")
-    if rule.draws and key is None:
-        raise ValueError("stochastic rounding needs a random key")
-    return _product(rule, x, w, jax.random.key(0) if key is None else key)
+    if key is None:
+        key = key_of(x, w) if rule.draws else jax.random.key(0)
+    return _product(rule, x, w, key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,6 +134,17 @@ def _product(rule: Rule, x: jax.Array, w: jax.Array, key: jax.Array) -> jax.Arra
 
 def _pair(operands, left: jax.Array, right: jax.Array, keys: jax.Array) -> jax.Array:
     return rounded(left, operands[0], (1,), keys[0]) @ rounded(right, operands[1], (0,), keys[1])
+
+
+def _filled_pair(operands, left: jax.Array, right: jax.Array, keys: jax.Array) -> jax.Array:
+    """The same, where what is summed over need not be a multiple of groups and blocks: rows and outputs are as many as
+    they are. Zeros fill the last group, and add nothing."""
+    sizes = [1]
+    for operand in operands:
+        if operand is not None:
+            sizes += [max(operand.rotation, 1), *([] if isinstance(operand.scheme.per, str) else [operand.scheme.per])]
+    more = -left.shape[1] % math.lcm(*sizes)
+    return _pair(operands, jnp.pad(left, ((0, 0), (0, more))), jnp.pad(right, ((0, more), (0, 0))), keys)
 
 
 def _forward(rule, x, w, key):
@@ -134,11 +161,11 @@ def _backward(rule, kept, d_y):
     if rule.by_inputs is None:
         d_x = d_y @ w_rounded.T
     else:
-        d_x = hadamard(_pair(rule.by_inputs, d_y, w.T, jax.random.split(by_inputs)), 1, block)
+        d_x = hadamard(_filled_pair(rule.by_inputs, d_y, w.T, jax.random.split(by_inputs)), 1, block)
     if rule.by_weights is None:
         d_w = x_rounded.T @ d_y
     else:
-        d_w = hadamard(_pair(rule.by_weights, x.T, d_y, jax.random.split(by_weights)), 0, block)
+        d_w = hadamard(_filled_pair(rule.by_weights, x.T, d_y, jax.random.split(by_weights)), 0, block)
     return *pull_x(d_x.astype(x_rounded.dtype)), *pull_w(d_w.astype(w_rounded.dtype)), None
 
 

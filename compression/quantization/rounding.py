@@ -10,6 +10,10 @@ further out has met the end of the scale's own format. The scale is taken for a 
 through_scale=True for what it is, the largest magnitude of x times a number (rounded straight through where it has a
 format of its own): then the numbers on the edge of the range get the gradient of all that is scaled by them.
 
+`differentiable` replaces the identity by the derivative of a smooth staircase, of an x that lies a share t from the
+middle of two neighbouring numbers (-1 at the lower, 1 at the upper) min(|t|^(1/k - 1) / k, 3), k = 5: small between
+two numbers, steep near either (Wang et al. 2025, arXiv:2501.17116, section 3.1).
+
 Learned step sizes (LSQ, Esser et al. 2020, arXiv:1902.08153) learn the scale s itself, whose gradient is, by the same
 rule,
 
@@ -30,22 +34,39 @@ from lissom.compression.quantization.formats import Format
 from lissom.compression.quantization.scaling import Scheme, over_groups, peaks, scale_shape, scales, spread
 
 LEAST = 1e-12  # of learned scales
+GRADIENTS = ("straight_through", "differentiable")
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
-def straight_through(format: Format, x: jax.Array, uniform: jax.Array | None = None, reach: float = 1.0) -> jax.Array:
-    """`format.round`, and the derivative of clipping to `reach` times its range; below 0 an unsigned one has none."""
-    del reach
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3, 4))
+def straight_through(
+    format: Format, x: jax.Array, uniform: jax.Array | None = None, reach: float = 1.0, gradient: str = GRADIENTS[0]
+) -> jax.Array:
+    """`format.round`, and the derivative of clipping to `reach` times its range; below 0 an unsigned one has none.
+    gradient "differentiable": times that of the smooth staircase."""
+    del reach, gradient
     return format.round(x, uniform)
 
 
 @straight_through.defjvp
-def _straight_through_jvp(format, reach, primals, tangents):
+def _straight_through_jvp(format, reach, gradient, primals, tangents):
     x, uniform = primals
     # x is divided by a scale: what lies on the edge of the range may lie a rounding beyond it.
     furthest = reach * format.largest * (1 + 1e-6)
     inside = (x >= (-furthest if format.signed else 0.0)) & (x <= furthest)
-    return format.round(x, uniform), jnp.where(inside, tangents[0].astype(jnp.float32), 0.0)
+    tangent = tangents[0].astype(jnp.float32)
+    if gradient == "differentiable":
+        tangent = tangent * staircase_slope(format, x)
+    return format.round(x, uniform), jnp.where(inside, tangent, 0.0)
+
+
+def staircase_slope(format: Format, x: jax.Array, power: float = 5.0, largest: float = 3.0) -> jax.Array:
+    """min(|t|^(1/power - 1) / power, largest), t the share from the middle between x's neighbours to one of them. A
+    number of the format, and what lies beyond the range, is at its end: 1 / power."""
+    low, high = format.round(x, way="down"), format.round(x, way="up")
+    step = high - low
+    share = jnp.where(step > 0, jnp.abs(2 * x - low - high) / jnp.where(step > 0, step, 1.0), 1.0)
+    # Towards the middle the power grows beyond all bounds, and is cut there.
+    return jnp.minimum(jnp.maximum(share, 1e-6) ** (1 / power - 1) / power, largest)
 
 
 @jax.custom_jvp
@@ -67,24 +88,31 @@ def fake(
     uniform: jax.Array | None = None,
     *,
     through_scale: bool = False,
+    gradient: str = GRADIENTS[0],
 ) -> jax.Array:
     """x's shape and dtype. uniform: numbers in [0, 1), for stochastic rounding."""
     wide = x.astype(jnp.float32)
     peak = peaks(wide, scale_shape(x.shape, scheme.per, contracted))
-    scale, reach = jax.lax.stop_gradient(scales(peak, scheme)[0]), 1.0 if scheme.clip < 1 else 2.0
+    scale, reach = jax.lax.stop_gradient(scales(peak, scheme, contracted)[0]), 1.0 if scheme.clip < 1 else 2.0
     if through_scale:
         # What saturates moves with the scale, and not by itself. Rounding moves a scale by less than a factor of 2:
         # one that is further off is the largest or the smallest that its format has, and moves with nothing.
         wanted, reach = scheme.clip * peak / scheme.numbers.largest, 1.0
         scale = _as_given(scale, jnp.where((wanted <= 2 * scale) & (wanted >= scale / 2), wanted, scale))
     scale = spread(scale, x.shape)
-    return (scale * straight_through(scheme.numbers, wide / scale, uniform, reach)).astype(x.dtype)
+    return (scale * straight_through(scheme.numbers, wide / scale, uniform, reach, gradient)).astype(x.dtype)
 
 
-def with_learned_scale(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
+def at_scale(x: jax.Array, scale: jax.Array, format: Format, gradient: str = GRADIENTS[0]) -> jax.Array:
+    """s round(x / s) for a scale that is known before x, and cuts off what is beyond its range."""
+    scale = jax.lax.stop_gradient(scale)
+    return (scale * straight_through(format, x.astype(jnp.float32) / scale, None, 1.0, gradient)).astype(x.dtype)
+
+
+def with_learned_scale(x: jax.Array, scale: jax.Array, format: Format, shared: int | None = None) -> jax.Array:
     """s round(x / s) for scales [as x, 1 where they are shared], which are parameters (LSQ). One that a step took to 0
-    or below counts as LEAST, with the gradient that it has there."""
-    shared = x.size // scale.size
+    or below counts as LEAST, with the gradient that it has there. shared: the n of the gradient; None: those of x."""
+    shared = x.size // scale.size if shared is None else shared
     factor = 1 / math.sqrt(shared * format.largest)
     scale = spread(_as_given(jnp.maximum(scale, LEAST), factor * scale), x.shape)
     return (scale * straight_through(format, x.astype(jnp.float32) / scale)).astype(x.dtype)

@@ -13,8 +13,9 @@ sums of groups.
 
 A scale that is itself a number of `scale_format` is rounded by `scale_rounding`; rounded down, the largest numbers
 saturate. tensor_scale: scales are first divided by a float32 number of the whole tensor, so that the largest of them is
-the largest that `scale_format` has (two levels, as in NVFP4). A NaN or an infinite number makes NaN of all that share
-its scale.
+the largest that `scale_format` has (two levels, as in NVFP4); with by_row each row, what is summed over together, has
+a number of its own: activations, of which no example may change another's. A NaN or an infinite number makes NaN of all
+that share its scale.
 """
 
 import math
@@ -37,6 +38,7 @@ class Scheme:
     scale_format: str = "float32"
     scale_rounding: str = "nearest"
     tensor_scale: bool = False
+    by_row: bool = False
     clip: float = 1.0
 
     def __post_init__(self):
@@ -52,6 +54,8 @@ class Scheme:
             raise ValueError("tensor_scale=True goes with a scale_format of few bits: float32 needs no second scale")
         if self.tensor_scale and self.scale_format == "e8m0":
             raise ValueError("tensor_scale=True goes with ue4m3 or ue5m3: e8m0 has the range of float32")
+        if self.by_row and not self.tensor_scale:
+            raise ValueError("by_row=True says whose the tensor_scale is, and there is none")
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip={self.clip} must be above 0 and at most 1")
 
@@ -63,12 +67,13 @@ class Scheme:
         """Of an array of that shape, with its scales."""
         of_scale = 32 if self.scale_format == "float32" else SCALE_FORMATS[self.scale_format].bits
         scales = math.prod(scale_shape(shape, self.per, contracted))
-        return math.prod(shape) * self.numbers.bits + scales * of_scale + 32 * self.tensor_scale
+        rows = math.prod(scale_shape(shape, "channel" if self.by_row else "tensor", contracted))
+        return math.prod(shape) * self.numbers.bits + scales * of_scale + 32 * rows * self.tensor_scale
 
 
 class Scaled(NamedTuple):
     """numbers of the format, float32 [shape]; scale float32, of as many axes, each of which divides that of the shape.
-    tensor: the part of the scale that all share."""
+    tensor: the part of the scale that all share (by_row: that each row does)."""
 
     numbers: jax.Array
     scale: jax.Array
@@ -110,14 +115,15 @@ def peaks(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return over_groups(jnp.max, jnp.abs(x.astype(jnp.float32)), shape)
 
 
-def scales(peak: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | None]:
-    """(scale, the part of it that all share or None) for ranges of +- peak."""
+def scales(peak: jax.Array, scheme: Scheme, contracted: Sequence[int]) -> tuple[jax.Array, jax.Array | None]:
+    """(scale, the part of it that all share or None) for ranges of +- peak, of as many axes as the numbers have."""
     scale = jnp.where(jnp.isfinite(peak), scheme.clip * peak / scheme.numbers.largest, jnp.nan)
     if scheme.scale_format == "float32":
         return jnp.where(scale == 0, 1.0, scale), None
     format, tensor = SCALE_FORMATS[scheme.scale_format], None
     if scheme.tensor_scale:
-        tensor = scale.max() / format.largest
+        over = tuple(contracted) if scheme.by_row else None
+        tensor = scale.max(over, keepdims=scheme.by_row) / format.largest
         tensor = jnp.where(tensor == 0, 1.0, tensor)
         scale = scale / tensor
     if scheme.scale_rounding == "down":
@@ -130,7 +136,7 @@ def scales(peak: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | None
 
 def quantize(x: jax.Array, scheme: Scheme, contracted: Sequence[int], uniform: jax.Array | None = None) -> Scaled:
     """uniform: numbers in [0, 1) of x's shape, for stochastic rounding."""
-    scale, tensor = scales(peaks(x, scale_shape(x.shape, scheme.per, contracted)), scheme)
+    scale, tensor = scales(peaks(x, scale_shape(x.shape, scheme.per, contracted)), scheme, contracted)
     numbers = scheme.numbers.round(x.astype(jnp.float32) / spread(scale, x.shape), uniform)
     return Scaled(numbers, scale, tensor)
 

@@ -99,8 +99,25 @@ def test_stochastic_gradients_are_right_on_average():
     for draws, expected in ((d_x, d_y @ w.T), (d_w, x.T @ d_y)):
         error = np.abs(draws.mean(0) - expected)
         assert (error <= 5 * draws.std(0) / np.sqrt(2000) + 1e-5).all() and draws.std(0).max() > 0.1
-    with pytest.raises(ValueError, match="stochastic rounding needs a random key"):
-        product(x, w, rule)
+    # Without a key the operands' own bits are one: twice the same, and another for others.
+    own = [
+        jax.jit(lambda x, w: jax.vjp(lambda x, w: product(x, w, rule), x, w)[1](d_y)[0])(x + more, w)
+        for more in (0, 0, 1e-3)
+    ]
+    np.testing.assert_array_equal(own[0], own[1])
+    assert np.abs(own[0] - own[2]).max() > 0.1
+
+
+def test_backward_fills_the_last_group():
+    """Rows and outputs that are no multiple of it: as with zeros beside them."""
+    x, w, d_y = operands()
+    rule = Rule(forward=(INT4, INT4), by_inputs=(FP4, FP4), by_weights=(FP4, FP4))
+    few = x[:13], w[:, :5], d_y[:13, :5]
+    wide = (jnp.pad(few[0], ((0, 3), (0, 0))), jnp.pad(few[1], ((0, 0), (0, 3))), jnp.pad(few[2], ((0, 3), (0, 3))))
+    pull = lambda x, w, d_y: jax.vjp(lambda x, w: product(x, w, rule), x, w)[1](d_y)
+    (d_x, d_w), (wide_x, wide_w) = pull(*few), pull(*wide)
+    np.testing.assert_allclose(d_x, wide_x[:13], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(d_w, wide_w[:, :5], rtol=1e-5, atol=1e-6)
 
 
 def test_forward_and_its_gradient_see_the_same_draws():

@@ -1,0 +1,100 @@
+"""What layers compute their product with while they are trained for few bits: operands that are rounded, in float
+arithmetic and with gradients.
+
+    quantizer(product, x, kernel)       the product (`models/products.py`)
+    quantizer.rows_of(table, index)     rows of an embedding
+    quantizer.simulated                 whether it imitates the arithmetic that it is about
+
+What such a layer is exported as is in `stored.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.compression.quantization import products
+from lissom.compression.quantization.products import hadamard
+from lissom.compression.quantization.ranges import KINDS
+from lissom.compression.quantization.rounding import LEAST, initial_scale, with_learned_scale
+from lissom.compression.quantization.rules import LayerRule
+from lissom.compression.quantization.scaling import Scaled, quantize, scale_shape, spread
+from lissom.models.variables import Param
+
+
+class Fake(nnx.Module):
+    """Of a layer whose kernel is summed over `axes`. ValueError where groups do not divide it."""
+
+    simulated = True
+
+    def __init__(self, rule: LayerRule, kernel: jax.Array, axes: Sequence[int]):
+        self.rule, weights, activations = rule, rule.weights, rule.activations
+        of_kernel = scale_shape(kernel.shape, weights.scheme.per, axes)
+        if activations is not None:
+            # Channels of activations lie along the same axis.
+            scale_shape(kernel.shape, activations.scheme.per, axes)
+        learned = None
+        if weights.range == "learned":
+            turned = hadamard(kernel, axes[-1], weights.operand.rotation)
+            first = initial_scale(turned, of_kernel, weights.scheme.numbers)
+            learned = Param(first, out_sharding=(None,) * kernel.ndim)
+        self.scale = learned
+        dynamic = activations is None or activations.range == "dynamic"
+        self.range = None if dynamic else KINDS[activations.range](activations)
+
+    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+        w = kernel[...].astype(x.dtype)
+        if self.range is not None and self.range.observing:
+            self.range.note(x)
+            return product(x, w)
+        if self.rule.gradients is not None:
+            y = products.product(product.rows(x, w), product.matrix(w), self.rule.three)
+            return product.result(y, x, w)
+        return product(self.activations(x, product.x_axes(x.ndim)), self.weights(w, product.kernel_axes(w.ndim)))
+
+    @property
+    def bits(self) -> int:
+        return self.rule.bits
+
+    def rounding_operations(self, call: Any) -> int:
+        """Of one training step: each operand of each product, rounded for it."""
+        x, w, d_y = call.rows * call.length, call.length * call.outputs, call.rows * call.outputs
+        of = lambda side, size: 0 if side is None else side.operand.extra_operations(size)
+        rule = self.rule
+        forward = of(rule.activations, x) + of(rule.weights, w)
+        return forward if rule.gradients is None else 2 * (forward + of(rule.gradients, d_y))
+
+    def weights(self, kernel: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """Rounded, and turned where the rule turns operands."""
+        operand = self.rule.weights.operand
+        if self.scale is None:
+            return products.rounded(kernel, operand, axes, None)
+        turned = hadamard(kernel, axes[-1], operand.rotation)
+        return with_learned_scale(turned, self.scale[...], operand.scheme.numbers)
+
+    def activations(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """The same."""
+        if self.rule.activations is None:
+            return x
+        if self.range is None:
+            return products.rounded(x, self.rule.activations.operand, axes, None)
+        return self.range.rounded(hadamard(x, axes[-1], self.rule.activations.operand.rotation))
+
+    def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
+        """Rows of a table, which are summed over in a product: rounded as they would be there, but not turned."""
+        operand, rows = self.rule.weights.operand, table[...][index]
+        if self.scale is not None or operand.scheme.per == "tensor" or operand.scheme.tensor_scale:
+            return hadamard(self.weights(table[...], (1,)), 1, operand.rotation)[index]
+        axis = (rows.ndim - 1,)
+        return hadamard(products.rounded(rows, operand, axis, None), axis[0], operand.rotation)
+
+    def scaled(self, kernel: jax.Array, axes: Sequence[int]) -> Scaled:
+        """Numbers and scales of the weights, as `weights` has them."""
+        turned = hadamard(kernel.astype(jnp.float32), axes[-1], self.rule.weights.operand.rotation)
+        scheme = self.rule.weights.scheme
+        if self.scale is None:
+            return quantize(turned, scheme, axes)
+        scale = jnp.maximum(self.scale[...], LEAST)
+        return Scaled(scheme.numbers.round(turned / spread(scale, turned.shape)), scale)

@@ -1,0 +1,153 @@
+"""Where the range of activations comes from, of layers whose activations share one scale.
+
+    frozen      measured and then fixed: the mean, over the first `warm_up` calls in training or over calibration
+                batches, of max |x|. Until then nothing is rounded (AQT, Abdolrashidi et al. 2021, arXiv:2105.03536)
+    learned     the scale is a parameter (LSQ, Esser et al. 2020, arXiv:1902.08153)
+    clipped     the largest number is one (PACT, Choi et al. 2018, arXiv:1805.06085)
+
+`rounded` is what is trained with; `scale` is what is left of it in an exported network. While `observing`, a layer
+works unrounded and notes what it sees: `observe`.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.compression.quantization.formats import Format
+from lissom.compression.quantization.rounding import LEAST, at_scale, clipped_at, with_learned_scale
+from lissom.compression.quantization.rules import Rounding
+from lissom.models.variables import Param, Parts, Stat, merge, split, stats_of
+
+
+class Range(nnx.Module):
+    """Of one layer. `seen`: the mean over `calls` of what `measure` finds in an x."""
+
+    def __init__(self, rounding: Rounding):
+        self.rounding, self.observing = rounding, False
+        self.seen, self.calls = Stat(jnp.zeros(()), out_sharding=()), Stat(jnp.zeros(()), out_sharding=())
+
+    @property
+    def format(self) -> Format:
+        return self.rounding.scheme.numbers
+
+    def measure(self, x: jax.Array) -> jax.Array:
+        return jnp.abs(x).max()
+
+    def note(self, x: jax.Array, wanted: jax.Array | bool = True) -> None:
+        """Takes x into the mean, where it is wanted."""
+        found = jax.lax.stop_gradient(self.measure(x.astype(jnp.float32)))
+        calls = self.calls[...] + 1
+        seen = self.seen[...] + (found - self.seen[...]) / calls
+        self.seen[...] = jnp.where(wanted, seen, self.seen[...])
+        self.calls[...] = jnp.where(wanted, calls, self.calls[...])
+
+    def rounded(self, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> jax.Array:
+        """Of the numbers of the format, 0 where none is known."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Begins with what was seen."""
+
+
+class Frozen(Range):
+    """See above. `rounding.scheme.clip`: the share of the range that is kept."""
+
+    def rounded(self, x):
+        known = self.calls[...] >= max(self.rounding.warm_up, 1)
+        scale, operand = self.scale, self.rounding.operand
+        if self.rounding.warm_up:
+            self.note(x, ~known)
+        return jnp.where(known, at_scale(x, jnp.where(scale > 0, scale, 1.0), self.format, operand.gradient), x)
+
+    @property
+    def scale(self):
+        return self.rounding.scheme.clip * self.seen[...] / self.format.largest
+
+    def settle(self):
+        self.calls[...] = jnp.maximum(self.calls[...], float(max(self.rounding.warm_up, 1)))
+
+
+class Learned(Range):
+    """Begins with what suits numbers of unit variance, behind a calibration with what suits those that were seen."""
+
+    def __init__(self, rounding: Rounding):
+        super().__init__(rounding)
+        self.step = Param(jnp.asarray(self._step(math.sqrt(2 / math.pi))), out_sharding=())
+
+    def _step(self, mean: jax.Array | float) -> jax.Array:
+        return 2 * mean / math.sqrt(self.format.largest)
+
+    def measure(self, x):
+        return jnp.abs(x).mean()
+
+    def rounded(self, x):
+        # LSQ counts the numbers of an example: the loss is a mean over the examples.
+        shared = x.size // len(x)
+        return with_learned_scale(x, self.step[...].reshape((1,) * x.ndim), self.format, shared)
+
+    @property
+    def scale(self):
+        return jnp.maximum(self.step[...], LEAST)
+
+    def settle(self):
+        self.step[...] = jnp.where(self.seen[...] > 0, self._step(self.seen[...]), self.step[...])
+
+
+class Clipped(Range):
+    def __init__(self, rounding: Rounding):
+        super().__init__(rounding)
+        self.largest = Param(jnp.asarray(rounding.initial), out_sharding=())
+
+    def rounded(self, x):
+        return clipped_at(x, self._largest, self.format)
+
+    @property
+    def _largest(self) -> jax.Array:
+        return jnp.maximum(self.largest[...], LEAST)
+
+    @property
+    def scale(self):
+        return self._largest / self.format.largest
+
+    def settle(self):
+        self.largest[...] = jnp.where(self.seen[...] > 0, self.seen[...], self.largest[...])
+
+
+KINDS = {"frozen": Frozen, "learned": Learned, "clipped": Clipped}
+
+
+def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Module:
+    """Settles every range of the network on what it sees, unrounded, of so many batches; in place. ValueError where
+    there is none."""
+    found = [node for _, node in nnx.iter_graph(network) if isinstance(node, Range)]
+    if not found:
+        return network
+    for node in found:
+        node.observing, node.seen[...], node.calls[...] = True, jnp.zeros(()), jnp.zeros(())
+    parts, seen = split(network), 0
+
+    @jax.jit
+    def stats(stats, params, frozen, given):
+        copy = merge(Parts(parts.graph, params, stats, frozen))
+        copy(**given)
+        return stats_of(copy)
+
+    now = parts.stats
+    for batch in islice(data, batches):
+        given = {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
+        now, seen = stats(now, parts.params, parts.frozen, given), seen + 1
+    if not seen:
+        raise ValueError("ranges of activations are measured on batches of the training data, and there are none")
+    nnx.update(network, now)
+    for node in found:
+        node.observing = False
+        node.settle()
+    return network

@@ -1,0 +1,182 @@
+"""Layers of few bits as they are exported: codes, several in a byte, and products of integers where both operands are.
+
+What differs from the network that was trained is rounding in float32; where that moves an activation over the middle
+between two numbers of its format, the next layer sees a step of it.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.compression.quantization import products
+from lissom.compression.quantization.formats import SCALE_FORMATS, Integer
+from lissom.compression.quantization.packing import pack, unpack
+from lissom.compression.quantization.products import hadamard
+from lissom.compression.quantization.rounding import at_scale
+from lissom.compression.quantization.rules import LayerRule
+from lissom.compression.quantization.scaling import Scaled, Scheme, quantize
+from lissom.models.products import Convolution
+from lissom.models.variables import Frozen
+from lissom.ops.quantized_matmul import quantized_matmul
+
+
+class Packed(nnx.Module):
+    """The kernel of a product as codes and scales; `packed[...]` reads as the kernel that it stands for.
+
+    codes: uint8 [N, bytes of K codes], the first code of a byte in its lowest bits; scale [N or 1, groups], float32 or
+    a code of `scale_format`, and with tensor_scale a float32 number beside it. A turned kernel is stored as it is in
+    products of turned activations."""
+
+    def __init__(self, scaled: Scaled, scheme: Scheme, product: Any, rotation: int):
+        self.scheme, self.product, self.rotation = scheme, product, rotation
+        self.shape = tuple(scaled.numbers.shape)
+        matrix = product.matrix(scaled.numbers).T
+        self.length = matrix.shape[1]
+        codes = pack(scheme.numbers.encode(matrix).T, scheme.numbers.bits).T
+        own = scaled.scale if scaled.tensor is None else scaled.scale / scaled.tensor
+        scale = product.matrix(own).T
+        if scheme.scale_format != "float32":
+            # The quotient is a number of the format but for a rounding of float32.
+            format = SCALE_FORMATS[scheme.scale_format]
+            scale = format.encode(format.round(scale))
+        self.codes, self.scale = Frozen(codes, out_sharding=(None, None)), Frozen(scale, out_sharding=(None, None))
+        self.tensor = None if scaled.tensor is None else Frozen(scaled.tensor.reshape(()), out_sharding=())
+
+    @property
+    def hidden(self) -> int:
+        """How many more scalars the kernel has than there are numbers here."""
+        held = sum(variable[...].size for variable in (self.codes, self.scale, self.tensor) if variable is not None)
+        return math.prod(self.shape) - held
+
+    @property
+    def scales(self) -> jax.Array:
+        """float32 [N, groups]."""
+        scale = self.scale[...]
+        if self.scheme.scale_format != "float32":
+            scale = SCALE_FORMATS[self.scheme.scale_format].decode(scale)
+        if self.tensor is not None:
+            scale = scale * self.tensor[...]
+        return jnp.broadcast_to(scale, (len(self.codes[...]), scale.shape[1]))
+
+    def rows(self, index: Any = slice(None)) -> jax.Array:
+        """float32 [..., K]: the channels that `index` names, as they are stored."""
+        codes = self.codes[...][index]
+        codes = jnp.moveaxis(unpack(jnp.moveaxis(codes, -1, 0), self.scheme.numbers.bits, self.length), 0, -1)
+        scale = self.scales[index]
+        return self.scheme.numbers.decode(codes) * jnp.repeat(scale, self.length // scale.shape[-1], -1)
+
+    @property
+    def turned(self) -> jax.Array:
+        """The kernel as it is stored."""
+        return self.product.kernel(self.rows().T, self.shape)
+
+    def __getitem__(self, _: type(Ellipsis)) -> jax.Array:
+        kernel = self.turned
+        return hadamard(kernel, self.product.kernel_axes(kernel.ndim)[-1], self.rotation)
+
+    @property
+    def integers(self) -> tuple[jax.Array, int]:
+        """(codes, bits) for `quantized_matmul`, of a format of integers."""
+        codes, bits = self.codes[...], self.scheme.numbers.bits
+        # Two numbers of a byte belong to one group.
+        if bits == 4 and self.length // self.scale.shape[1] % 2 == 0:
+            return codes, 4
+        if bits == 8:
+            return jax.lax.bitcast_convert_type(codes, jnp.int8), 8
+        unpacked = unpack(codes.T, bits, self.length).T
+        return self.scheme.numbers.decode(unpacked).astype(jnp.int8), 8
+
+
+class Stored(nnx.Module):
+    """The quantizer of a layer whose kernel is `Packed`. `scale`: of activations whose range is fixed."""
+
+    def __init__(self, rule: LayerRule, scale: jax.Array | None):
+        self.rule, self.scale = rule, None if scale is None else Frozen(scale, out_sharding=())
+
+    @property
+    def hidden(self) -> int:
+        """A range is none of the network's parameters."""
+        return 0 if self.scale is None else -1
+
+    @property
+    def simulated(self) -> bool:
+        """Where activations are rounded, and there are no products of such numbers here. A kernel of few bits that is
+        read and multiplied by floats is what it is."""
+        return self.rule.activations is not None and not self._integers
+
+    @property
+    def bits(self) -> int:
+        return self.rule.bits
+
+    def rounding_operations(self, call: Any) -> int:
+        """It is not trained."""
+        del call
+        return 0
+
+    @property
+    def _integers(self) -> bool:
+        """Whether both operands are integers, and the scales of activations can be taken out of the sums."""
+        w, x = self.rule.weights.scheme, self.rule.activations
+        both = x is not None and isinstance(w.numbers, Integer) and isinstance(x.scheme.numbers, Integer)
+        return both and isinstance(x.scheme.per, str)
+
+    def __call__(self, product: Any, x: jax.Array, kernel: Packed) -> jax.Array:
+        rows = lambda x: product.rows(x, kernel)
+        activations, windows = self.rule.activations, isinstance(product, Convolution)
+        if activations is None:
+            if windows or not isinstance(kernel.scheme.numbers, Integer):
+                return product(x, kernel[...].astype(x.dtype))
+            codes, bits = kernel.integers
+            return product.result(quantized_matmul(rows(x), codes, kernel.scales, bits=bits), x, kernel)
+        # Where the three products of training were rounded, each row of the product was.
+        by_rows = self.rule.gradients is not None
+        given, axes = (rows(x), (1,)) if by_rows else (x, product.x_axes(x.ndim))
+        turned = hadamard(given, axes[-1], activations.operand.rotation)
+        if self._integers:
+            numbers, scale = self._numbers(turned, axes)
+            if not by_rows:
+                numbers, scale = rows(numbers), _of_rows(scale, product, x)
+            y = _integer_product(numbers, scale, kernel, activations.scheme.numbers.largest > 127)
+            return product.result(y, x, kernel).astype(x.dtype)
+        few = self._rounded(turned, axes)
+        if by_rows:
+            return product.result(few @ product.matrix(kernel.turned).astype(x.dtype), x, kernel)
+        return product(few, kernel.turned.astype(x.dtype))
+
+    def _numbers(self, x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """(numbers of the format, scale)."""
+        scheme = self.rule.activations.scheme
+        if self.scale is None:
+            scaled = quantize(x, scheme, axes)
+            return scaled.numbers, scaled.scale
+        scale = self.scale[...]
+        return scheme.numbers.round(x.astype(jnp.float32) / scale), scale
+
+    def _rounded(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        operand = self.rule.activations.operand
+        if self.scale is not None:
+            return at_scale(x, self.scale[...], operand.scheme.numbers)
+        return products.fake(x, operand.scheme, axes)
+
+    def rows_of(self, table: Packed, index: jax.Array) -> jax.Array:
+        rows = table.rows(index)
+        return hadamard(rows, rows.ndim - 1, table.rotation)
+
+
+def _of_rows(scale: jax.Array, product: Any, x: jax.Array) -> jax.Array:
+    """The scales of the rows of a product: of a convolution, that of the example to which a row belongs."""
+    if scale.ndim and isinstance(product, Convolution):
+        return jnp.repeat(scale.reshape(-1, 1), product.places(x), 0)
+    return scale.reshape(-1, 1) if scale.ndim else scale
+
+
+def _integer_product(numbers: jax.Array, scale: jax.Array, kernel: Packed, numbers_above_127: bool) -> jax.Array:
+    """float32 [rows, N]. Numbers above 127, which int8 has not, are moved down by 128, and what that takes from the
+    sums, 128 times the sum of a channel's weights, is put back."""
+    codes, bits = kernel.integers
+    moved = 128 if numbers_above_127 else 0
+    y = quantized_matmul((numbers - moved).astype(jnp.int8), codes, kernel.scales, bits=bits, x_scale=scale)
+    return y + scale * moved * kernel.rows().sum(-1) if moved else y

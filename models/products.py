@@ -1,0 +1,164 @@
+"""Products of activations with the kernel of a layer, as another arithmetic needs to know them.
+
+    y = product(x, kernel)                                  the product itself, in the dtype of its operands
+    y = product.result(product.rows(x, kernel) @ product.matrix(kernel), x, kernel)
+
+The second line is the same as one product of matrices, [rows, K] [K, N]; of a kernel `rows` and `result` need the shape
+alone, and `kernel` is the inverse of `matrix`. `x_axes` and `kernel_axes` are what is summed over; K runs over them in
+their order, so that the last one varies fastest. `multiplied` is what layers call, and `noted` lists the calls.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Dense:
+    """x[..., in] kernel[in, *out]."""
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, kernel, axes=1)
+
+    def x_axes(self, axes: int) -> tuple[int, ...]:
+        return (axes - 1,)
+
+    def kernel_axes(self, axes: int) -> tuple[int, ...]:
+        del axes
+        return (0,)
+
+    def rows(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        del kernel
+        return x.reshape(-1, x.shape[-1])
+
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        return kernel.reshape(kernel.shape[0], -1)
+
+    def kernel(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return matrix.reshape(shape)
+
+    def result(self, y: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+class Logits:
+    """x[..., width] table[vocab, width]^T."""
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("...m,vm->...v", x, kernel)
+
+    def x_axes(self, axes: int) -> tuple[int, ...]:
+        return (axes - 1,)
+
+    def kernel_axes(self, axes: int) -> tuple[int, ...]:
+        del axes
+        return (1,)
+
+    def rows(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        del kernel
+        return x.reshape(-1, x.shape[-1])
+
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        return kernel.T
+
+    def kernel(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return matrix.T.reshape(shape)
+
+    def result(self, y: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """x[B, *spatial, in] kernel[*window, in, out], 'SAME' padding. All of an example counts as summed over, since its
+    places meet in sums: only what is the same for all of them can be taken out of the product."""
+
+    stride: int = 1
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        letters = "XYZ"[: x.ndim - 2]
+        numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+        return jax.lax.conv_general_dilated(x, kernel, (self.stride,) * (x.ndim - 2), "SAME", dimension_numbers=numbers)
+
+    def x_axes(self, axes: int) -> tuple[int, ...]:
+        return tuple(range(1, axes))
+
+    def kernel_axes(self, axes: int) -> tuple[int, ...]:
+        return tuple(range(axes - 1))
+
+    def rows(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The windows of x, each flattened as the kernel is."""
+        window, stride, places = kernel.shape[:-2], self.stride, self._reached(x)
+        pads = [max((n - 1) * stride + w - size, 0) for n, w, size in zip(places, window, x.shape[1:-1], strict=True)]
+        padded = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in pads), (0, 0)))
+        shifted = []
+        for offset in _offsets(window):
+            starts = (0, *offset, 0)
+            stops = (len(x), *(o + (n - 1) * stride + 1 for o, n in zip(offset, places, strict=True)), x.shape[-1])
+            shifted.append(jax.lax.slice(padded, starts, stops, (1, *(stride,) * len(places), 1)))
+        return jnp.stack(shifted, -2).reshape(-1, math.prod(kernel.shape[:-1]))
+
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        return kernel.reshape(-1, kernel.shape[-1])
+
+    def kernel(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return matrix.reshape(shape)
+
+    def result(self, y: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return y.reshape(len(x), *self._reached(x), kernel.shape[-1])
+
+    def places(self, x: jax.Array) -> int:
+        """How many rows an example has."""
+        return math.prod(self._reached(x))
+
+    def _reached(self, x: jax.Array) -> list[int]:
+        return [-(-size // self.stride) for size in x.shape[1:-1]]
+
+
+def _offsets(window: tuple[int, ...]) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = [()]
+    for size in window:
+        found = [(*before, at) for before in found for at in range(size)]
+    return found
+
+
+class Call(NamedTuple):
+    """One product of a layer: rows x K numbers by K x N."""
+
+    rows: int
+    length: int
+    outputs: int
+    quantizer: Any
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.rows * self.length * self.outputs
+
+
+_noting: list[list[Call]] = []
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Call]]:
+    """The products that layers compute, or trace, inside of it."""
+    _noting.append([])
+    try:
+        yield _noting[-1]
+    finally:
+        _noting.pop()
+
+
+def multiplied(product: Any, x: jax.Array, kernel: Any, dtype: jnp.dtype, quantizer: Any = None) -> jax.Array:
+    """The product in `dtype`, of a variable `kernel`; or what a quantizer, quantizer(product, x, kernel), makes of it:
+    see compression/quantization/quantizers.py."""
+    x = x.astype(dtype)
+    y = product(x, kernel[...].astype(dtype)) if quantizer is None else quantizer(product, x, kernel).astype(dtype)
+    for calls in _noting:
+        length = math.prod(kernel.shape[axis] for axis in product.kernel_axes(len(kernel.shape)))
+        outputs = math.prod(kernel.shape) // length
+        calls.append(Call(y.size // outputs, length, outputs, quantizer))
+    return y
