@@ -16,11 +16,13 @@ OP = dispatch.Op(
     implementations={
         "reference": "lissom.ops.binary_matmul.reference",
         "xla": "lissom.ops.binary_matmul.xla",
+        "int8": "lissom.ops.binary_matmul.int8",
         # Never run on their hardware: in no default order.
         "pallas_gpu": "lissom.ops.binary_matmul.pallas_gpu",
         "pallas_tpu": "lissom.ops.binary_matmul.pallas_tpu",
     },
-    defaults={"default": ("xla",)},
+    # `xla` is made for the vector registers and the cache of a CPU.
+    defaults={"cpu": ("xla",), "default": ("int8",)},
 )
 
 
@@ -39,8 +41,8 @@ def binary_matmul(
     32 j + k is +1. Bits behind `length` are 0, as `pack_signs` leaves them: they are values, which no check sees, and
     where one is set in one of the two the result is off by 2.
     length: the entries of a row, from 1 to 2^31 - 1.
-    implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "xla", "pallas_gpu",
-    "pallas_tpu", or a sequence.
+    implementation: see `lissom.ops.dispatch`: None (the platform's default), "reference", "xla", "int8",
+    "pallas_gpu", "pallas_tpu", or a sequence.
 
     Bits have no gradients: a layer that learns them has its own (a straight-through estimator). ValueError names the
     argument that does not fit; NotImplementedError comes from an implementation that was asked for by name and cannot

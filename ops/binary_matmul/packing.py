@@ -12,7 +12,8 @@ def pack_signs(x: Real[Array, "... k"]) -> UInt32[Array, "... w"]:
     """Signs along the last axis, 32 a word: w = ceil(k / 32).
 
     Bit i of word j is 1 where x[..., 32 j + i] >= 0, else 0, and 0 behind the end of a row. So 0 and -0.0 count as +1
-    (as in arXiv:1602.02830, equation 1), and NaN, which is not at least 0, as -1.
+    (as in arXiv:1602.02830, equation 1), and NaN, which is not at least 0, as -1. What the machine flushes to zero is 0
+    (XLA for CPUs: negative subnormal numbers).
 
     x: a float or integer array of rank 1 at least and not empty; ValueError otherwise.
     """

@@ -4,11 +4,12 @@ NEVER RUN ON A GPU: interpreted and lowered for CUDA in tests, and in no default
 
 A warpgroup makes a tile of y, ROWS by COLUMNS. A word of each row of x and one of each row of w are loaded at a time,
 from arrays that were turned, [words, rows], so that what is loaded together lies together; xor gives the words of the
-tile's pairs. Words are not counted one by one, which a multiprocessor does for 16 threads a cycle, but added as numbers
-of one bit at every place (carry-save adders: 5 logical operations, which the compiler joins into 2, at 64 threads a
-cycle): eight words and the sums `ones`, `twos` and `fours` make new sums and a word of the places at which an eight is
-full. Only the bits of that are counted, in 12 operations, and at the end those of the three sums (Harley and Seal's
-count, in Warren 2013, Hacker's Delight, section 5-1).
+tile's pairs. Words are not counted one by one, which a multiprocessor does for 16 threads a cycle (CUDA's programming
+guide, throughput of arithmetic instructions), but added as numbers of one bit at every place (carry-save adders: 5
+logical operations, which the compiler can join into 2, at 64 threads a cycle): eight words and the sums `ones`, `twos`
+and `fours` make new sums and a word of the places at which an eight is full. Only the bits of that are counted, in 12
+operations, and at the end those of the three sums (Harley and Seal's count; Warren 2013, Hacker's Delight, section
+5-1).
 
 That makes some 4.4 operations a word, 14 words a cycle and multiprocessor: at best a fifth of what the tensor cores of
 an H200 would do with signs unpacked to bfloat16, on matrices so large that these are busy. It is meant for few rows,

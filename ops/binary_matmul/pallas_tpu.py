@@ -9,9 +9,10 @@ The sum over entries has no order, so bit b of each of a block's words makes an 
 the lanes, as they lie: nothing is moved, and 32 products of int8 are summed in int32. Entries behind `length` give 1
 each, which c takes off. Both signs are turned, which leaves the product.
 
-Why not xor and popcount: the vector unit has 1024 lanes, a matrix unit of a v5e does 16384 products a cycle. Unpacking
-takes the vector unit about as long as the products take where a block has 512 rows and columns, and popcounts of all
-pairs several times as long. (A single row of x costs as much as 128: that form would be the better one there.)
+Why not xor and popcount: with the sum they are three operations of the vector unit for each word of each pair of rows,
+3 m n for the words of m rows of x and n of w. Unpacking is four for each entry, 4 * 32 (m + n): a sixth of that in a
+block of 512 by 512, beside which the matrix unit works. (With one row of x it is 43 times as much: for that xor and
+popcount would be better.)
 
 A block of words is 128, or all of a row that has no more; with fewer than 128 words (4096 entries) lanes are idle.
 """

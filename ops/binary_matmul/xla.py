@@ -7,8 +7,7 @@ which are added up at the end.
 while the rows of x pass by. An element of the result is a sum over WORDS words in registers, each of x repeated over a
 register of columns. The result is written in place, a block after the other.
 
-A product of int8 matrices (`jax.lax.dot_general`), to which signs would be unpacked first, was slower at every size
-that was tried, unpacking left out (results/ops).
+`int8` was slower on the CPU at every size that was tried (docs/benchmarks.md).
 """
 
 import functools
