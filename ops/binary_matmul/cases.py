@@ -14,8 +14,8 @@ class Case:
 
 
 REAL = {
-    "gemv": Case(1, 4096, 4096, "a token of a Llama of 7B"),
-    "m64_1024": Case(64, 1024, 1024, "a small batch, a layer of a BNN's multilayer perceptron"),
+    "gemv": Case(1, 4096, 4096, "a token in an attention projection of Llama 7B"),
+    "m64_1024": Case(64, 1024, 1024, "a small batch, a layer of 1024 units"),
     "square_2048": Case(2048, 2048, 2048, "the CPU's yardstick"),
     "conv_3x3_256": Case(8 * 14 * 14, 9 * 256, 256, "XNOR-Net's ResNet-18, 8 pictures of 14 x 14 as patches"),
     "square_8192": Case(8192, 8192, 8192, "the GPU's yardstick"),

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Real, UInt32
+from jaxtyping import Array, Real, UInt32
 
 WORD = 32
 """Signs of a word."""
@@ -28,8 +28,8 @@ def pack_signs(x: Real[Array, "... k"]) -> UInt32[Array, "... w"]:
     return words.sum(-1, dtype=jnp.uint32)
 
 
-def unpack_signs(bits: UInt32[Array, "... w"], length: int, dtype=jnp.int32) -> Int32[Array, "... k"]:
-    """The first `length` signs of each row, +1 or -1, of another dtype where one is given."""
+def unpack_signs(bits: UInt32[Array, "... w"], length: int, dtype=jnp.int32) -> Real[Array, "... k"]:
+    """The first `length` signs of each row, +1 or -1, in `dtype`."""
     apart = (bits[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
     signs = 2 * apart.astype(dtype) - 1
     return jax.lax.slice_in_dim(signs.reshape(*bits.shape[:-1], -1), 0, length, axis=-1)
