@@ -2,6 +2,7 @@
 
 ENTRIES = {
     "attention": "lissom.evaluation.benchmarks.attention",
+    "binary_matmul": "lissom.evaluation.benchmarks.binary_matmul",
     "decode_attention": "lissom.evaluation.benchmarks.decode_attention",
     "grouped_matmul": "lissom.evaluation.benchmarks.grouped_matmul",
     "softmax": "lissom.evaluation.benchmarks.softmax",

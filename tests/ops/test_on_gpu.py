@@ -8,6 +8,8 @@ import pytest
 from lissom.ops import testing
 from lissom.ops.attention import OP as ATTENTION
 from lissom.ops.attention import BlockSparse, Causal, Full, Neighbourhood, Segments, Window, attention
+from lissom.ops.binary_matmul import OP as BINARY
+from lissom.ops.binary_matmul import binary_matmul, pack_signs
 from lissom.ops.decode_attention import OP as DECODE
 from lissom.ops.decode_attention import decode_attention
 from lissom.ops.grouped_matmul import OP as GROUPED
@@ -111,3 +113,14 @@ def test_grouped_matmul(name, form, implementation):
     call = lambda i, x, other: f(x, other, of, implementation=i, **options)
     check = testing.check_forward if form == "activated" else testing.check_case
     asked(lambda: check(GROUPED, call, arrays, implementation, BF16))
+
+
+@pytest.mark.parametrize("implementation", BINARY.runs_on("cuda"))
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (1000, 1000, 300), (512, 2304, 256)], ids=str)
+def test_binary_matmul(shape, implementation):
+    on_gpu()
+    m, k, n = shape
+    x, w = (np.random.default_rng(4 + i).choice([-1, 1], (rows, k)).astype(np.float32) for i, rows in enumerate((m, n)))
+    run = jax.jit(lambda x, w: binary_matmul(pack_signs(x), pack_signs(w), length=k, implementation=implementation))
+    np.testing.assert_array_equal(run(x, w), x @ w.T)
+    testing.show_equal(BINARY.name, implementation)

@@ -14,13 +14,14 @@ from jax.sharding import SingleDeviceSharding
 
 from lissom.ops import testing
 from lissom.ops.attention import BlockSparse, Causal, KeyColumns, Neighbourhood, attention
+from lissom.ops.binary_matmul import binary_matmul
 from lissom.ops.decode_attention import decode_attention
 from lissom.ops.grouped_matmul import grouped_matmul
 from lissom.ops.softmax import softmax
 from lissom.ops.spiking import spike_scan
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-NAMES = ("attention", "decode_attention", "grouped_matmul", "softmax", "spiking")
+NAMES = ("attention", "binary_matmul", "decode_attention", "grouped_matmul", "softmax", "spiking")
 OPS = {name: importlib.import_module(f"lissom.ops.{name}").OP for name in NAMES}
 
 LIST = np.zeros((1, 1, 2, 1), np.int32)
@@ -47,6 +48,11 @@ def spikes(name, x):
     return jax.grad(lambda x: spike_scan(x, decay=0.9, implementation=name)[0].astype(jnp.float32).sum())(x)
 
 
+def signs(name, x):
+    bits = jax.lax.bitcast_convert_type(x.reshape(64, 128, 2), jnp.uint32)
+    return binary_matmul(bits, bits[:40], length=4096, implementation=name)
+
+
 PROGRAMS = {
     **{f"attention {m}": ("attention", (2, 256, 4, 64), functools.partial(attend, mask)) for m, mask in MASKS.items()},
     "decode": (
@@ -61,6 +67,7 @@ PROGRAMS = {
             x[:2, :, :2], x, x, lengths=jnp.array([3, 60]), block_table=jnp.arange(16).reshape(2, 8), implementation=n
         ),
     ),
+    "signs": ("binary_matmul", (64, 256), signs),
     "groups": ("grouped_matmul", (64, 256), product),
     "spiking": ("spiking", (20, 8, 128), spikes),
     "softmax": ("softmax", (64, 256), lambda n, x: jax.grad(lambda x: softmax(x, implementation=n)[0].sum())(x)),
