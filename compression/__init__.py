@@ -3,6 +3,7 @@ has two halves and is driven by settings or by path rules."""
 
 TRANSFORMS = {
     "qat": "lissom.compression.quantization.transforms:Qat",
+    "binarize": "lissom.compression.quantization.transforms:Binarize",
     "packed": "lissom.compression.quantization.transforms:PackedLayers",
     "quantize": "lissom.compression.quantization.transforms:Quantize",
     "int8_weights": "lissom.compression.weight_only:Int8Weights",

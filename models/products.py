@@ -74,15 +74,18 @@ class Logits:
 
 @dataclass(frozen=True)
 class Convolution:
-    """x[B, *spatial, in] kernel[*window, in, out], 'SAME' padding. All of an example counts as summed over, since its
-    places meet in sums: only what is the same for all of them can be taken out of the product."""
+    """x[B, *spatial, in] kernel[*window, in, out], 'SAME' padding; beyond its edges x is 0, or `outside`. All of an
+    example counts as summed over, since its places meet in sums: only what is the same for all of them can be taken out
+    of the product."""
 
     stride: int = 1
 
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: jax.Array, outside: float = 0) -> jax.Array:
         letters = "XYZ"[: x.ndim - 2]
         numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
-        return jax.lax.conv_general_dilated(x, kernel, (self.stride,) * (x.ndim - 2), "SAME", dimension_numbers=numbers)
+        x, padding = (x, "SAME") if outside == 0 else (self._padded(x, kernel, outside), "VALID")
+        stride = (self.stride,) * (x.ndim - 2)
+        return jax.lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=numbers)
 
     def x_axes(self, axes: int) -> tuple[int, ...]:
         return tuple(range(1, axes))
@@ -92,15 +95,18 @@ class Convolution:
 
     def rows(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The windows of x, each flattened as the kernel is."""
-        window, stride, places = kernel.shape[:-2], self.stride, self._reached(x)
-        pads = [max((n - 1) * stride + w - size, 0) for n, w, size in zip(places, window, x.shape[1:-1], strict=True)]
-        padded = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in pads), (0, 0)))
-        shifted = []
-        for offset in _offsets(window):
+        stride, places, padded, shifted = self.stride, self._reached(x), self._padded(x, kernel, 0), []
+        for offset in _offsets(kernel.shape[:-2]):
             starts = (0, *offset, 0)
             stops = (len(x), *(o + (n - 1) * stride + 1 for o, n in zip(offset, places, strict=True)), x.shape[-1])
             shifted.append(jax.lax.slice(padded, starts, stops, (1, *(stride,) * len(places), 1)))
         return jnp.stack(shifted, -2).reshape(-1, math.prod(kernel.shape[:-1]))
+
+    def _padded(self, x: jax.Array, kernel: jax.Array, outside: float) -> jax.Array:
+        sizes = zip(self._reached(x), kernel.shape[:-2], x.shape[1:-1], strict=True)
+        pads = [max((n - 1) * self.stride + w - size, 0) for n, w, size in sizes]
+        around = ((0, 0), *((pad // 2, pad - pad // 2) for pad in pads), (0, 0))
+        return jnp.pad(x, around, constant_values=outside)
 
     def matrix(self, kernel: jax.Array) -> jax.Array:
         return kernel.reshape(-1, kernel.shape[-1])

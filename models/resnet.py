@@ -1,11 +1,12 @@
 """A small residual network with BatchNorm, over one or two spatial axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.activations import activation as activation_named
 from lissom.models.bounds import at_least_one
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Conv, Linear
@@ -13,9 +14,20 @@ from lissom.models.norms import BatchNorm
 
 
 class ResidualBlock(nnx.Module):
-    """relu(x + BN(conv(relu(BN(conv(x)))))); where shape changes, x goes through a strided 1x1 conv and BN."""
+    """relu(x + BN(conv(relu(BN(conv(x)))))); where shape changes, x goes through a strided 1x1 conv and BN. The relu is
+    `activation`."""
 
-    def __init__(self, inputs: int, outputs: int, spatial: int, *, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        spatial: int,
+        *,
+        stride: int,
+        activation: Callable[[jax.Array], jax.Array],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         kinds = {"dtype": dtype, "rngs": rngs}
         self.conv1 = Conv(inputs, outputs, (3,) * spatial, stride=stride, **kinds)
         self.norm1 = BatchNorm(outputs, rngs=rngs)
@@ -24,13 +36,14 @@ class ResidualBlock(nnx.Module):
         changes = stride != 1 or inputs != outputs
         self.project = Conv(inputs, outputs, (1,) * spatial, stride=stride, **kinds) if changes else None
         self.project_norm = BatchNorm(outputs, rngs=rngs) if changes else None
+        self.activation = activation
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = jax.nn.relu(self.norm1(self.conv1(x), train=train))
+        y = self.activation(self.norm1(self.conv1(x), train=train))
         y = self.norm2(self.conv2(y), train=train)
         if self.project is not None:
             x = self.project_norm(self.project(x), train=train)
-        return jax.nn.relu(x + y)
+        return self.activation(x + y)
 
 
 class ResNet(nnx.Module):
@@ -45,6 +58,7 @@ class ResNet(nnx.Module):
         classes: int,
         widths: Sequence[int],
         blocks: Sequence[int],
+        activation: str = "relu",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -54,18 +68,20 @@ class ResNet(nnx.Module):
         *space, channels = input_shape
         self.stem = Conv(channels, widths[0], (3,) * len(space), dtype=dtype, rngs=rngs)
         self.stem_norm = BatchNorm(widths[0], rngs=rngs)
+        self.activation = activation_named(activation)
+        shared = {"activation": self.activation, "dtype": dtype, "rngs": rngs}
         layers, inputs = [], widths[0]
         for stage, (outputs, count) in enumerate(zip(widths, blocks, strict=True)):
             for i in range(count):
                 stride = 2 if stage and i == 0 else 1
-                layers.append(ResidualBlock(inputs, outputs, len(space), stride=stride, dtype=dtype, rngs=rngs))
+                layers.append(ResidualBlock(inputs, outputs, len(space), stride=stride, **shared))
                 inputs = outputs
         self.blocks = nnx.List(layers)
         self.head = Linear(inputs, classes, axes=("mlp", "classes"), rngs=rngs)
 
     def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
         del key
-        x = jax.nn.relu(self.stem_norm(self.stem(inputs), train=train))
+        x = self.activation(self.stem_norm(self.stem(inputs), train=train))
         for block in self.blocks:
             x = block(x, train=train)
         return self.head(x.astype(jnp.float32).mean(tuple(range(1, x.ndim - 1)))), NO_AUX

@@ -21,6 +21,7 @@ from lissom.compression.quantization.ranges import KINDS
 from lissom.compression.quantization.rounding import LEAST, initial_scale, with_learned_scale
 from lissom.compression.quantization.rules import LayerRule
 from lissom.compression.quantization.scaling import Scaled, quantize, scale_shape, spread
+from lissom.compression.quantization.stored import Packed, Stored
 from lissom.models.variables import Param
 
 
@@ -89,6 +90,12 @@ class Fake(nnx.Module):
             return hadamard(self.weights(table[...], (1,)), 1, operand.rotation)[index]
         axis = (rows.ndim - 1,)
         return hadamard(products.rounded(rows, operand, axis, None), axis[0], operand.rotation)
+
+    def stored(self, kernel: jax.Array, product: Any) -> tuple[Packed, Stored]:
+        """What the layer is exported as: (kernel, quantizer)."""
+        weights, scaled = self.rule.weights, self.scaled(kernel, product.kernel_axes(kernel.ndim))
+        scale = None if self.range is None else self.range.scale
+        return Packed(scaled, weights.scheme, product, weights.operand.rotation), Stored(self.rule, scale)
 
     def scaled(self, kernel: jax.Array, axes: Sequence[int]) -> Scaled:
         """Numbers and scales of the weights, as `weights` has them."""

@@ -1,23 +1,25 @@
-"""The transforms by which a network gets few bits: trained with (`qat`), rounded as it is (`quantize`), stored
-(`packed`)."""
+"""The transforms by which a network gets few bits: trained with (`qat`, `binarize`), rounded as it is
+(`quantize`), stored (`packed`)."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
+from lissom.compression.quantization.binary import OPERATORS, Binary
 from lissom.compression.quantization.quantizers import Fake
 from lissom.compression.quantization.ranges import calibrate
 from lissom.compression.quantization.rules import LayerRule, layer_rule
-from lissom.compression.quantization.stored import Packed, Stored
 from lissom.compression.transforms import Transform, layer_paths, match_rules, replace_layers
 from lissom.models.linear import Conv, Embedding, Linear
 from lissom.models.products import Convolution, Dense, Logits
+from lissom.models.registry import check_name
 from lissom.training.errors import UserError
 
 KINDS = (Linear, Conv, Embedding)
+TRAINED = (Fake, Binary)
 
 
 def kernel_of(layer: nnx.Module) -> tuple[str, Any]:
@@ -56,20 +58,11 @@ class Qat(Transform):
         numbered = [(pattern, {"number": number}) for number, (pattern, _) in enumerate(self.rules)]
         matched = match_rules(numbered, layer_paths(module, KINDS), self.name)
 
-        def change(path: str, layer: nnx.Module) -> nnx.Module:
+        def quantizer(path: str, kernel: jax.Array, product: Any) -> Fake | None:
             rule = parsed[matched[path]["number"]] if path in matched else None
-            if rule is not None:
-                if layer.quantizer is not None:
-                    raise UserError(f"transform {self.name!r}: {path} is quantized already")
-                name, product = kernel_of(layer)
-                kernel = getattr(layer, name)[...]
-                try:
-                    layer.quantizer = nnx.data(Fake(rule, kernel, product.kernel_axes(kernel.ndim)))
-                except ValueError as error:
-                    raise UserError(f"transform {self.name!r}: {path}: {error}") from error
-            return layer
+            return None if rule is None else Fake(rule, kernel, product.kernel_axes(kernel.ndim))
 
-        return replace_layers(module, KINDS, change)
+        return _with_quantizers(module, KINDS, quantizer, self.name)
 
     def read(self, settings: Mapping[str, Any]) -> LayerRule:
         return layer_rule(settings)
@@ -79,34 +72,74 @@ class Qat(Transform):
         return calibrate(module, data, self.batches)
 
 
-class PackedLayers(Transform):
-    """What `qat` trained, as it is stored and read: codes of the promised bits with their scales, and products of
-    integers where weights and activations are integers. UserError where nothing was trained by `qat`, or a range of
-    activations was never measured."""
+class Binarize(Transform):
+    """Layers whose product is of signs, trained with an operator of `OPERATORS` (binary.py): `rules` are (path pattern,
+    {"operator": name}) pairs of which the first match counts. Layers that no rule matches stay as they are, and
+    {"skip": True} leaves those alone that it matches; the first and the last layer usually are.
+
+    UserError names the rule that matches no layer, or does not fit one.
+    """
+
+    def __init__(self, *, rules: Sequence[tuple[str, Mapping]]):
+        self.rules = rules
 
     def structure(self, module: nnx.Module) -> nnx.Module:
-        if not any(isinstance(layer.quantizer, Fake) for layer in layer_paths(module, KINDS).values()):
-            raise ValueError("it stores what the transform 'qat' trained, and there is no such layer")
+        for pattern, settings in self.rules:
+            if dict(settings) != {"skip": True} and set(settings) != {"operator"}:
+                raise UserError(f"transform 'binarize': the rule {pattern!r} has {dict(settings)}: it takes operator")
+            check_name(OPERATORS, settings.get("operator", "bnn"), "operator")
+        matched = match_rules(self.rules, layer_paths(module, (Linear, Conv)), "binarize")
+
+        def quantizer(path: str, kernel: jax.Array, product: Any) -> Binary | None:
+            operator = matched.get(path, {}).get("operator")
+            return None if operator is None else Binary(operator, kernel, product)
+
+        return _with_quantizers(module, (Linear, Conv), quantizer, "binarize")
+
+
+def _with_quantizers(module: nnx.Module, kinds: tuple[type, ...], make: Callable, what: str) -> nnx.Module:
+    """Layers with the quantizer make(path, kernel, product), those where it is None as they are."""
+
+    def change(path: str, layer: nnx.Module) -> nnx.Module:
+        name, product = kernel_of(layer)
+        try:
+            quantizer = make(path, getattr(layer, name)[...], product)
+        except ValueError as error:
+            raise UserError(f"transform {what!r}: {path}: {error}") from error
+        if quantizer is not None:
+            if layer.quantizer is not None:
+                raise UserError(f"transform {what!r}: {path} is quantized already")
+            layer.quantizer = nnx.data(quantizer)
+        return layer
+
+    return replace_layers(module, kinds, change)
+
+
+class PackedLayers(Transform):
+    """What `qat` and `binarize` trained, as it is stored and read: codes of the promised bits with their scales, and
+    products of integers where weights and activations are integers, of bits where both are signs. UserError where there
+    is no such layer, or a range of activations was never measured."""
+
+    def structure(self, module: nnx.Module) -> nnx.Module:
+        if not any(isinstance(layer.quantizer, TRAINED) for layer in layer_paths(module, KINDS).values()):
+            raise ValueError("it stores what the transforms 'qat' and 'binarize' trained, and there is no such layer")
         return replace_layers(module, KINDS, pack)
 
 
 def pack(path: str, layer: nnx.Module, *, measured: bool = True) -> nnx.Module:
     """The layer as it is stored, in place; one that is not quantized stays as it is. `measured`: a range of activations
     that is not known is a UserError."""
-    fake = layer.quantizer
-    if isinstance(fake, Fake):
+    if isinstance(layer.quantizer, TRAINED):
         name, product = kernel_of(layer)
-        kernel = getattr(layer, name)[...]
-        scale = None if fake.range is None else fake.range.scale
+        kernel, quantizer = layer.quantizer.stored(getattr(layer, name)[...], product)
+        scale = None if getattr(quantizer, "scale", None) is None else quantizer.scale[...]
         if measured and scale is not None and not isinstance(scale, jax.core.Tracer) and not scale > 0:
             raise UserError(
                 f"the range of the activations of {path} was never measured: give them a warm_up that fits into "
                 "training, or start from a trained network"
             )
-        weights = fake.rule.weights
-        scaled = fake.scaled(kernel, product.kernel_axes(kernel.ndim))
-        setattr(layer, name, nnx.data(Packed(scaled, weights.scheme, product, weights.operand.rotation)))
-        layer.quantizer = nnx.data(Stored(fake.rule, scale))
+        setattr(layer, name, nnx.data(kernel))
+        layer.quantizer = nnx.data(quantizer)
     return layer
 
 

@@ -5,9 +5,12 @@
     int2        int2 weights and activations of learned scales, the first and the last layer int8
     fp4         all three products of training in FP4 (E2M1, groups of 16 with UE4M3 scales, a scale a tensor, Hadamard
                 rotation, gradients rounded at random), the first and the last layer in FP8
+    binary      signs of weights and activations by ReActNet's operator, the first and the last layer in float32; no
+                relu, behind which every sign is 1
 
 Paper: Abdolrashidi et al. 2021, arXiv:2105.03536 (int8, int4: ranges frozen behind a warm-up); Esser et al. 2020,
-    arXiv:1902.08153 (int2: LSQ); Hu et al. 2025, arXiv:2509.17791 (fp4).
+    arXiv:1902.08153 (int2: LSQ); Hu et al. 2025, arXiv:2509.17791 (fp4); Liu et al. 2020,
+    arXiv:2003.03488 (binary).
 Command: uv run train.py --config=configs/vision/digits_qat.py:int4
 Time: about two minutes on 2 CPU cores. Result: not measured.
 Sweep: optim.learning_rate  model.size=tiny,small,20
@@ -15,11 +18,12 @@ Sweep: optim.learning_rate  model.size=tiny,small,20
 
 from lissom.configs.base import base, mode, tiny
 
+ENDS = "^(stem|head)$"
 FP4 = {"format": "fp4_e2m1", "per": 16, "scale_format": "ue4m3", "tensor_scale": True}
 FP8 = {"weights": "fp8_e4m3", "activations": {"format": "fp8_e4m3", "per": "row"}}
 
 
-def rules(arg: str, warm_up: int) -> tuple:
+def few_bits(arg: str, warm_up: int) -> tuple:
     """(pattern, settings) pairs. What every layer sees is not below 0: pictures, and what relu leaves."""
     int8 = {"weights": "int8", "activations": {"format": "uint8", "warm_up": warm_up}}
     inner = {
@@ -31,16 +35,20 @@ def rules(arg: str, warm_up: int) -> tuple:
         "fp4": {"weights": FP4, "activations": FP4, "gradients": {**FP4, "stochastic": True}, "rotation": 16},
     }
     ends = FP8 if arg == "fp4" else int8
-    return (("^(stem|head)$", ends), (".*", inner.get(arg, int8)))
+    return ((ENDS, ends), (".*", inner.get(arg, int8)))
 
 
 def get_config(arg: str = ""):
-    arg = mode(arg, ("int4", "int2", "fp4", "tiny"))
+    arg = mode(arg, ("int4", "int2", "fp4", "binary", "tiny"))
     config = base()
     config.data.update({"name": "digits", "batch_size": 128})
-    config.model.update({"name": "resnet", "size": "small"})
+    config.model.update({"name": "resnet", "size": "small", "activation": "none" if arg == "binary" else "relu"})
     config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 30}
-    config.transforms = ({"name": "qat", "rules": rules(arg, 1 if arg == "tiny" else 60)},)
+    if arg == "binary":
+        rules = ((ENDS, {"skip": True}), (".*", {"operator": "reactnet"}))
+        config.transforms = ({"name": "binarize", "rules": rules},)
+    else:
+        config.transforms = ({"name": "qat", "rules": few_bits(arg, 1 if arg == "tiny" else 60)},)
     config.evaluation.update({"transforms": ({"name": "packed"},)})
     return tiny(config) if arg == "tiny" else config

@@ -12,7 +12,7 @@ from lissom.configs.base import base, mode, tiny
 def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "digits", "batch_size": 128})
-    config.model.update({"name": "resnet", "size": "small"})
+    config.model.update({"name": "resnet", "size": "small", "activation": "relu"})
     config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 30}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})

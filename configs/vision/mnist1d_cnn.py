@@ -13,6 +13,7 @@ def get_config(arg: str = ""):
     config = base()
     config.data.update({"name": "mnist1d", "batch_size": 100})
     config.model.update({"name": "cnn", "size": "mnist1d", "channels": None, "kernel": None, "dropout": 0.0})
+    config.model.activation = "relu"
     config.optim.update({"learning_rate": 1e-2, "weight_decay": 1e-2})
     config.train = {"steps": 3000}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})

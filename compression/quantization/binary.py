@@ -1,0 +1,216 @@
+"""Binary layers: products of signs, of which one operator or another makes what is trained.
+
+    y[..., n] = scale[n] sum_k sign(x[..., k] - threshold) sign(w[k, n])
+
+An operator is how the sign is differentiated, what scales the weights and where the threshold of the activations lies;
+those are BiBench's (Qin et al. 2023, arXiv:2301.11233) at the level of operators, with nothing around them: no shortcuts,
+no other activations, no losses. sign(0) is 1. What lies outside of a picture counts as 1, since a bit has no 0.
+
+    bnn         Courbariaux et al. 2016, arXiv:1602.02830. No scale; straight through between -1 and 1
+    xnor        Rastegari et al. 2016, arXiv:1603.05279. Scale: mean |w| a channel (that of activations is left out)
+    dorefa      Zhou et al. 2016, arXiv:1606.06160. Scale: mean |w| of the layer; weights straight through everywhere
+    bireal      Liu et al. 2018, arXiv:1808.00278. Activations by the slope of a piecewise parabola, max(0, 2 - 2 |x|)
+    xnor++      Bulat & Tzimiropoulos 2019, arXiv:1909.13863. Scale: learned a channel (its factors over places are not
+                here: they belong to a size of picture)
+    reactnet    Liu et al. 2020, arXiv:2003.03488. Threshold: learned a channel of x; else as bireal
+    recu        Xu et al. 2021, arXiv:2103.12369. Weights of mean 0 and variance 1 are cut off at their `tau` quantiles,
+                so that those far out are moved too; activations as bireal. tau is fixed here, where the paper raises it
+    fda         Xu et al. 2021, arXiv:2103.00841. Slope: 4 omega / pi sum_i cos((2 i + 1) omega x), the Fourier series of
+                the sign cut off behind n terms. Its module for noise is left out
+    irnet       Qin et al. 2020, arXiv:1909.10788. Weights of mean 0 and variance 1, scale: the power of two next to
+                mean |w|; slope of tanh, which is fixed here, where the paper sharpens it
+    insta       Lee et al. 2022, arXiv:2204.07439, version 1 of the threshold: beta + alpha mean over places of x^3, a
+                channel and an example; else as reactnet. Behind a BatchNorm x is the paper's normalised input
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models.products import Convolution
+from lissom.models.variables import Frozen, Param, freeze
+from lissom.ops.binary_matmul import binary_matmul, pack_signs
+
+
+def clipped(x: jax.Array) -> jax.Array:
+    return (jnp.abs(x) <= 1).astype(x.dtype)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    return jnp.ones_like(x)
+
+
+def parabola(x: jax.Array) -> jax.Array:
+    return jnp.maximum(2 - 2 * jnp.abs(x), 0)
+
+
+def fourier(x: jax.Array, omega: float = 0.1, terms: int = 10) -> jax.Array:
+    odd = omega * (2 * jnp.arange(terms + 1) + 1)
+    return 4 * omega / math.pi * sum(jnp.cos(w * x) for w in odd)
+
+
+def hyperbolic(x: jax.Array) -> jax.Array:
+    return 1 - jnp.square(jnp.tanh(x))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def sign(slope: Callable, x: jax.Array) -> jax.Array:
+    """1 where x >= 0, else -1; with the derivative `slope`(x)."""
+    del slope
+    return jnp.where(x >= 0, 1, -1).astype(x.dtype)
+
+
+@sign.defjvp
+def _sign_jvp(slope, primals, tangents):
+    return sign(slope, *primals), slope(*primals) * tangents[0]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """scale: "none", "channel" or "layer" (mean |w|), "power" (of two, next to that of the channel), "learned".
+    threshold: "none", "learned", "instance". standardized: weights of mean 0 and variance 1 a channel, and then within
+    their quantiles 1 - tau and tau."""
+
+    weights: Callable = clipped
+    activations: Callable = clipped
+    scale: str = "channel"
+    threshold: str = "none"
+    standardized: bool = False
+    tau: float = 1.0
+
+
+OPERATORS = {
+    "bnn": Operator(scale="none"),
+    "xnor": Operator(),
+    "dorefa": Operator(weights=everywhere, scale="layer"),
+    "bireal": Operator(activations=parabola),
+    "xnor++": Operator(scale="learned"),
+    "reactnet": Operator(activations=parabola, threshold="learned"),
+    "recu": Operator(activations=parabola, standardized=True, tau=0.99),
+    "fda": Operator(weights=fourier, activations=fourier),
+    "irnet": Operator(weights=hyperbolic, activations=hyperbolic, scale="power", standardized=True),
+    "insta": Operator(activations=parabola, threshold="instance"),
+}
+SCORED = ("bnn", "xnor", "dorefa", "bireal", "xnor++", "reactnet", "recu", "fda")  # BiBench's eight
+
+
+class Binary(nnx.Module):
+    """The quantizer of a layer that is trained with an operator. ValueError where that is not for such a layer."""
+
+    simulated, bits = True, 1
+
+    def __init__(self, operator: str, kernel: jax.Array, product: Any):
+        self.operator, self.settings = operator, OPERATORS[operator]
+        axes = product.kernel_axes(kernel.ndim)
+        channels = kernel.shape[axes[-1]]
+        learned = self.settings.scale == "learned"
+        first = jnp.abs(kernel).mean(axes, keepdims=True)
+        self.scale = Param(first, out_sharding=(None,) * kernel.ndim) if learned else None
+        if self.settings.threshold == "instance" and not isinstance(product, Convolution):
+            raise ValueError("operator='insta' takes means over places, and only a convolution has any")
+        moved, instance = self.settings.threshold != "none", self.settings.threshold == "instance"
+        self.beta = Param(jnp.zeros(channels), out_sharding=(None,)) if moved else None
+        self.alpha = Param(jnp.zeros(channels), out_sharding=(None,)) if instance else None
+
+    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+        w = kernel[...].astype(x.dtype)
+        signs, scale = self.weights(w, product.kernel_axes(w.ndim))
+        x = sign(self.settings.activations, self.moved(x))
+        kernel = signs if scale is None else signs * scale
+        return product(x, kernel, outside=1) if isinstance(product, Convolution) else product(x, kernel)
+
+    def rounding_operations(self, call: Any) -> int:
+        """Of one training step: a comparison a number, a difference with a threshold, four operations a number of its
+        instance's; a mean of the weights and a product, and five operations where they are standardised."""
+        of_x = {"none": 1, "learned": 2, "instance": 6}[self.settings.threshold]
+        of_w = 1 + 2 * (self.settings.scale != "none") + 5 * self.settings.standardized
+        return call.rows * call.length * of_x + call.length * call.outputs * of_w
+
+    def moved(self, x: jax.Array) -> jax.Array:
+        """x - threshold."""
+        if self.beta is None:
+            return x
+        threshold = self.beta[...]
+        if self.alpha is not None:
+            threshold += self.alpha[...] * (x**3).mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+        return x - threshold.astype(x.dtype)
+
+    def weights(self, kernel: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array | None]:
+        """(signs, scale or None) of the kernel."""
+        w, settings = kernel, self.settings
+        if settings.standardized:
+            w = (w - w.mean(axes, keepdims=True)) / (w.std(axes, keepdims=True) + 1e-8)
+        if settings.tau < 1:
+            # The quantiles of what is cut are constants: what lies beyond moves with nothing but itself.
+            low, high = (jnp.quantile(jax.lax.stop_gradient(w), q) for q in (1 - settings.tau, settings.tau))
+            w = jnp.clip(w, low, high)
+        mean = partial(jnp.mean, jnp.abs(w), keepdims=True)
+        scales = {
+            "none": lambda: None,
+            "channel": lambda: mean(axes),
+            "layer": lambda: jax.lax.stop_gradient(mean()),
+            "power": lambda: jnp.exp2(jnp.round(jnp.log2(jax.lax.stop_gradient(mean(axes)) + 1e-12))),
+            "learned": lambda: self.scale[...],
+        }
+        return sign(settings.weights, w), scales[settings.scale]()
+
+    def stored(self, kernel: jax.Array, product: Any) -> tuple["PackedSigns", "StoredBinary"]:
+        """What the layer is exported as: (kernel, quantizer)."""
+        signs, scale = self.weights(kernel, product.kernel_axes(kernel.ndim))
+        copy = nnx.merge(*nnx.split(self))
+        copy.scale = None
+        return PackedSigns(signs, scale, product), StoredBinary(freeze(copy))
+
+
+class PackedSigns(nnx.Module):
+    """The kernel of a product of signs: a bit each, in words of 32 [N, ceil(K / 32)], and a float32 scale a channel (one
+    for all of a layer's); reads as scale x sign."""
+
+    def __init__(self, signs: jax.Array, scale: jax.Array | None, product: Any):
+        self.product, self.shape = product, tuple(signs.shape)
+        matrix = product.matrix(signs).T
+        self.length = matrix.shape[1]
+        self.words = Frozen(pack_signs(matrix), out_sharding=(None, None))
+        self.scale = None if scale is None else Frozen(product.matrix(scale).reshape(-1), out_sharding=(None,))
+
+    @property
+    def hidden(self) -> int:
+        """How many more scalars the kernel has than there are numbers here."""
+        return math.prod(self.shape) - self.words.size - (0 if self.scale is None else self.scale.size)
+
+    def __getitem__(self, _: type(Ellipsis)) -> jax.Array:
+        bits = (self.words[...][:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        signs = 2.0 * bits.reshape(len(bits), -1)[:, : self.length] - 1
+        rows = signs if self.scale is None else signs * jnp.broadcast_to(self.scale[...], (len(signs),))[:, None]
+        return self.product.kernel(rows.T, self.shape)
+
+
+class StoredBinary(nnx.Module):
+    """The quantizer of a layer whose kernel is `PackedSigns`: bits are compared and counted (ops/binary_matmul)."""
+
+    simulated, bits = False, 1
+
+    def __init__(self, trained: Binary):
+        self.trained = trained
+
+    @property
+    def hidden(self) -> int:
+        """Scales that were learned stand with the kernel."""
+        return 0
+
+    def rounding_operations(self, call: Any) -> int:
+        """It is not trained."""
+        del call
+        return 0
+
+    def __call__(self, product: Any, x: jax.Array, kernel: PackedSigns) -> jax.Array:
+        # Outside of the picture there are zeros, whose sign is 1.
+        rows = product.rows(self.trained.moved(x), kernel)
+        y = binary_matmul(pack_signs(rows), kernel.words[...], length=kernel.length).astype(x.dtype)
+        return product.result(y if kernel.scale is None else y * kernel.scale[...].astype(x.dtype), x, kernel)
