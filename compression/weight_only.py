@@ -25,6 +25,10 @@ class Int8(nnx.Module):
         self.integers = Frozen(scaled.numbers.astype(jnp.int8), out_sharding=axes)
         self.scale = Frozen(scaled.scale, out_sharding=axes)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.integers.shape
+
     def __getitem__(self, _: type(Ellipsis)) -> jax.Array:
         """The dequantized weight: reads like the variable that it stands for."""
         return self.integers[...].astype(jnp.float32) * self.scale[...]

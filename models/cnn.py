@@ -13,9 +13,9 @@ from lissom.models.linear import Conv, Linear, dropout
 
 
 class ConvNet(nnx.Module):
-    """inputs [B, *spatial, C] -> logits [B, classes]: strided convolutions with relu (`activation`), then one product over the
-    flattened rest. With channels (25, 25, 25), kernel 5 and stride 2 on 40 samples it is the convolutional baseline
-    of MNIST-1D (Greydanus & Kobak 2020, arXiv:2011.14439)."""
+    """inputs [B, *spatial, C] -> logits [B, classes]: strided convolutions with relu (`activation`), then one product
+    over the flattened rest. With channels (25, 25, 25), kernel 5 and stride 2 on 40 samples it is the convolutional
+    baseline of MNIST-1D (Greydanus & Kobak 2020, arXiv:2011.14439)."""
 
     def __init__(
         self,

@@ -136,6 +136,46 @@ def torch_grouped_mm(inputs, options):
     return sets, run, device
 
 
+def torch_int_mm(inputs, options):
+    """int32 x w^T of int8 x [m, k] and w [n, k]; further inputs (scales) are left."""
+    import torch
+
+    sets = [tuple(tensor(a, options["device"]) for a in arrays[:2]) for arrays in inputs]
+    return sets, lambda x, w: (torch._int_mm(x, w.t()),), options["device"]
+
+
+def torch_weight_packed(inputs, options):
+    """x [m, k] times the transpose of weights of few bits, in bfloat16, in which torch is fastest by far; inputs x,
+    codes [n, k] (int8, or with options.bits = 4 uint8 [n, k / 2], the even number of a byte in its low bits), scale
+    [n, g] (g is 1 with 8 bits)."""
+    import torch
+
+    device, bits = options["device"], options["bits"]
+    sets = []
+    for arrays in inputs:
+        x, codes, scale = (tensor(a, device) for a in arrays[:3])
+        x, scale = x.bfloat16(), scale.bfloat16()
+        if bits == 8:
+            sets.append((x, codes, scale[:, 0].contiguous()))
+            continue
+        # Torch counts from -8 up: 0 is -8.
+        low, high = (codes & 15) ^ 8, (codes >> 4) ^ 8
+        if device == "cpu":
+            numbers = torch.stack([low, high], -1).flatten(1).int()
+            packed = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        else:
+            packed = torch._convert_weight_to_int4pack((low << 4) | high, 8)
+        sets.append((x, packed, torch.stack([scale.t(), torch.zeros_like(scale.t())], -1).contiguous()))
+    if bits == 8:
+        return sets, lambda x, w, scale: (torch._weight_int8pack_mm(x, w, scale),), device
+    product = torch._weight_int4pack_mm_for_cpu if device == "cpu" else torch._weight_int4pack_mm
+
+    def run(x, w, scale):
+        return (product(x, w, x.shape[1] // scale.shape[0], scale),)
+
+    return sets, run, device
+
+
 def snntorch_leaky(inputs, options):
     """A leaky neuron of snnTorch over the time of currents [t, ...]; with options.backward its gradient too."""
     import snntorch
@@ -337,6 +377,8 @@ CASES = {
     "torch_scale": torch_scale,
     "torch_softmax": torch_softmax,
     "torch_grouped_mm": torch_grouped_mm,
+    "torch_int_mm": torch_int_mm,
+    "torch_weight_packed": torch_weight_packed,
     "snntorch_leaky": snntorch_leaky,
     "spikingjelly_lif": spikingjelly_lif,
     "torch_sdpa": torch_sdpa,

@@ -3,15 +3,16 @@
     y[..., n] = scale[n] sum_k sign(x[..., k] - threshold) sign(w[k, n])
 
 An operator is how the sign is differentiated, what scales the weights and where the threshold of the activations lies;
-those are BiBench's (Qin et al. 2023, arXiv:2301.11233) at the level of operators, with nothing around them: no shortcuts,
-no other activations, no losses. sign(0) is 1. What lies outside of a picture counts as 1, since a bit has no 0.
+those are BiBench's (Qin et al. 2023, arXiv:2301.11233) at the level of operators, with nothing around them: no
+shortcuts, no other activations, no losses. sign(0) is 1. What lies outside of a picture counts as 1, since a bit has no
+0.
 
     bnn         Courbariaux et al. 2016, arXiv:1602.02830. No scale; straight through between -1 and 1
     xnor        Rastegari et al. 2016, arXiv:1603.05279. Scale: mean |w| a channel (that of activations is left out)
     dorefa      Zhou et al. 2016, arXiv:1606.06160. Scale: mean |w| of the layer; weights straight through everywhere
     bireal      Liu et al. 2018, arXiv:1808.00278. Activations by the slope of a piecewise parabola, max(0, 2 - 2 |x|)
-    xnor++      Bulat & Tzimiropoulos 2019, arXiv:1909.13863. Scale: learned a channel (its factors over places are not
-                here: they belong to a size of picture)
+    xnor++      Bulat & Tzimiropoulos 2019, arXiv:1909.13863. Scale: learned a channel (its factors over places are
+                not here: they belong to a size of picture)
     reactnet    Liu et al. 2020, arXiv:2003.03488. Threshold: learned a channel of x; else as bireal
     recu        Xu et al. 2021, arXiv:2103.12369. Weights of mean 0 and variance 1 are cut off at their `tau` quantiles,
                 so that those far out are moved too; activations as bireal. tau is fixed here, where the paper raises it
@@ -169,8 +170,8 @@ class Binary(nnx.Module):
 
 
 class PackedSigns(nnx.Module):
-    """The kernel of a product of signs: a bit each, in words of 32 [N, ceil(K / 32)], and a float32 scale a channel (one
-    for all of a layer's); reads as scale x sign."""
+    """The kernel of a product of signs: a bit each, in words of 32 [N, ceil(K / 32)], and a float32 scale a channel, or
+    one of the layer; reads as scale x sign."""
 
     def __init__(self, signs: jax.Array, scale: jax.Array | None, product: Any):
         self.product, self.shape = product, tuple(signs.shape)

@@ -23,8 +23,9 @@ so that those of a tile lie together (a copy of the scales). Sizes of tiles are 
 
 Modelled, not measured: `weights` reads 64 bytes of each of 64 channels a step, 4 KiB; 8 stages of it and of x keep 32
 KiB or more a block of threads under way, of which a multiprocessor has room for two where x has at most 32 rows; the
-memory of an H200 needs about 36 (4.8 TB/s, 132 multiprocessors, 1 us). `products` computes 128 x 256 x 128 a step, 1024 clocks at 8192 operations a
-clock, for which 48 KiB come from L2: 48 bytes a clock and multiprocessor, so L2 is the bound, as in `grouped_matmul`.
+memory of an H200 needs about 36 (4.8 TB/s, 132 multiprocessors, 1 us). `products` computes 128 x 256 x 128 a step, 1024
+clocks at 8192 operations a clock, for which 48 KiB come from L2: 48 bytes a clock and multiprocessor, so L2 is the
+bound, as in `grouped_matmul`.
 """
 
 import functools

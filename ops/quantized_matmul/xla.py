@@ -2,12 +2,13 @@
 
 Measured on two cores of an AMD EPYC (AVX-512, jax 0.11.2), 4096 by 11008, scales of groups of 128, in turns:
 
-* One row of x, int8, a scale a channel: numbers times x, summed, which the compiler makes one kernel of, in 0.6 of the
-  time of a product with a matrix of float32 that lies there.
-* With scales of groups, or of 4 bits, that kernel is 5 to 25 times as slow. So the numbers of a block of channels are
-  made first, in cache, as the left operand of a product with x. Up to 64 rows that takes less time than the product
-  with a matrix that lies there in float32 (a half for 4 and 16 rows). The numbers of all channels at once, in memory,
-  take 9 times as long for 4 rows and as long for 512; x on the left 2 times as long for 4 rows and as long for 64.
+* One row of x, int8, a scale a channel: numbers times x, summed, which the compiler makes one kernel of, in 0.65 to
+  0.75 of the time of a product with a matrix of float32 that lies there.
+* With scales of groups, or of 4 bits, that kernel is 5 to 15 times as slow. So the numbers of a block of channels are
+  made first, in cache, as the left operand of a product with x. For 4 rows that takes a third of the time of the
+  product with a matrix that lies there in float32, a half for 16, four fifths for 64; for one row of 4 bits and for 512
+  rows it is no faster. The numbers of all channels at once, in memory, take 9 times as long for 4 rows and as long for
+  512; x on the left 2 times as long for 4 rows and as long for 64.
 * int8 x: the product of int8 that gives int32, whole, or a group at a time. It takes x [m, k] and codes [n, k] as they
   lie (n last is as fast; transposed before, 10 times as slow). Of one row the compiler makes a loop instead, in 70 ms;
   padded rows cost nothing (5 ms).
@@ -26,7 +27,7 @@ from lissom.ops.quantized_matmul.rows import as_rows, batched_as_rows
 LOCAL = False
 
 BLOCK = 2**21
-"""Numbers of a block, 8 MB in float32: with half or twice as many 4096 by 11008 took up to half as long again."""
+"""Numbers of a block, 8 MB in float32: with half or twice as many 4096 by 11008 was no faster."""
 
 LEAST_ROWS = 4
 

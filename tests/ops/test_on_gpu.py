@@ -15,6 +15,10 @@ from lissom.ops.decode_attention import decode_attention
 from lissom.ops.grouped_matmul import OP as GROUPED
 from lissom.ops.grouped_matmul import grouped_matmul, transposed_grouped_matmul
 from lissom.ops.grouped_matmul.cases import Case, sizes
+from lissom.ops.quantized_matmul import OP as QUANTIZED
+from lissom.ops.quantized_matmul import quantized_matmul
+from lissom.ops.quantized_matmul.cases import Case as Few
+from lissom.ops.quantized_matmul.cases import arrays as of_few_bits
 from lissom.ops.softmax import OP as SOFTMAX
 from lissom.ops.softmax import softmax
 
@@ -124,3 +128,31 @@ def test_binary_matmul(shape, implementation):
     run = jax.jit(lambda x, w: binary_matmul(pack_signs(x), pack_signs(w), length=k, implementation=implementation))
     np.testing.assert_array_equal(run(x, w), x @ w.T)
     testing.show_equal(BINARY.name, implementation)
+
+
+FEW_BITS = {
+    "int8": Few(1, 2048, 1000, "int8", "bfloat16", None, "one row"),
+    "int8_groups": Few(100, 2048, 1000, "int8", "bfloat16", 64, "several tiles of rows"),
+    "int4": Few(1, 2048, 1000, "int4", "bfloat16", 128, "one row"),
+    "int4_channels": Few(17, 2048, 1000, "int4", "float16", None, "a few rows"),
+    "integers": Few(300, 2048, 992, "int8", "int8", None, "tiles that overhang"),
+    "integers_in_groups": Few(300, 2048, 992, "int8", "int8", 256, "and of groups"),
+    "float8": Few(300, 2048, 992, "float8_e4m3fn", "float8_e4m3fn", None, "float8"),
+    "float8_of_two_kinds": Few(300, 2048, 992, "float8_e5m2", "float8_e4m3fn", 128, "float8, mixed"),
+}
+
+
+@pytest.mark.parametrize("implementation", [n for n in QUANTIZED.runs_on("cuda") if n != "reference"])
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_quantized_matmul(name, implementation):
+    on_gpu()
+    case = FEW_BITS[name]
+    x, codes, scale, *x_scale = (np.asarray(a) for a in of_few_bits(case, jax.random.key(0)))
+    call = lambda i, x, *of_x: quantized_matmul(
+        x, codes, scale, bits=case.bits, x_scale=of_x[0] if of_x else None, implementation=i
+    )
+    if x_scale:
+        run = lambda i, of_x: call(i, x, of_x.astype(scale.dtype))
+        asked(lambda: testing.check_forward(QUANTIZED, run, {"of_x": x_scale[0]}, implementation, np.float32))
+    else:
+        asked(lambda: testing.check_forward(QUANTIZED, call, {"x": x}, implementation, x.dtype))

@@ -17,11 +17,14 @@ from lissom.ops.attention import BlockSparse, Causal, KeyColumns, Neighbourhood,
 from lissom.ops.binary_matmul import binary_matmul
 from lissom.ops.decode_attention import decode_attention
 from lissom.ops.grouped_matmul import grouped_matmul
+from lissom.ops.quantized_matmul import quantized_matmul
 from lissom.ops.softmax import softmax
 from lissom.ops.spiking import spike_scan
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-NAMES = ("attention", "binary_matmul", "decode_attention", "grouped_matmul", "softmax", "spiking")
+NAMES = (
+    *("attention", "binary_matmul", "decode_attention", "grouped_matmul", "quantized_matmul", "softmax", "spiking"),
+)
 OPS = {name: importlib.import_module(f"lissom.ops.{name}").OP for name in NAMES}
 
 LIST = np.zeros((1, 1, 2, 1), np.int32)
@@ -42,6 +45,14 @@ def product(name, x):
     w, sizes = jnp.ones((4, 256, 128), x.dtype), jnp.array([10, 0, 30, 24])
     f = lambda x, w: grouped_matmul(x, w, sizes, implementation=name).astype(jnp.float32).sum()
     return jax.grad(f, argnums=(0, 1))(x, w)
+
+
+def few_bits(name, x):
+    """4 bits in groups, with gradients, and integers."""
+    scale = jnp.ones((128, 4))
+    f = lambda x: quantized_matmul(x, jnp.ones((128, 128), jnp.uint8), scale, bits=4, implementation=name).sum()
+    codes, one = jnp.ones((128, 256), jnp.int8), jnp.float32(1)
+    return jax.grad(f)(x), quantized_matmul(x.astype(jnp.int8), codes, scale, x_scale=one, implementation=name)
 
 
 def spikes(name, x):
@@ -69,6 +80,7 @@ PROGRAMS = {
     ),
     "signs": ("binary_matmul", (64, 256), signs),
     "groups": ("grouped_matmul", (64, 256), product),
+    "few bits": ("quantized_matmul", (64, 256), few_bits),
     "spiking": ("spiking", (20, 8, 128), spikes),
     "softmax": ("softmax", (64, 256), lambda n, x: jax.grad(lambda x: softmax(x, implementation=n)[0].sum())(x)),
 }  # fmt: skip

@@ -106,7 +106,8 @@ def test_wrong_flags_give_a_sentence(arguments, words):
     [
         (
             [],
-            "--op is missing; the ops are attention, binary_matmul, decode_attention, grouped_matmul, softmax, spiking",
+            "--op is missing; the ops are attention, binary_matmul, decode_attention, grouped_matmul, "
+            "quantized_matmul, softmax",
         ),
         (["--op=softmax"], "--implementation is missing; softmax has reference, three_pass"),
         (["--op=attention", "--implementation=xla", "--tiny", "--repeats=0"], "--repeats=0 must be at least 4"),
