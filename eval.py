@@ -289,13 +289,17 @@ def export_name(transform: str | None) -> str:
 
 
 def _told_apart(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of transforms; those of one name with the settings by which they differ: 'yarn factor=4'."""
+    """The names of transforms; those of one name with their label, or the settings by which they differ: 'yarn
+    factor=4'."""
     named: dict[str, list] = {}
     for entry in entries:
         named.setdefault(entry["name"], []).append(entry)
     shown = []
     for entry in entries:
         same = named[entry["name"]]
+        if entry.get("label"):
+            shown.append(f"{entry['name']} {entry['label']}")
+            continue
         keys = [key for key in entry if any(key not in other or other[key] != entry[key] for other in same)]
         shown.append(" ".join([entry["name"], *(f"{key}={entry[key]}" for key in keys)]))
     return shown

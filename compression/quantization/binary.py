@@ -16,8 +16,8 @@ shortcuts, no other activations, no losses. sign(0) is 1. What lies outside of a
     reactnet    Liu et al. 2020, arXiv:2003.03488. Threshold: learned a channel of x; else as bireal
     recu        Xu et al. 2021, arXiv:2103.12369. Weights of mean 0 and variance 1 are cut off at their `tau` quantiles,
                 so that those far out are moved too; activations as bireal. tau is fixed here, where the paper raises it
-    fda         Xu et al. 2021, arXiv:2103.00841. Slope: 4 omega / pi sum_i cos((2 i + 1) omega x), the Fourier series of
-                the sign cut off behind n terms. Its module for noise is left out
+    fda         Xu et al. 2021, arXiv:2103.00841. Slope: 4 omega / pi sum_i cos((2 i + 1) omega x), the Fourier series
+                of the sign cut off behind n terms. Its module for noise is left out
     irnet       Qin et al. 2020, arXiv:1909.10788. Weights of mean 0 and variance 1, scale: the power of two next to
                 mean |w|; slope of tanh, which is fixed here, where the paper sharpens it
     insta       Lee et al. 2022, arXiv:2204.07439, version 1 of the threshold: beta + alpha mean over places of x^3, a

@@ -145,9 +145,13 @@ def pack(path: str, layer: nnx.Module, *, measured: bool = True) -> nnx.Module:
 
 class Quantize(Qat):
     """A trained network rounded as it is: the layers of `qat`, ranges of activations from `batches` batches, stored as
-    by `packed`. Rules that train (learned scales, gradients) are errors."""
+    by `packed`. Rules that train (learned scales, gradients) are errors. `label`: what tables call it."""
 
     name = "quantize"
+
+    def __init__(self, *, rules: Sequence[tuple[str, Mapping]], batches: int = 8, label: str = ""):
+        super().__init__(rules=rules, batches=batches)
+        self.label = label
 
     def read(self, settings):
         rule = layer_rule(settings)

@@ -1,0 +1,40 @@
+"""Networks of few bits on MNIST-1D: a small convolutional network, trained in one way or another (modes).
+
+    float       as it is; its rows have it rounded to int8, int4 and int2 without training besides
+    others      `configs/few_bits.py` lists them: int8, int4, int2, int4_learned, int2_learned, int4_clipped,
+                int4_weights, int2_weights, fp4 and its options, and BiBench's operators (without relu)
+
+Paper: Abdolrashidi et al. 2021, arXiv:2105.03536; Esser et al. 2020, arXiv:1902.08153; Choi et al. 2018,
+    arXiv:1805.06085; Hu et al. 2025, arXiv:2509.17791; Qin et al. 2023, arXiv:2301.11233; Greydanus & Kobak 2020,
+    arXiv:2011.14439 (the data).
+Command: uv run scripts/compare.py --config=configs/vision/mnist1d_qat.py \
+    --vary=mode=float,int8,int4,int2,int2_learned --tune=optim.learning_rate=3e-3,1e-2,3e-2 --seeds=3
+Time: half a minute a run on one CPU core, of fp4 three times as long. Result: not measured.
+Sweep: mode=float,int8,int4,int2,int4_learned,int2_learned,int4_clipped,fp4,fp4_all,bnn,reactnet
+    model.channels  optim.learning_rate
+"""
+
+from lissom.configs import few_bits
+from lissom.configs.base import base, mode, tiny
+
+ENDS = "^(convs/0|head)$"
+
+
+def get_config(arg: str = ""):
+    arg = mode(arg, (*few_bits.NAMES, "tiny")) or "float"
+    config = base()
+    config.data.update({"name": "mnist1d", "batch_size": 100})
+    config.model.update({"name": "cnn", "size": "mnist1d", "channels": (16, 16, 16), "kernel": None, "dropout": 0.0})
+    config.model.activation = "none" if arg in few_bits.BINARY else "relu"
+    config.optim.update({"learning_rate": 1e-2, "weight_decay": 1e-2})
+    config.train = {"steps": 2000}
+    if arg == "float":
+        names = ("int8", "int4", "int2")
+        config.evaluation.transforms = tuple(few_bits.rounded(name, ends=ENDS, signed=True) for name in names)
+    else:
+        warm_up = 1 if arg == "tiny" else 200
+        config.transforms = few_bits.transforms(
+            "int4" if arg == "tiny" else arg, ends=ENDS, warm_up=warm_up, signed=True
+        )
+        config.evaluation.transforms = ({"name": "packed"},)
+    return tiny(config) if arg == "tiny" else config
