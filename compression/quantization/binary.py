@@ -121,10 +121,12 @@ class Binary(nnx.Module):
 
     def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
         w = kernel[...].astype(x.dtype)
-        signs, scale = self.weights(w, product.kernel_axes(w.ndim))
+        axes = product.kernel_axes(w.ndim)
+        signs, scale = self.weights(w, axes)
         x = sign(self.settings.activations, self.moved(x))
-        kernel = signs if scale is None else signs * scale
-        return product(x, kernel, outside=1) if isinstance(product, Convolution) else product(x, kernel)
+        y = product(x, signs, outside=1) if isinstance(product, Convolution) else product(x, signs)
+        # Behind the sum, which is exact: sums of scaled signs that cancel are not 0, and the next sign is another one.
+        return y if scale is None else y * scale.reshape(scale.shape[len(axes) :])
 
     def rounding_operations(self, call: Any) -> int:
         """Of one training step: a comparison a number, a difference with a threshold, four operations a number of its
