@@ -15,6 +15,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lissom.training.config import load_recipe
+from lissom.training.errors import UserError
+
 ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = ("name", "paper", "area", "module", "recipe", "test", "rows", "verdict")
 AREAS = ("ops", "models", "training", "compression", "inference", "search", "data", "evaluation")
@@ -55,8 +58,11 @@ def problems(entry: Mapping[str, Any], root: pathlib.Path) -> list[str]:
     for field, path in paths.items():
         if not (path and (root / path).is_file()):
             found.append(f"{name}: {field} {path!r} does not exist")
-    if mode and (root / recipe).is_file() and f'"{mode}"' not in (root / recipe).read_text():
-        found.append(f"{name}: {recipe} names no mode {mode!r}")
+    if mode and (root / recipe).is_file():
+        try:
+            load_recipe(f"{root / recipe}:{mode}")
+        except UserError:
+            found.append(f"{name}: {recipe} names no mode {mode!r}")
     own = "--" if recipe.startswith("scripts/") else "--config."
     if any(not flag.startswith(own) for flag in flags):
         found.append(f"{name}: behind the recipe stand {own}field=value only")

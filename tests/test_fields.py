@@ -19,6 +19,7 @@ CHANGED = {
     "ffn": "none",
     "norm": "none",
     "dropout": 0.1,
+    "activation": "hard_tanh",
     "stack": "scan",
     "remat": True,
     "tied": False,
