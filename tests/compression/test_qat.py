@@ -18,12 +18,15 @@ from lissom.compression.quantization.rules import layer_rule
 from lissom.compression.quantization.stored import Packed, Stored
 from lissom.compression.quantization.transforms import KINDS, PackedLayers, Qat, Quantize, kernel_of
 from lissom.compression.transforms import build_transforms, layer_paths
+from lissom.evaluation.memory import artefact_bytes
 from lissom.models.cnn import ConvNet
 from lissom.models.language import LanguageModel
 from lissom.models.linear import Conv, Embedding, Linear
 from lissom.models.products import Convolution, Dense, Logits, noted
 from lissom.models.resnet import ResNet
 from lissom.models.variables import flatten, merge, split, stats_of
+from lissom.train import train
+from lissom.training.config import load_recipe, overridden
 from lissom.training.errors import UserError
 
 FP4 = {"format": "fp4_e2m1", "per": 8, "scale_format": "ue4m3", "tensor_scale": True}
@@ -337,3 +340,27 @@ def test_saturated_and_silent_layers():
         network = quantized("cnn", RULES[rule])
         for module in (network, PackedLayers().structure(merge(split(network)))):
             assert jnp.isfinite(output(module, jnp.full((2, 20, 1), x))).all(), rule
+
+
+def test_the_directory_has_the_bits_that_were_promised(tiny_run):
+    """Container included: of int4 weights at most 0.16 of float32."""
+    _, run = tiny_run("vision/digits_vit", **{"model.width": 192, "model.depth": 3})
+    plain = artefact_bytes(export(run, run / "trained"))
+    entry = {"name": "quantize", "rules": ((".*", {"weights": "int4"}),)}
+    assert artefact_bytes(export(run, run / "int4", [entry])) <= 0.16 * plain
+
+
+def test_a_stage_goes_on_with_few_bits(tmp_path):
+    """A float stage, then one that adds `qat`: values, moments and ranges of training batches are carried over."""
+    config = load_recipe("configs/vision/mnist1d_qat.py:tiny")
+    transforms = config.transforms
+    stages = (
+        {"name": "float", "duration": 0.5},
+        {"name": "qat", "duration": 0.5, "overrides": {"transforms": transforms}},
+    )
+    run = tmp_path / "run"
+    overrides = {"mesh.data": 1, "train.steps": 4, "transforms": (), "stages": stages}
+    train(overridden(config, overrides.items()), run)
+    packed = merge(reload(export(run, run / "packed", [{"name": "packed"}])))
+    for path, layer in layer_paths(packed, (Conv, Linear)).items():
+        assert isinstance(layer.quantizer, Stored) and float(layer.quantizer.scale[...]) > 0, path
