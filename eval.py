@@ -298,7 +298,8 @@ def _told_apart(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     for entry in entries:
         same = named[entry["name"]]
         if entry.get("label"):
-            shown.append(f"{entry['name']} {entry['label']}")
+            label = f"{entry['name']} {entry['label']}"
+            shown.append(label if label not in shown else f"{label} #{len(shown) + 1}")
             continue
         keys = [key for key in entry if any(key not in other or other[key] != entry[key] for other in same)]
         shown.append(" ".join([entry["name"], *(f"{key}={entry[key]}" for key in keys)]))

@@ -21,7 +21,10 @@ from lissom.training.errors import UserError
 
 
 class Transform:
-    """The identity; subclasses override one half or both."""
+    """The identity; subclasses override one half or both. `knows_quantizers`: whether it leaves alone what stands in
+    the place of products (compression/quantization), or changes it knowingly."""
+
+    knows_quantizers = False
 
     def structure(self, module: nnx.Module) -> nnx.Module:
         return module
@@ -62,24 +65,40 @@ def structured(module: nnx.Module, transforms: Sequence[tuple[str, Transform]]) 
     if transforms and stacks(module):
         raise UserError(f"transform {transforms[0][0]!r} changes layers one by one: set config.model.stack to 'loop'")
     for name, transform in transforms:
-        try:
-            module = transform.structure(module)
-        except ValueError as error:  # what a module says of its settings
-            raise UserError(f"transform {name!r}: {error}") from error
+        module = _structure(name, transform, module)
     return module
+
+
+def _structure(name: str, transform: Transform, module: nnx.Module) -> nnx.Module:
+    has_quantizers = any(getattr(node, "quantizer", None) is not None for _, node in nnx.iter_graph(module))
+    if has_quantizers and not transform.knows_quantizers:
+        raise UserError(
+            f"transform {name!r} changes kernels, and those of this network are quantized: it must come before that"
+        )
+    try:
+        return transform.structure(module)
+    except UserError:  # which says of what it speaks
+        raise
+    except ValueError as error:  # what a module says of its settings
+        raise UserError(f"transform {name!r}: {error}") from error
 
 
 def applied(network: nnx.Module, transforms: Sequence[tuple[str, Transform]], data: Iterable[dict]) -> nnx.Module:
     """The trained network after every transform, in order: each is filled from what was before it, and from `data`."""
-    for _, transform in transforms:
+    for name, transform in transforms:
         source = merge(split(network))
-        network = transform.values(transform.structure(network), source, data)
+        network = transform.values(_structure(name, transform, network), source, data)
     return network
 
 
 def match_rules(rules: Sequence[tuple[str, Mapping]], paths: Iterable[str], what: str) -> dict[str, dict]:
     """{path: settings of the first rule that matches it}; a rule that is the first match of no path is an error."""
     matched, used = {}, set()
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"transform {what!r}: the rule {pattern!r} is no pattern of paths: {error}") from error
     for path in paths:
         for i, (pattern, settings) in enumerate(rules):
             if re.search(pattern, path):

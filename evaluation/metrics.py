@@ -86,7 +86,9 @@ METRICS = {
     "inference_energy": Metric("J", "lower", "operations and memory traffic of one example x published energies"),
     "operation_energy": Metric("J", "lower", "the same of its operations alone"),
     "flops": Metric("FLOP", "lower", "products and convolutions of one example's forward pass"),
-    "bit_operations": Metric("1", "lower", "multiply-adds with kernels of one example x bits of the wider operand"),
+    "bit_operations": Metric(
+        "1", "lower", "multiply-adds of dense layers and convolutions x bits of the wider operand"
+    ),
     "rounding_operations": Metric("1", "lower", "operations of rounding in one training step of this batch"),
     "decode_p50": Metric("s", "lower", "median time of one more token of each sequence, warm", machine="measuring"),
     "decode_p90": Metric("s", "lower", "90th percentile of the time of one more token, warm", machine="measuring"),

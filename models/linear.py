@@ -23,7 +23,10 @@ def stacked_kernels(count: int, inputs: int, outputs: int, rngs: nnx.Rngs) -> ja
 
 
 class Linear(nnx.Module):
-    """y[..., out] = x[..., in] W[in, out] + b[out]; `out` may be several axes, e.g. (heads, head_dim)."""
+    """y[..., out] = x[..., in] W[in, out] + b[out]; `out` may be several axes, e.g. (heads, head_dim). `kernel_alone`:
+    its owner reads the kernel and not the product, which no quantizer can stand for."""
+
+    kernel_alone = False
 
     def __init__(
         self,

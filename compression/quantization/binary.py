@@ -120,13 +120,13 @@ class Binary(nnx.Module):
         self.alpha = Param(jnp.zeros(channels), out_sharding=(None,)) if instance else None
 
     def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
-        w = kernel[...].astype(x.dtype)
-        axes = product.kernel_axes(w.ndim)
-        signs, scale = self.weights(w, axes)
-        x = sign(self.settings.activations, self.moved(x))
+        # Of the float32 kernel, as it is when it is stored.
+        axes = product.kernel_axes(len(kernel.shape))
+        signs, scale = self.weights(kernel[...], axes)
+        signs, x = signs.astype(x.dtype), sign(self.settings.activations, self.moved(x))
         y = product(x, signs, outside=1) if isinstance(product, Convolution) else product(x, signs)
         # Behind the sum, which is exact: sums of scaled signs that cancel are not 0, and the next sign is another one.
-        return y if scale is None else y * scale.reshape(scale.shape[len(axes) :])
+        return y if scale is None else y * scale.reshape(scale.shape[len(axes) :]).astype(x.dtype)
 
     def rounding_operations(self, call: Any) -> int:
         """Of one training step: a comparison a number, a difference with a threshold, four operations a number of its

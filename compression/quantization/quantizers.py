@@ -32,6 +32,10 @@ class Fake(nnx.Module):
 
     def __init__(self, rule: LayerRule, kernel: jax.Array, axes: Sequence[int]):
         self.rule, weights, activations = rule, rule.weights, rule.activations
+        if weights.operand.rotation and kernel.shape[axes[-1]] % weights.operand.rotation:
+            raise ValueError(
+                f"rotation={weights.operand.rotation} does not divide axis {axes[-1]} of {list(kernel.shape)}"
+            )
         of_kernel = scale_shape(kernel.shape, weights.scheme.per, axes)
         if activations is not None:
             # Channels of activations lie along the same axis.
@@ -46,14 +50,15 @@ class Fake(nnx.Module):
         self.range = None if dynamic else KINDS[activations.range](activations)
 
     def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
-        w = kernel[...].astype(x.dtype)
+        # What is rounded is the float32 kernel, as it is when it is stored.
+        w, axes = kernel[...], product.x_axes(x.ndim)
         if self.range is not None and self.range.observing:
-            self.range.note(x)
-            return product(x, w)
+            self.range.note(hadamard(x, axes[-1], self.rule.activations.operand.rotation))
+            return product(x, w.astype(x.dtype))
         if self.rule.gradients is not None:
             y = products.product(product.rows(x, w), product.matrix(w), self.rule.three)
             return product.result(y, x, w)
-        return product(self.activations(x, product.x_axes(x.ndim)), self.weights(w, product.kernel_axes(w.ndim)))
+        return product(self.activations(x, axes), self.weights(w, product.kernel_axes(w.ndim)).astype(x.dtype))
 
     @property
     def bits(self) -> int:

@@ -1,14 +1,16 @@
 """Where the range of activations comes from, of layers whose activations share one scale.
 
     frozen      measured and then fixed: the mean, over the first `warm_up` calls in training or over calibration
-                batches, of max |x|. Until then nothing is rounded (AQT, Abdolrashidi et al. 2021, arXiv:2105.03536)
+                batches, of max |x|. Until then activations are not rounded (AQT, Abdolrashidi et al. 2021,
+                arXiv:2105.03536)
     learned     the scale is a parameter (LSQ, Esser et al. 2020, arXiv:1902.08153)
     clipped     the largest number is one (PACT, Choi et al. 2018, arXiv:1805.06085)
 
-`rounded` is what is trained with; `scale` is what is left of it in an exported network. While `observing`, a layer
-works unrounded and notes what it sees: `observe`.
+`rounded` is what is trained with; `scale` is what is left of it in an exported network. While `observing`, a layer with
+a range works unrounded and notes what it sees.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from itertools import islice
@@ -16,6 +18,7 @@ from itertools import islice
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 
 from lissom.compression.quantization.formats import Format
 from lissom.compression.quantization.rounding import LEAST, at_scale, clipped_at, with_learned_scale
@@ -38,12 +41,14 @@ class Range(nnx.Module):
         return jnp.abs(x).max()
 
     def note(self, x: jax.Array, wanted: jax.Array | bool = True) -> None:
-        """Takes x into the mean, where it is wanted."""
+        """Takes x into the mean, where it is wanted and holds numbers. Within a loop of a network nothing can be noted:
+        decoding needs nothing more, and a range that is measured nowhere else is an error when it is stored."""
         found = jax.lax.stop_gradient(self.measure(x.astype(jnp.float32)))
-        calls = self.calls[...] + 1
+        wanted, calls = wanted & jnp.isfinite(found), self.calls[...] + 1
         seen = self.seen[...] + (found - self.seen[...]) / calls
-        self.seen[...] = jnp.where(wanted, seen, self.seen[...])
-        self.calls[...] = jnp.where(wanted, calls, self.calls[...])
+        with contextlib.suppress(TraceContextError):
+            self.seen[...] = jnp.where(wanted, seen, self.seen[...])
+            self.calls[...] = jnp.where(wanted, calls, self.calls[...])
 
     def rounded(self, x: jax.Array) -> jax.Array:
         raise NotImplementedError
@@ -61,18 +66,22 @@ class Frozen(Range):
     """See above. `rounding.scheme.clip`: the share of the range that is kept."""
 
     def rounded(self, x):
-        known = self.calls[...] >= max(self.rounding.warm_up, 1)
         scale, operand = self.scale, self.rounding.operand
+        known = scale > 0
         if self.rounding.warm_up:
             self.note(x, ~known)
-        return jnp.where(known, at_scale(x, jnp.where(scale > 0, scale, 1.0), self.format, operand.gradient), x)
+        return jnp.where(known, at_scale(x, jnp.where(known, scale, 1.0), self.format, operand.gradient), x)
 
     @property
     def scale(self):
-        return self.rounding.scheme.clip * self.seen[...] / self.format.largest
+        # Of what was always 0 any scale does.
+        scale = self.rounding.scheme.clip * self.seen[...] / self.format.largest
+        known = self.calls[...] >= max(self.rounding.warm_up, 1)
+        return jnp.where(known, jnp.where(scale > 0, scale, 1.0), 0.0)
 
     def settle(self):
-        self.calls[...] = jnp.maximum(self.calls[...], float(max(self.rounding.warm_up, 1)))
+        known = float(max(self.rounding.warm_up, 1))
+        self.calls[...] = jnp.where(self.calls[...] > 0, jnp.maximum(self.calls[...], known), 0.0)
 
 
 class Learned(Range):

@@ -11,8 +11,8 @@ through_scale=True for what it is, the largest magnitude of x times a number (ro
 format of its own): then the numbers on the edge of the range get the gradient of all that is scaled by them.
 
 `differentiable` replaces the identity by the derivative of a smooth staircase, of an x that lies a share t from the
-middle of two neighbouring numbers (-1 at the lower, 1 at the upper) min(|t|^(1/k - 1) / k, 3), k = 5: small between
-two numbers, steep near either (Wang et al. 2025, arXiv:2501.17116, section 3.1).
+middle of two neighbouring numbers (-1 at the lower, 1 at the upper) min(|t|^(1/k - 1) / k, 3), k = 5: steep half-way
+between two numbers, flat near either (Wang et al. 2025, arXiv:2501.17116, section 3.1).
 
 Learned step sizes (LSQ, Esser et al. 2020, arXiv:1902.08153) learn the scale s itself, whose gradient is, by the same
 rule,

@@ -67,6 +67,8 @@ def layer_rule(settings: Mapping[str, Any]) -> LayerRule:
     """ValueError names the setting that does not fit."""
     settings = dict(settings)
     rotation = settings.pop("rotation", 0)
+    if "skip" in settings:
+        raise ValueError("skip=True stands alone in a rule, and there is no skip=False: leave it out")
     for name in settings:
         if name not in RANGES:
             known = (*RANGES, "rotation", "skip")
@@ -76,6 +78,9 @@ def layer_rule(settings: Mapping[str, Any]) -> LayerRule:
     sides = {name: _rounding(name, given, rotation) for name, given in settings.items()}
     if rotation and ("activations" not in sides or sides["activations"].range == "clipped"):
         raise ValueError("rotation turns both operands: it needs 'activations', and not with range='clipped'")
+    unsigned = "activations" in sides and not sides["activations"].scheme.numbers.signed
+    if rotation and unsigned:
+        raise ValueError("rotation makes numbers of either sign: activations need a signed format")
     if "gradients" in sides:
         if sides["weights"].range != "absmax" or ("activations" in sides and sides["activations"].range != "dynamic"):
             raise ValueError("gradients go with ranges that are taken anew: weights 'absmax', activations 'dynamic'")
@@ -86,7 +91,8 @@ def layer_rule(settings: Mapping[str, Any]) -> LayerRule:
 
 def _rounding(side: str, given: str | Mapping[str, Any], rotation: int) -> Rounding:
     given = {"format": given} if isinstance(given, str) else dict(given)
-    known = (*OF_SCHEME, *OF_OPERAND, "range", *(("warm_up", "initial") if side == "activations" else ()))
+    options = ("stochastic",) if side == "gradients" else OF_OPERAND
+    known = (*OF_SCHEME, *options, "range", *(("warm_up", "initial") if side == "activations" else ()))
     for name in given:
         if name not in known:
             raise ValueError(f"{side} have no {name!r}: known are {', '.join(known)}{nearest(name, known)}")
@@ -119,6 +125,8 @@ def _checked(side: str, given: dict[str, Any], rotation: int) -> Rounding:
         raise ValueError(f"warm_up={warm_up} is of range='frozen', not of {found!r}")
     if type(warm_up) is not int or warm_up < 0:
         raise ValueError(f"warm_up={warm_up} must be a whole number, at least 0")
+    if initial != 6.0 and found != "clipped":
+        raise ValueError(f"initial={initial} is of range='clipped', not of {found!r}")
     if not initial > 0:
         raise ValueError(f"initial={initial} must be above 0")
     options = {name: given.pop(name) for name in OF_OPERAND if name in given}
@@ -130,6 +138,8 @@ def _checked(side: str, given: dict[str, Any], rotation: int) -> Rounding:
             "range='dynamic' goes with per='row' or a number, and the others with per='tensor': with a dynamic range "
             "of a whole batch one example's answer would depend on the others"
         )
+    if side == "activations" and found != "dynamic" and (scheme.scale_format != "float32" or scheme.tensor_scale):
+        raise ValueError(f"range={found!r} has one float32 scale: scale_format and tensor_scale are of dynamic ones")
     if found == "learned" and (scheme.scale_format != "float32" or not isinstance(scheme.per, str)):
         raise ValueError("a learned scale is a float32 number a tensor or a channel")
     if found == "clipped" and signed:

@@ -152,8 +152,9 @@ class Stored(nnx.Module):
         if self.scale is None:
             scaled = quantize(x, scheme, axes)
             return scaled.numbers, scaled.scale
-        scale = self.scale[...]
-        return scheme.numbers.round(x.astype(jnp.float32) / scale), scale
+        # A NaN has no code: what sums over it is NaN by its scale.
+        scale = jnp.where(jnp.isnan(x).any(axes, keepdims=True), jnp.nan, self.scale[...])
+        return scheme.numbers.round(jnp.where(jnp.isnan(x), 0.0, x.astype(jnp.float32)) / self.scale[...]), scale
 
     def _rounded(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         operand = self.rule.activations.operand

@@ -39,12 +39,12 @@ class Qat(Transform):
     """
 
     name = "qat"
+    knows_quantizers = True
 
     def __init__(self, *, rules: Sequence[tuple[str, Mapping]], batches: int = 8):
         if batches < 1:
             raise ValueError(f"batches={batches} must be at least 1")
-        if not rules:
-            raise ValueError("rules is empty: it would leave the network as it is")
+        _check_rules(rules)
         self.rules, self.batches = rules, batches
 
     def structure(self, module: nnx.Module) -> nnx.Module:
@@ -56,7 +56,7 @@ class Qat(Transform):
             except (TypeError, ValueError) as error:
                 raise UserError(f"transform {self.name!r}, rules[{number}] {entry!r}: {error}") from error
         numbered = [(pattern, {"number": number}) for number, (pattern, _) in enumerate(self.rules)]
-        matched = match_rules(numbered, layer_paths(module, KINDS), self.name)
+        matched = match_rules(numbered, _layers(module, KINDS), self.name)
 
         def quantizer(path: str, kernel: jax.Array, product: Any) -> Fake | None:
             rule = parsed[matched[path]["number"]] if path in matched else None
@@ -80,7 +80,10 @@ class Binarize(Transform):
     UserError names the rule that matches no layer, or does not fit one.
     """
 
+    knows_quantizers = True
+
     def __init__(self, *, rules: Sequence[tuple[str, Mapping]]):
+        _check_rules(rules)
         self.rules = rules
 
     def structure(self, module: nnx.Module) -> nnx.Module:
@@ -88,13 +91,27 @@ class Binarize(Transform):
             if dict(settings) != {"skip": True} and set(settings) != {"operator"}:
                 raise UserError(f"transform 'binarize': the rule {pattern!r} has {dict(settings)}: it takes operator")
             check_name(OPERATORS, settings.get("operator", "bnn"), "operator")
-        matched = match_rules(self.rules, layer_paths(module, (Linear, Conv)), "binarize")
+        matched = match_rules(self.rules, _layers(module, (Linear, Conv)), "binarize")
 
         def quantizer(path: str, kernel: jax.Array, product: Any) -> Binary | None:
             operator = matched.get(path, {}).get("operator")
             return None if operator is None else Binary(operator, kernel, product)
 
         return _with_quantizers(module, (Linear, Conv), quantizer, "binarize")
+
+
+def _layers(module: nnx.Module, kinds: tuple[type, ...]) -> dict[str, Any]:
+    """{path: layer} of those whose product is computed by the layer."""
+    return {path: node for path, node in layer_paths(module, kinds).items() if not getattr(node, "kernel_alone", False)}
+
+
+def _check_rules(rules: Sequence[tuple[str, Mapping]]) -> None:
+    """ValueError where they are no (pattern, settings) pairs, or none of them changes anything."""
+    for number, entry in enumerate(rules):
+        if not (isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[1], Mapping)):
+            raise ValueError(f"rules[{number}] is {entry!r}: a rule is a pair (pattern of paths, settings)")
+    if all(dict(settings) == {"skip": True} for _, settings in rules):
+        raise ValueError("rules name nothing to change: the network would stay as it is")
 
 
 def _with_quantizers(module: nnx.Module, kinds: tuple[type, ...], make: Callable, what: str) -> nnx.Module:
@@ -120,6 +137,8 @@ class PackedLayers(Transform):
     products of integers where weights and activations are integers, of bits where both are signs. UserError where there
     is no such layer, or a range of activations was never measured."""
 
+    knows_quantizers = True
+
     def structure(self, module: nnx.Module) -> nnx.Module:
         if not any(isinstance(layer.quantizer, TRAINED) for layer in layer_paths(module, KINDS).values()):
             raise ValueError("it stores what the transforms 'qat' and 'binarize' trained, and there is no such layer")
@@ -133,10 +152,13 @@ def pack(path: str, layer: nnx.Module, *, measured: bool = True) -> nnx.Module:
         name, product = kernel_of(layer)
         kernel, quantizer = layer.quantizer.stored(getattr(layer, name)[...], product)
         scale = None if getattr(quantizer, "scale", None) is None else quantizer.scale[...]
-        if measured and scale is not None and not isinstance(scale, jax.core.Tracer) and not scale > 0:
+        # Rows of a table are read without activations: where it has no other use, none were ever seen.
+        needed = measured and scale is not None and not isinstance(layer, Embedding)
+        if needed and not isinstance(scale, jax.core.Tracer) and not scale > 0:
             raise UserError(
-                f"the range of the activations of {path} was never measured: give them a warm_up that fits into "
-                "training, or start from a trained network"
+                f"the range of the activations of {path} was never measured, or not to the end of its warm_up: give it "
+                "one that fits into training, or start from a trained network; layers within a loop of a network need "
+                "a dynamic or a learned range"
             )
         setattr(layer, name, nnx.data(kernel))
         layer.quantizer = nnx.data(quantizer)

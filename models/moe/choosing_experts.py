@@ -67,6 +67,7 @@ class Soft(nnx.Module):
         at_least_one("ffn", slots=slots)
         self.experts, self.slots = experts, slots
         self.phi = router(width, experts * slots, rngs)
+        self.phi.kernel_alone = True
         self.scale = Param(jnp.ones(()), out_sharding=())
 
     def __call__(self, x, context, key):

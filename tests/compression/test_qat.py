@@ -17,7 +17,7 @@ from lissom.compression.quantization.ranges import Frozen, Range
 from lissom.compression.quantization.rules import layer_rule
 from lissom.compression.quantization.stored import Packed, Stored
 from lissom.compression.quantization.transforms import KINDS, PackedLayers, Qat, Quantize, kernel_of
-from lissom.compression.transforms import build_transforms, layer_paths
+from lissom.compression.transforms import build_transforms, layer_paths, structured
 from lissom.evaluation.memory import artefact_bytes
 from lissom.models.cnn import ConvNet
 from lissom.models.language import LanguageModel
@@ -286,6 +286,14 @@ def test_exported_and_reloaded(tiny_run):
         ({"weights": {"format": "int4", "range": "learned", "per": 8}}, "a tensor or a channel"),
         ({"weights": {"format": "int4", "range": "learned", "clip": 0.5}}, "goes without clip"),
         ({"weights": "int4", "rotation": 8}, "it needs 'activations'"),
+        ({"weights": "int4", "activations": "uint8", "rotation": 8}, "activations need a signed format"),
+        ({"weights": "int4", "activations": {"format": "int8", "scale_format": "e8m0"}}, "one float32 scale"),
+        ({"weights": "int4", "activations": {"format": "int8", "initial": 2.0}}, "initial=2.0 is of range='clipped'"),
+        (
+            {"weights": "int4", "gradients": {"format": "int8", "through_scale": True}},
+            "gradients have no 'through_scale'",
+        ),
+        ({"weights": "int4", "skip": False}, "skip=True stands alone"),
         ({"weights": "int4", "activations": "int8", "gradients": "int8"}, "activations 'dynamic'"),
         ({"weights": "int4", "activations": {"format": "int8", "warm_up": -1}}, "at least 0"),
     ],
@@ -310,8 +318,16 @@ def test_other_mistakes_are_one_sentence():
         PackedLayers().structure(cnn())
     with pytest.raises(UserError, match="use the transform 'qat'"):
         Quantize(rules=((".*", RULES["learned"]),)).structure(cnn())
-    with pytest.raises(UserError, match="rules is empty"):
-        build_transforms([{"name": "qat", "rules": ()}])
+    for name, rules in (("qat", ()), ("binarize", ()), ("qat", ((".*", {"skip": True}),))):
+        with pytest.raises(UserError, match="rules name nothing to change"):
+            build_transforms([{"name": name, "rules": rules}])
+    with pytest.raises(UserError, match=r"'\(' is no pattern of paths"):
+        Qat(rules=(("(", RULES["int8"]),)).structure(cnn())
+    with pytest.raises(UserError, match=r"convs/0: rotation=8 does not divide axis 1 of \[5, 1, 8\]"):
+        Qat(rules=((".*", {**RULES["int8"], "rotation": 8}),)).structure(cnn())
+    later = build_transforms([{"name": "qat", "rules": ((".*", RULES["int8"]),)}, {"name": "int8_weights"}])
+    with pytest.raises(UserError, match=r"'int8_weights' changes kernels.*it must come before"):
+        structured(cnn(), later)
 
 
 def test_layers_that_are_skipped_stay_as_they_are():
@@ -364,3 +380,77 @@ def test_a_stage_goes_on_with_few_bits(tmp_path):
     packed = merge(reload(export(run, run / "packed", [{"name": "packed"}])))
     for path, layer in layer_paths(packed, (Conv, Linear)).items():
         assert isinstance(layer.quantizer, Stored) and float(layer.quantizer.scale[...]) > 0, path
+
+
+def test_a_warm_up_that_is_not_over_is_told():
+    """What was trained unrounded is not stored rounded."""
+    rule = {"weights": "int8", "activations": {"format": "int8", "warm_up": 3}}
+    network = Qat(rules=((".*", rule),)).structure(cnn())
+    for _ in range(2):
+        network(inputs("cnn"))
+    with pytest.raises(UserError, match="not to the end of its warm_up"):
+        PackedLayers().structure(merge(split(network)))
+    network(inputs("cnn"))
+    PackedLayers().structure(network)
+
+
+def test_ranges_are_those_of_turned_numbers():
+    """Which may be larger than any before, by the root of the block: a constant has all of it in one number."""
+    layer = nnx.Dict(layer=Linear(16, 4, axes=("embed", "mlp"), rngs=nnx.Rngs(0)))
+    x = 1 + 0.1 * jax.random.normal(jax.random.key(0), (64, 16))
+    want = layer["layer"](x)
+    network = Qat(rules=((".*", {**RULES["int8"], "rotation": 16}),)).structure(layer)
+    fake = network["layer"].quantizer
+    fake.range.observing = True
+    network["layer"](x)
+    fake.range.observing = False
+    fake.range.settle()
+    assert float(fake.range.seen[...]) > 3.5
+    np.testing.assert_allclose(network["layer"](x), want, atol=0.03 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("name", ["qat", "binarize"])
+def test_what_is_stored_is_what_was_trained_in_bfloat16(name):
+    layer = nnx.Dict(layer=Linear(64, 16, axes=("embed", "mlp"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    rule = {"operator": "irnet"} if name == "binarize" else {"weights": "int8"}
+    ((_, transform),) = build_transforms([{"name": name, "rules": ((".*", rule),)}])
+    network = transform.structure(layer)
+    x = jax.random.normal(jax.random.key(1), (8, 64))
+    want = network["layer"](x).astype(jnp.float32)
+    got = PackedLayers().structure(network)["layer"](x).astype(jnp.float32)
+    np.testing.assert_allclose(got, want, atol=2**-7 * float(jnp.abs(want).max()))
+
+
+def test_a_table_that_is_only_looked_up_is_stored():
+    """It has no activations, and a rule for all layers gives it a range nevertheless."""
+    network = LanguageModel(vocab_size=16, width=16, depth=1, heads=2, tied=False, rngs=nnx.Rngs(0))
+    data = [{"inputs": np.asarray(inputs("language"))}]
+    transform = Qat(rules=((".*", RULES["int8"]),))
+    trained = transform.values(transform.structure(network), None, data)
+    want = output(trained, inputs("language"))
+    got = output(PackedLayers().structure(trained), inputs("language"))
+    assert float(jnp.abs(got - want).mean()) < 0.02 * float(jnp.abs(want).max())
+
+
+def test_what_is_no_number_stays_none():
+    """Of its own example alone; and no range is measured of it."""
+    trained = quantized("cnn", RULES["int8"])
+    x = inputs("cnn").at[1, 3].set(jnp.nan)
+    for module in (trained, PackedLayers().structure(merge(split(trained)))):
+        y = output(module, x)
+        assert jnp.isnan(y[1]).all() and jnp.isfinite(y[0]).all()
+    frozen = Frozen(layer_rule({"weights": "int8", "activations": {"format": "int8", "warm_up": 1}}).activations)
+    frozen.rounded(x)
+    assert frozen.calls[...] == 0 and frozen.seen[...] == 0
+
+
+def test_few_bits_are_counted_by_hand():
+    """One example of a convolution and a head, and a batch that is trained."""
+    network = quantized("cnn", RULES["int4"])
+    with noted() as calls:
+        jax.eval_shape(network, inputs("cnn")[:1])
+    # 10 places x 5 x 1 x 8 of 8 bits, 5 x 5 x 8 x 16 and 80 x 10 of 4.
+    assert [call.multiply_adds for call in calls] == [400, 3200, 800]
+    assert [call.quantizer.bits for call in calls] == [8, 4, 4]
+    # Of each number its magnitude, the largest so far, a quotient and the rounding.
+    assert calls[2].quantizer.rounding_operations(calls[2]) == 4 * 80 + 4 * 800
