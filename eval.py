@@ -317,7 +317,7 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
 
     from lissom import data
     from lissom.compression.artefacts import export, reload
-    from lissom.evaluation.measuring import Subject
+    from lissom.evaluation.measuring import Subject, imitates
     from lissom.evaluation.memory import artefact_bytes
     from lissom.models.variables import merge
     from lissom.training.building import build_objective
@@ -352,7 +352,7 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
         decode_length=config.evaluation.decode_length,
         artefact_bytes=artefact_bytes(directory),
         times=times,
-        simulated=any(getattr(node, "simulated", False) for _, node in nnx.iter_graph(network)),
+        simulated=imitates(network),
         floor=bool(config.evaluation.floor),
         further=[(settings, batches(other)) for settings, other in further],
     )

@@ -72,6 +72,12 @@ class Subject:
         return dataclasses.replace(self.blank, measurements=tuple(self.measurements))
 
 
+def imitates(network: nnx.Module) -> bool:
+    """Whether a layer's quantizer computes in other arithmetic than the one that it is about."""
+    quantizers = (getattr(node, "quantizer", None) for _, node in nnx.iter_graph(network))
+    return any(quantizer.simulated for quantizer in quantizers if quantizer is not None)
+
+
 def measure_subject(subject: Subject) -> None:
     """Everything but latency: test means, parameters, bytes, FLOPs of one example."""
     note = subject.measurements.append

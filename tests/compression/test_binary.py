@@ -24,6 +24,7 @@ from lissom.compression.quantization.binary import (
 )
 from lissom.compression.quantization.transforms import Binarize, PackedLayers
 from lissom.compression.transforms import layer_paths
+from lissom.evaluation.measuring import imitates
 from lissom.models.linear import Conv, Linear
 from lissom.models.products import Convolution, Dense
 from lissom.models.registry import UnknownName
@@ -52,6 +53,7 @@ def test_packed_signs_are_what_was_trained(operator):
     packed = PackedLayers().structure(merge(split(trained)))
     want, got = output(trained, PICTURES), output(packed, PICTURES)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+    assert imitates(trained) and not imitates(packed)
     inner = {path: layer for path, layer in layer_paths(packed, (Conv,)).items() if path != "stem"}
     assert len(inner) == 5
     for path, layer in inner.items():

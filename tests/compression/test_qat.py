@@ -18,6 +18,7 @@ from lissom.compression.quantization.rules import layer_rule
 from lissom.compression.quantization.stored import Packed, Stored
 from lissom.compression.quantization.transforms import KINDS, PackedLayers, Qat, Quantize, kernel_of
 from lissom.compression.transforms import build_transforms, layer_paths, structured
+from lissom.evaluation.measuring import imitates
 from lissom.evaluation.memory import artefact_bytes
 from lissom.models.cnn import ConvNet
 from lissom.models.language import LanguageModel
@@ -128,6 +129,7 @@ def test_packed_is_what_was_trained(name, rule):
         if path not in ("convs/0", "stem"):
             assert kernel.codes[...].dtype == jnp.uint8
             assert kernel.codes[...].size == kernel.codes.shape[0] * -(-kernel.length * bits // 8), path
+    assert imitates(trained) and imitates(packed) == ("fp" in rule) and not imitates(NETWORKS[name]())
     simulated = {layer.quantizer.simulated for layer in layer_paths(packed, KINDS).values()}
     assert simulated == ({True} if "fp" in rule and name == "language" else {"fp" in rule, False})
 
