@@ -28,7 +28,7 @@ def test_the_examples_of_ops_run_as_they_stand():
     """Pasted one after the other, and the masks of the first are those that its comments say."""
     text = (pathlib.Path(__file__).parent.parent / "docs" / "ops.md").read_text()
     blocks, names = re.findall(r"```python\n(.*?)```", text, re.DOTALL), {}
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for block in blocks:
         exec(block, names)
     union = names["BlockSparse"](names["blocks"], names["count"]) | names["KeyColumns"](names["columns"])
