@@ -67,6 +67,11 @@ class Subject:
         """Decoding costs the same again after so many tokens."""
         return getattr(self.merge(self.graph, self.state), "period", 1)
 
+    @property
+    def clocked(self) -> str:
+        """The kind of its times."""
+        return "simulated" if self.simulated else "measured"
+
     def row(self) -> Row:
         """What was measured, as a row."""
         return dataclasses.replace(self.blank, measurements=tuple(self.measurements))
@@ -187,8 +192,7 @@ def latencies(subjects: Sequence[Subject]) -> None:
                 subject.measurements.append(memory.peak_measurement(compiled, batch=batch))
         repeats = max(subjects[number].repeats for number in candidates)
         for number, latency in measure_interleaved(candidates, repeats=repeats).items():
-            kind = "simulated" if subjects[number].simulated else "measured"
-            subjects[number].measurements += latency_measurements(latency, batch, kind)
+            subjects[number].measurements += latency_measurements(latency, batch, subjects[number].clocked)
 
 
 def decoding(subjects: Sequence[Subject]) -> None:
@@ -212,7 +216,7 @@ def decoding(subjects: Sequence[Subject]) -> None:
         for number, latency in measure_interleaved(candidates, repeats=repeats).items():
             conditions = {"batch": batch, "length": lengths[number]}
             p50, p90 = (seconds / steps[number] for seconds in (latency.p50, latency.p90))
-            kind = "simulated" if subjects[number].simulated else "measured"
+            kind = subjects[number].clocked
             subjects[number].measurements += [
                 measure("decode_p50", p50, kind, **conditions),
                 measure("decode_p90", p90, kind, **conditions),

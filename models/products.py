@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 class Dense:
@@ -45,22 +46,15 @@ class Dense:
         return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
-class Logits:
+class Logits(Dense):
     """x[..., width] table[vocab, width]^T."""
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.einsum("...m,vm->...v", x, kernel)
 
-    def x_axes(self, axes: int) -> tuple[int, ...]:
-        return (axes - 1,)
-
     def kernel_axes(self, axes: int) -> tuple[int, ...]:
         del axes
         return (1,)
-
-    def rows(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        del kernel
-        return x.reshape(-1, x.shape[-1])
 
     def matrix(self, kernel: jax.Array) -> jax.Array:
         return kernel.T
@@ -132,6 +126,22 @@ def _offsets(window: tuple[int, ...]) -> list[tuple[int, ...]]:
     return found
 
 
+class Quantizer(nnx.Module):
+    """What computes a layer's product in its stead. simulated: whether it imitates the arithmetic that it is about;
+    bits: of the wider operand, a float counts as 16."""
+
+    simulated = False
+    bits = 16
+
+    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+        raise NotImplementedError
+
+    def rounding_operations(self, call: "Call") -> int:
+        """What rounding adds to a training step that makes this call."""
+        del call
+        return 0
+
+
 class Call(NamedTuple):
     """One product of a layer: rows x K numbers by K x N."""
 
@@ -159,8 +169,7 @@ def noted() -> Iterator[list[Call]]:
 
 
 def multiplied(product: Any, x: jax.Array, kernel: Any, dtype: jnp.dtype, quantizer: Any = None) -> jax.Array:
-    """The product in `dtype`, of a variable `kernel`; or what a quantizer, quantizer(product, x, kernel), makes of it:
-    see compression/quantization/quantizers.py."""
+    """The product in `dtype`, of a variable `kernel`; or what a `Quantizer` makes of them."""
     x = x.astype(dtype)
     y = product(x, kernel[...].astype(dtype)) if quantizer is None else quantizer(product, x, kernel).astype(dtype)
     for calls in _noting:

@@ -20,8 +20,9 @@ shortcuts, no other activations, no losses. sign(0) is 1. What lies outside of a
                 of the sign cut off behind n terms. Its module for noise is left out
     irnet       Qin et al. 2020, arXiv:1909.10788. Weights of mean 0 and variance 1, scale: the power of two next to
                 mean |w|; slope of tanh, which is fixed here, where the paper sharpens it
-    insta       Lee et al. 2022, arXiv:2204.07439, version 1 of the threshold: beta + alpha mean over places of x^3, a
-                channel and an example; else as reactnet. Behind a BatchNorm x is the paper's normalised input
+    insta       Lee et al. 2022, arXiv:2204.07439. Threshold: beta + alpha mean over places of x^3, a channel and an
+                example (the form with a squeeze-excite block is left out); else as reactnet. Behind a BatchNorm x is
+                the paper's normalised input
 """
 
 import math
@@ -34,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.products import Convolution
+from lissom.models.products import Convolution, Quantizer
 from lissom.models.variables import Frozen, Param, freeze
 from lissom.ops.binary_matmul import binary_matmul, pack_signs
 
@@ -101,7 +102,7 @@ OPERATORS = {
 SCORED = ("bnn", "xnor", "dorefa", "bireal", "xnor++", "reactnet", "recu", "fda")  # BiBench's eight
 
 
-class Binary(nnx.Module):
+class Binary(Quantizer):
     """The quantizer of a layer that is trained with an operator. ValueError where that is not for such a layer."""
 
     simulated, bits = True, 1
@@ -194,23 +195,13 @@ class PackedSigns(nnx.Module):
         return self.product.kernel(rows.T, self.shape)
 
 
-class StoredBinary(nnx.Module):
+class StoredBinary(Quantizer):
     """The quantizer of a layer whose kernel is `PackedSigns`: bits are compared and counted (ops/binary_matmul)."""
 
-    simulated, bits = False, 1
+    bits = 1
 
     def __init__(self, trained: Binary):
         self.trained = trained
-
-    @property
-    def hidden(self) -> int:
-        """Scales that were learned stand with the kernel."""
-        return 0
-
-    def rounding_operations(self, call: Any) -> int:
-        """It is not trained."""
-        del call
-        return 0
 
     def __call__(self, product: Any, x: jax.Array, kernel: PackedSigns) -> jax.Array:
         # Outside of the picture there are zeros, whose sign is 1.

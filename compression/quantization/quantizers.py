@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from lissom.compression.quantization import products
 from lissom.compression.quantization.products import hadamard
@@ -22,10 +21,11 @@ from lissom.compression.quantization.rounding import LEAST, initial_scale, with_
 from lissom.compression.quantization.rules import LayerRule
 from lissom.compression.quantization.scaling import Scaled, quantize, scale_shape, spread
 from lissom.compression.quantization.stored import Packed, Stored
+from lissom.models.products import Quantizer
 from lissom.models.variables import Param
 
 
-class Fake(nnx.Module):
+class Fake(Quantizer):
     """Of a layer whose kernel is summed over `axes`. ValueError where groups do not divide it."""
 
     simulated = True

@@ -76,16 +76,13 @@ def layer_rule(settings: Mapping[str, Any]) -> LayerRule:
     if "weights" not in settings:
         raise ValueError("a rule says how weights are rounded: it needs 'weights' (or skip=True)")
     sides = {name: _rounding(name, given, rotation) for name, given in settings.items()}
-    if rotation and ("activations" not in sides or sides["activations"].range == "clipped"):
-        raise ValueError("rotation turns both operands: it needs 'activations', and not with range='clipped'")
-    unsigned = "activations" in sides and not sides["activations"].scheme.numbers.signed
-    if rotation and unsigned:
+    if rotation and "activations" not in sides:
+        raise ValueError("rotation turns both operands of a product: it needs 'activations'")
+    if rotation and not sides["activations"].scheme.numbers.signed:
         raise ValueError("rotation makes numbers of either sign: activations need a signed format")
-    if "gradients" in sides:
-        if sides["weights"].range != "absmax" or ("activations" in sides and sides["activations"].range != "dynamic"):
-            raise ValueError("gradients go with ranges that are taken anew: weights 'absmax', activations 'dynamic'")
-        if rotation and "activations" not in sides:
-            raise ValueError("rotation turns both operands of a product, and activations have no rule")
+    anew = all(sides[name].range in ("absmax", "dynamic") for name in ("weights", "activations") if name in sides)
+    if "gradients" in sides and not anew:
+        raise ValueError("gradients go with ranges that are taken anew: weights 'absmax', activations 'dynamic'")
     return LayerRule(**sides)
 
 
@@ -120,13 +117,13 @@ def _checked(side: str, given: dict[str, Any], rotation: int) -> Rounding:
     found = given.pop("range", usual)
     if found not in RANGES[side]:
         raise ValueError(f"range={found!r} must be one of {', '.join(RANGES[side])}{nearest(found, RANGES[side])}")
+    if "initial" in given and found != "clipped":
+        raise ValueError(f"initial={given['initial']} is of range='clipped', not of {found!r}")
     warm_up, initial = given.pop("warm_up", 0), given.pop("initial", 6.0)
     if warm_up and found != "frozen":
         raise ValueError(f"warm_up={warm_up} is of range='frozen', not of {found!r}")
     if type(warm_up) is not int or warm_up < 0:
         raise ValueError(f"warm_up={warm_up} must be a whole number, at least 0")
-    if initial != 6.0 and found != "clipped":
-        raise ValueError(f"initial={initial} is of range='clipped', not of {found!r}")
     if not initial > 0:
         raise ValueError(f"initial={initial} must be above 0")
     options = {name: given.pop(name) for name in OF_OPERAND if name in given}

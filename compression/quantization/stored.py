@@ -18,7 +18,7 @@ from lissom.compression.quantization.products import hadamard
 from lissom.compression.quantization.rounding import at_scale
 from lissom.compression.quantization.rules import LayerRule
 from lissom.compression.quantization.scaling import Scaled, Scheme, quantize
-from lissom.models.products import Convolution
+from lissom.models.products import Convolution, Quantizer
 from lissom.models.variables import Frozen
 from lissom.ops.quantized_matmul import quantized_matmul
 
@@ -90,7 +90,7 @@ class Packed(nnx.Module):
         return self.scheme.numbers.decode(unpacked).astype(jnp.int8), 8
 
 
-class Stored(nnx.Module):
+class Stored(Quantizer):
     """The quantizer of a layer whose kernel is `Packed`. `scale`: of activations whose range is fixed."""
 
     def __init__(self, rule: LayerRule, scale: jax.Array | None):
@@ -110,11 +110,6 @@ class Stored(nnx.Module):
     @property
     def bits(self) -> int:
         return self.rule.bits
-
-    def rounding_operations(self, call: Any) -> int:
-        """It is not trained."""
-        del call
-        return 0
 
     @property
     def _integers(self) -> bool:

@@ -49,12 +49,12 @@ class Qat(Transform):
 
     def structure(self, module: nnx.Module) -> nnx.Module:
         parsed: dict[int, LayerRule | None] = {}
-        for number, entry in enumerate(self.rules):
+        for number, (pattern, settings) in enumerate(self.rules):
             try:
-                _, settings = entry
                 parsed[number] = None if dict(settings) == {"skip": True} else self.read(settings)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"transform {self.name!r}, rules[{number}] {entry!r}: {error}") from error
+            except ValueError as error:
+                where = f"transform {self.name!r}, rules[{number}] {(pattern, dict(settings))!r}"
+                raise UserError(f"{where}: {error}") from error
         numbered = [(pattern, {"number": number}) for number, (pattern, _) in enumerate(self.rules)]
         matched = match_rules(numbered, _layers(module, KINDS), self.name)
 

@@ -16,39 +16,22 @@ Time: about two minutes on 2 CPU cores. Result: not measured.
 Sweep: optim.learning_rate  model.size=tiny,small,20
 """
 
+from lissom.configs import few_bits
 from lissom.configs.base import base, mode, tiny
 
-ENDS = "^(stem|head)$"
-FP4 = {"format": "fp4_e2m1", "per": 16, "scale_format": "ue4m3", "tensor_scale": True}
-FP8 = {"weights": "fp8_e4m3", "activations": {"format": "fp8_e4m3", "per": "row"}}
-
-
-def few_bits(arg: str, warm_up: int) -> tuple:
-    """(pattern, settings) pairs. What every layer sees is not below 0: pictures, and what relu leaves."""
-    int8 = {"weights": "int8", "activations": {"format": "uint8", "warm_up": warm_up}}
-    inner = {
-        "int4": {"weights": "int4", "activations": {"format": "uint4", "warm_up": warm_up}},
-        "int2": {
-            "weights": {"format": "int2", "range": "learned"},
-            "activations": {"format": "uint2", "range": "learned"},
-        },
-        "fp4": {"weights": FP4, "activations": FP4, "gradients": {**FP4, "stochastic": True}, "rotation": 16},
-    }
-    ends = FP8 if arg == "fp4" else int8
-    return ((ENDS, ends), (".*", inner.get(arg, int8)))
+WAYS = {"": "int8", "int4": "int4", "int2": "int2_learned", "fp4": "fp4_all", "binary": "reactnet", "tiny": "int8"}
+"""Mode -> its name in `configs/few_bits.py`."""
 
 
 def get_config(arg: str = ""):
-    arg = mode(arg, ("int4", "int2", "fp4", "binary", "tiny"))
+    arg = mode(arg, tuple(WAYS)[1:])
     config = base()
     config.data.update({"name": "digits", "batch_size": 128})
     config.model.update({"name": "resnet", "size": "small", "activation": "none" if arg == "binary" else "relu"})
     config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
     config.train = {"epochs": 30}
-    if arg == "binary":
-        rules = ((ENDS, {"skip": True}), (".*", {"operator": "reactnet"}))
-        config.transforms = ({"name": "binarize", "rules": rules},)
-    else:
-        config.transforms = ({"name": "qat", "rules": few_bits(arg, 1 if arg == "tiny" else 60)},)
+    # Pictures are not below 0.
+    warm_up = 1 if arg == "tiny" else 60
+    config.transforms = few_bits.transforms(WAYS[arg], ends="^(stem|head)$", warm_up=warm_up, signed=False)
     config.evaluation.update({"transforms": ({"name": "packed"},)})
     return tiny(config) if arg == "tiny" else config

@@ -40,10 +40,10 @@ from lissom.ops.quantized_matmul.pallas_gpu_kernels import (
     COLUMN_MULTIPLE,
     NARROW_STEP,
     WIDE_STEP,
-    products_kernel,
+    quantized_kernel,
     weights_kernel,
 )
-from lissom.ops.quantized_matmul.rows import as_rows, batched_as_rows
+from lissom.ops.quantized_matmul.rows import as_rows, batched_as_rows, forward_only
 
 LOCAL = True
 
@@ -73,26 +73,15 @@ def check(x, codes, scale, x_scale, *, bits: int) -> None:
 
 
 def run(x, codes, scale, x_scale, *, bits: int) -> jax.Array:
-    return as_rows(batched_as_rows(functools.partial(_product, bits)), x, codes, scale, x_scale)
-
-
-def _forward_only(*_):
-    raise NotImplementedError(
-        "implementation: pallas_gpu of quantized_matmul is forward only; reference and xla can be differentiated."
-    )
-
-
-def _product(bits: int, x, codes, scale, x_scale) -> jax.Array:
-    product = jax.custom_vjp(functools.partial(_call, bits))
-    product.defvjp(_forward_only, _forward_only)
-    return product(x, codes, scale, x_scale)
+    product = forward_only("pallas_gpu", functools.partial(_call, bits))
+    return as_rows(batched_as_rows(product), x, codes, scale, x_scale)
 
 
 def _call(bits: int, x, codes, scale, x_scale) -> jax.Array:
     m = len(x)
     interpret = plgpu.InterpretGPUParams(detect_races=True) if is_interpreting() else False
     if x_scale is not None:
-        return products_kernel(_padded(x, 8), codes, scale, x_scale, interpret=interpret)[:m]
+        return quantized_kernel(_padded(x, 8), codes, scale, x_scale, interpret=interpret)[:m]
     rows = min(MOST_ROWS, _up_to(m, ROW_MULTIPLE))
     halves = in_halves(_padded(x, rows), bits).swapaxes(0, 1)  # [h, m, k / h]
     y = weights_kernel(halves, codes, scale, rows=rows, interpret=interpret)

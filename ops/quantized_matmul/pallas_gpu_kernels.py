@@ -20,7 +20,7 @@ WEIGHT_STAGES = 8
 PANEL = 8  # tiles of columns that are made before the rest, while their codes are in L2
 
 
-def products_kernel(x, codes, scale, x_scale, *, interpret):
+def quantized_kernel(x, codes, scale, x_scale, *, interpret):
     """y float32 [m, n] of x [m, k], m a multiple of 8, codes [n, k], scale [n, g] and x_scale [m, 1]."""
     (m, k), (n, groups) = x.shape, scale.shape
     once = groups == 1 and x.dtype == jnp.int8

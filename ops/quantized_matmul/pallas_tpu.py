@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lissom.ops.interpreting import is_interpreting
 from lissom.ops.quantized_matmul.decoding import FP8, in_halves, result_dtype
-from lissom.ops.quantized_matmul.rows import as_rows, batched_as_rows
+from lissom.ops.quantized_matmul.rows import as_rows, batched_as_rows, forward_only
 
 LOCAL = True
 
@@ -108,19 +108,8 @@ def _bytes(plan: Plan, dtype) -> int:
 
 
 def run(x, codes, scale, x_scale, *, bits: int) -> jax.Array:
-    return as_rows(batched_as_rows(functools.partial(_product, bits)), x, codes, scale, x_scale)
-
-
-def _forward_only(*_):
-    raise NotImplementedError(
-        "implementation: pallas_tpu of quantized_matmul is forward only; reference and xla can be differentiated."
-    )
-
-
-def _product(bits: int, x, codes, scale, x_scale) -> jax.Array:
-    product = jax.custom_vjp(functools.partial(_call, bits))
-    product.defvjp(_forward_only, _forward_only)
-    return product(x, codes, scale, x_scale)
+    product = forward_only("pallas_tpu", functools.partial(_call, bits))
+    return as_rows(batched_as_rows(product), x, codes, scale, x_scale)
 
 
 def _call(bits: int, x, codes, scale, x_scale) -> jax.Array:

@@ -41,3 +41,16 @@ def batched_as_rows(product: Callable) -> Callable:
         return y.reshape(size, -1, y.shape[-1]), True
 
     return call
+
+
+def forward_only(name: str, product: Callable) -> Callable:
+    """The product of a kernel that has no gradient: who asks for one is told."""
+
+    def refuse(*_):
+        raise NotImplementedError(
+            f"implementation: {name} of quantized_matmul is forward only; reference and xla can be differentiated."
+        )
+
+    call = jax.custom_vjp(product)
+    call.defvjp(refuse, refuse)
+    return call

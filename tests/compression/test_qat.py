@@ -119,8 +119,9 @@ def test_packed_is_what_was_trained(name, rule):
     # A sum in another order may move an activation over the middle between two numbers: that example (and of a text all
     # that follows) differs then, by a step and not by another function.
     close = jnp.abs(got - want).max(-1) < 1e-4 * scale
-    assert close.mean() >= 0.4, "answers differ by more than rounding"
-    assert float(jnp.abs(got - want).mean()) < 0.02 * scale
+    may_move = (name, rule) == ("language", "fp4, three products")
+    assert close.mean() >= (0.75 if may_move else 1.0), "answers differ by more than rounding"
+    assert float(jnp.abs(got - want).mean()) < (0.01 if may_move else 1e-6) * scale
     for path, layer in layer_paths(packed, KINDS).items():
         kernel = getattr(layer, kernel_of(layer)[0])
         assert isinstance(kernel, Packed) and isinstance(layer.quantizer, Stored), path
@@ -369,7 +370,7 @@ def test_the_directory_has_the_bits_that_were_promised(tiny_run):
 
 
 def test_a_stage_goes_on_with_few_bits(tmp_path):
-    """A float stage, then one that adds `qat`: values, moments and ranges of training batches are carried over."""
+    """A float stage, then one that adds `qat`: ranges are measured on training batches, and the result is stored."""
     config = load_recipe("configs/vision/mnist1d_qat.py:tiny")
     transforms = config.transforms
     stages = (

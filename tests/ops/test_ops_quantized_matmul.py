@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from lissom.evaluation import costs
 from lissom.ops import testing
 from lissom.ops.quantized_matmul import OP, quantized_matmul, xla
 from lissom.ops.quantized_matmul.cases import REAL, TINY, Case, arrays
@@ -283,3 +284,14 @@ def test_sums_that_may_overflow(bits, most):
     with pytest.raises(ValueError, match=f"a group of {most} products of up to .* may not fit into int32"):
         shape(1)
     assert shape(2) == (1, 1)
+
+
+@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("of", ["floats", "integers"])
+def test_operations_are_those_of_the_equation(m, of):
+    """A sum is no product to who counts, and rows that are padded are some: 2 m n k, whatever the form."""
+    codes, scale = jnp.ones((16, 64), jnp.int8), jnp.ones((16, 1))
+    x = jnp.ones((m, 64), jnp.float32 if of == "floats" else jnp.int8)
+    x_scale = None if of == "floats" else jnp.ones(())
+    call = lambda x: quantized_matmul(x, codes, scale, x_scale=x_scale, implementation="xla")
+    assert costs.count(call, x).flops == 2 * m * 16 * 64
