@@ -11,7 +11,10 @@
     bnn, xnor, ...          signs, by an operator (compression/quantization/binary.py)
 
 The first and the last layer have 8 bits; those of fp4 FP8 numbers, and in networks of signs they stay as they are.
+`signed` says whose activations may be below 0: of none, of the "ends" (nothing behind a relu is), or of "all" layers.
 """
+
+import ml_collections
 
 from lissom.configs.base import mode
 
@@ -35,9 +38,21 @@ INTEGERS = ("int8", "int4", "int2", "int4_learned", "int2_learned", "int4_clippe
 NAMES = ("float", *INTEGERS, *FP4_OPTIONS, *BINARY)
 
 
-def transforms(name: str, *, ends: str, warm_up: int, signed: bool = False) -> tuple[dict, ...]:
-    """`config.transforms`. ends: a pattern of the first and the last layer; signed: what the first one sees may be
-    below 0, which nothing behind a relu is."""
+def apply(config: ml_collections.ConfigDict, name: str, *, ends: str, warm_up: int, signed: str = "") -> None:
+    """Sets the transforms of training and those of evaluation: a float network is measured as int8, int4 and int2
+    besides, the others as they are stored. ends: a pattern of the first and the last layer; warm_up: steps in which
+    ranges are measured."""
+    config.transforms = transforms(name, ends=ends, warm_up=warm_up, signed=signed)
+    if name == "float":
+        names = ("int8", "int4", "int2")
+        config.evaluation.transforms = tuple(rounded(bits, ends=ends, signed=signed) for bits in names)
+    else:
+        config.evaluation.transforms = ({"name": "packed"},)
+
+
+def transforms(name: str, *, ends: str, warm_up: int, signed: str = "") -> tuple[dict, ...]:
+    """`config.transforms`."""
+    mode(signed, ("ends", "all"))
     if name == "float":
         return ()
     if name in BINARY:
@@ -46,24 +61,26 @@ def transforms(name: str, *, ends: str, warm_up: int, signed: bool = False) -> t
     if name in FP4_OPTIONS:
         first, inner = FP8, _fp4(**FP4_OPTIONS[name])
     else:
-        inner = _integers(name, warm_up)
+        inner = _integers(name, warm_up, "int" if signed == "all" else "uint")
     return ({"name": "qat", "rules": ((ends, first), (".*", inner))},)
 
 
-def rounded(name: str, *, ends: str, signed: bool = False) -> dict:
+def rounded(name: str, *, ends: str, signed: str = "") -> dict:
     """The entry of `evaluation.transforms` that rounds a network as int8, int4 or int2 without training."""
     (qat,) = transforms(name, ends=ends, warm_up=0, signed=signed)
     return {**qat, "name": "quantize", "label": name}
 
 
-def _integers(name: str, warm_up: int) -> dict:
+def _integers(name: str, warm_up: int, kind: str) -> dict:
     bits, _, way = mode(name, INTEGERS).partition("_")
     if way == "weights":
         return {"weights": bits}
-    activations = {"format": "u" + bits}
+    activations = {"format": kind + bits.removeprefix("int")}
     if way == "learned":
         return {"weights": {"format": bits, "range": "learned"}, "activations": {**activations, "range": "learned"}}
     if way == "clipped":
+        if kind == "int":
+            raise ValueError(f"{name} is for activations that are not below 0")
         return {"weights": bits, "activations": {**activations, "range": "clipped"}}
     return {"weights": bits, "activations": {**activations, "warm_up": warm_up}}
 

@@ -1,4 +1,5 @@
-"""A byte-level decoder on the source text of Python's standard library; held-out modules are the test.
+"""A byte-level decoder on the source text of Python's standard library; held-out modules are the test. As it is, or
+trained for few bits by a mode of `configs/few_bits.py` (float: measured as rounded without training).
 
 Paper: Vaswani et al. 2017, arXiv:1706.03762, with rotary positions, RMSNorm and SwiGLU.
 Command: uv run train.py --config=configs/language/stdlib_lm.py --config.train.steps=2000
@@ -37,6 +38,7 @@ Sweep: model.mixer=attention,gqa,mla,cca,ccgqa,window,block_sparse,token_elimina
     model.size=tiny,small,wide,medium  model.block_length=2,4,8  model.prefix=1,2  model.random_padding=True,False
 """
 
+from lissom.configs import few_bits
 from lissom.configs.base import base, decoder, mode, tiny
 
 # About a quarter of the scores at 128 tokens and blocks of 8; the papers' settings are for contexts 100 times as long.
@@ -55,6 +57,7 @@ SELECTORS = {
 
 
 def get_config(arg: str = ""):
+    arg = mode(arg, (*few_bits.NAMES, "tiny"))
     config = base()
     config.data.update({"name": "stdlib_text", "batch_size": 16, "kwargs": {"stdlib_text": {"length": 128}}})
     config.model.update(
@@ -76,7 +79,9 @@ def get_config(arg: str = ""):
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
     config.train = {"steps": 1000}
     config.evaluation.update({"batch_size": 50, "latency_batches": (1, 16), "transforms": ({"name": "int8_weights"},)})
-    if mode(arg, ("tiny",)):
+    if arg in few_bits.NAMES:
+        few_bits.apply(config, arg, ends="^embed$", warm_up=50, signed="all")
+    if arg == "tiny":
         config = tiny(config)
         # The whole test text is judged: in few batches.
         config.data.kwargs.stdlib_text.length = 128

@@ -17,21 +17,17 @@ Sweep: optim.learning_rate  model.size=tiny,small,20
 """
 
 from lissom.configs import few_bits
-from lissom.configs.base import base, mode, tiny
+from lissom.configs.base import mode
+from lissom.configs.vision import digits_resnet
 
-WAYS = {"": "int8", "int4": "int4", "int2": "int2_learned", "fp4": "fp4_all", "binary": "reactnet", "tiny": "int8"}
-"""Mode -> its name in `configs/few_bits.py`."""
+WAYS = {"": "int8", "int4": "int4", "int2": "int2_learned", "fp4": "fp4_all", "binary": "reactnet"}
+"""Mode -> that of digits_resnet.py."""
 
 
 def get_config(arg: str = ""):
-    arg = mode(arg, tuple(WAYS)[1:])
-    config = base()
-    config.data.update({"name": "digits", "batch_size": 128})
-    config.model.update({"name": "resnet", "size": "small", "activation": "none" if arg == "binary" else "relu"})
-    config.optim.update({"learning_rate": 5e-3, "weight_decay": 1e-2})
-    config.train = {"epochs": 30}
-    # Pictures are not below 0.
-    warm_up = 1 if arg == "tiny" else 60
-    config.transforms = few_bits.transforms(WAYS[arg], ends="^(stem|head)$", warm_up=warm_up, signed=False)
-    config.evaluation.update({"transforms": ({"name": "packed"},)})
-    return tiny(config) if arg == "tiny" else config
+    arg = mode(arg, (*tuple(WAYS)[1:], "tiny"))
+    if arg != "tiny":
+        return digits_resnet.get_config(WAYS[arg])
+    config = digits_resnet.get_config("tiny")
+    few_bits.apply(config, "int8", ends=digits_resnet.ENDS, warm_up=1)
+    return config

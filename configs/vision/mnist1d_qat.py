@@ -30,13 +30,6 @@ def get_config(arg: str = ""):
     config.model.activation = "none" if arg in few_bits.BINARY else "relu"
     config.optim.update({"learning_rate": 1e-2, "weight_decay": 1e-2})
     config.train = {"steps": 2000}
-    if arg == "float":
-        names = ("int8", "int4", "int2")
-        config.evaluation.transforms = tuple(few_bits.rounded(name, ends=ENDS, signed=True) for name in names)
-    else:
-        warm_up = 1 if arg == "tiny" else 200
-        config.transforms = few_bits.transforms(
-            "int4" if arg == "tiny" else arg, ends=ENDS, warm_up=warm_up, signed=True
-        )
-        config.evaluation.transforms = ({"name": "packed"},)
+    name, warm_up = ("int4", 1) if arg == "tiny" else (arg, 200)
+    few_bits.apply(config, name, ends=ENDS, warm_up=warm_up, signed="ends")
     return tiny(config) if arg == "tiny" else config

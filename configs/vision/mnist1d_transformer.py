@@ -1,4 +1,5 @@
-"""A transformer on MNIST-1D, the set that separates local mixing from none: the first comparison.
+"""A transformer on MNIST-1D, the set that separates local mixing from none: the first comparison; as it is, or trained
+for few bits by a mode of `configs/few_bits.py` (float: measured as rounded without training).
 
 Paper: Greydanus & Kobak 2020, arXiv:2011.14439 (the data).
 Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py \
@@ -7,10 +8,12 @@ Time: about two minutes a run on 2 CPU cores. Result: see the table in README.md
 Sweep: model.mixer=attention,window,none  model.ffn=mlp,swiglu  model.norm=layernorm,rmsnorm,none
 """
 
+from lissom.configs import few_bits
 from lissom.configs.base import base, mode, tiny
 
 
 def get_config(arg: str = ""):
+    arg = mode(arg, (*few_bits.NAMES, "tiny"))
     config = base()
     config.data.update({"name": "mnist1d", "batch_size": 100})
     config.model.update(
@@ -34,4 +37,6 @@ def get_config(arg: str = ""):
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 1e-2})
     config.train = {"steps": 1500}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})
-    return tiny(config) if mode(arg, ("tiny",)) else config
+    if arg in few_bits.NAMES:
+        few_bits.apply(config, arg, ends="^(embed|head)$", warm_up=150, signed="all")
+    return tiny(config) if arg == "tiny" else config
