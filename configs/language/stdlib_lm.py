@@ -1,5 +1,6 @@
-"""A byte-level decoder on the source text of Python's standard library; held-out modules are the test. As it is, or
-trained for few bits by a mode of `configs/few_bits.py` (float: measured as rounded without training).
+"""A byte-level decoder on the source text of Python's standard library; held-out modules are the test.
+
+A mode of `configs/few_bits.py` trains it for few bits (float: measured as rounded without training).
 
 Paper: Vaswani et al. 2017, arXiv:1706.03762, with rotary positions, RMSNorm and SwiGLU.
 Command: uv run train.py --config=configs/language/stdlib_lm.py --config.train.steps=2000

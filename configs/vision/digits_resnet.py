@@ -1,5 +1,7 @@
-"""A small residual network with BatchNorm on scikit-learn's handwritten digits; as it is, or trained for few bits by a
-mode of `configs/few_bits.py` (float: measured as rounded without training; of signs there is no relu).
+"""A small residual network with BatchNorm on scikit-learn's handwritten digits.
+
+A mode of `configs/few_bits.py` trains it for few bits (float: measured as rounded without training); for signs it has
+no relu.
 
 Paper: He et al. 2015, arXiv:1512.03385.
 Command: uv run train.py --config=configs/vision/digits_resnet.py

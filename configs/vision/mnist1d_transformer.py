@@ -1,5 +1,6 @@
-"""A transformer on MNIST-1D, the set that separates local mixing from none: the first comparison; as it is, or trained
-for few bits by a mode of `configs/few_bits.py` (float: measured as rounded without training).
+"""A transformer on MNIST-1D, the set that separates local mixing from none: the first comparison.
+
+A mode of `configs/few_bits.py` trains it for few bits (float: measured as rounded without training).
 
 Paper: Greydanus & Kobak 2020, arXiv:2011.14439 (the data).
 Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py \
