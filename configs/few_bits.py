@@ -40,8 +40,8 @@ NAMES = ("float", *INTEGERS, *FP4_OPTIONS, *BINARY)
 
 def apply(config: ml_collections.ConfigDict, name: str, *, ends: str, warm_up: int, signed: str = "") -> None:
     """Sets the transforms of training and those of evaluation: a float network is measured as int8, int4 and int2
-    besides, the others as they are stored. ends: a pattern of the first and the last layer; warm_up: steps in which
-    ranges are measured."""
+    besides, the others as they are stored. ends: a pattern of the first and the last layer ("": none has a
+    product that could be of signs); warm_up: steps in which ranges are measured."""
     config.transforms = transforms(name, ends=ends, warm_up=warm_up, signed=signed)
     if name == "float":
         names = ("int8", "int4", "int2")
@@ -56,7 +56,8 @@ def transforms(name: str, *, ends: str, warm_up: int, signed: str = "") -> tuple
     if name == "float":
         return ()
     if name in BINARY:
-        return ({"name": "binarize", "rules": ((ends, {"skip": True}), (".*", {"operator": name}))},)
+        skipped = ((ends, {"skip": True}),) if ends else ()
+        return ({"name": "binarize", "rules": (*skipped, (".*", {"operator": name}))},)
     first = {"weights": "int8", "activations": {"format": "int8" if signed else "uint8", "warm_up": warm_up}}
     if name in FP4_OPTIONS:
         first, inner = FP8, _fp4(**FP4_OPTIONS[name])

@@ -81,7 +81,9 @@ def get_config(arg: str = ""):
     config.train = {"steps": 1000}
     config.evaluation.update({"batch_size": 50, "latency_batches": (1, 16), "transforms": ({"name": "int8_weights"},)})
     if arg in few_bits.NAMES:
-        few_bits.apply(config, arg, ends="^embed$", warm_up=50, signed="all")
+        # The table is both ends, and no layer whose product could be of signs.
+        ends = "" if arg in few_bits.BINARY else "^embed$"
+        few_bits.apply(config, arg, ends=ends, warm_up=50, signed="all")
     if arg == "tiny":
         config = tiny(config)
         # The whole test text is judged: in few batches.
