@@ -186,13 +186,15 @@ def evaluate(
     *,
     variants: Mapping[str, str] | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
+    transforms: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     floors: bool = True,
     skip: Callable[[str], None] | None = None,
 ) -> list:
     """The rows of finished runs: one for each run, evaluation transform and seed, then the floors of each task.
 
-    `variants` maps a run's path to its label in tables, `notes` to sentences that its rows carry. A directory without
-    a whole run is a UserError; with `skip` it is left out and said there, and only when none is left is it an error.
+    `variants` maps a run's path to its label in tables, `notes` to sentences that its rows carry, `transforms` to what
+    it is measured behind instead of the transforms of its config. A directory without a whole run is a UserError; with
+    `skip` it is left out and said there, and only when none is left is it an error.
     """
     from lissom.data.errors import DataError
     from lissom.evaluation.measuring import compare_outputs, decoding, latencies, measure_subject
@@ -200,11 +202,12 @@ def evaluate(
     from lissom.models.registry import UnknownName
 
     here, runs = provenance(), [pathlib.Path(run) for run in runs]
-    variants, notes, loaded = variants or {}, notes or {}, {}
+    variants, notes, transforms, loaded = variants or {}, notes or {}, transforms or {}, {}
     subjects = []
     for run in runs:
         try:
-            subjects += _subjects(run, loaded, here, variants.get(str(run)), notes.get(str(run), ()))
+            of_run = (variants.get(str(run)), notes.get(str(run), ()), transforms.get(str(run)))
+            subjects += _subjects(run, loaded, here, *of_run)
         except (UserError, DataError, UnknownName) as error:
             if skip is None:
                 raise
@@ -247,8 +250,16 @@ def _tell_apart(subjects: list) -> None:
                 subject.blank = dataclasses.replace(subject.blank, identity=identity)
 
 
-def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes: Sequence[str]) -> list:
-    """A run's network as trained, and after each transform of its config; `loaded` keeps the data of each task."""
+def _subjects(
+    run: pathlib.Path,
+    loaded: dict,
+    here,
+    variant: str | None,
+    notes: Sequence[str],
+    transforms: Sequence[Mapping[str, Any]] | None,
+) -> list:
+    """A run's network as trained, and after each of the transforms (None: those of its config); `loaded` keeps the data
+    of each task."""
     from lissom.evaluation.rows import Identity, Row, elsewhere, provenance_of
     from lissom.training.building import further_tests, load_plain, with_meta_tokens
     from lissom.training.config import check
@@ -275,7 +286,7 @@ def _subjects(run: pathlib.Path, loaded: dict, here, variant: str | None, notes:
     identity = Identity(config.recipe, task, config.seed, overrides_of(given), variant=variant)
     blank = Row(identity, measured, (), elsewhere(trained, measured), tuple(notes))
     times |= _forgetting(run, config, dataset)
-    entries = [dict(entry) for entry in config.evaluation.transforms]
+    entries = [dict(entry) for entry in (config.evaluation.transforms if transforms is None else transforms)]
     return [
         _subject(run, config, entry, name, dataset, further, blank, {} if entry else times)
         for entry, name in zip([{}, *entries], [None, *_told_apart(entries)], strict=True)

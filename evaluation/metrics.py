@@ -75,6 +75,8 @@ METRICS = {
     "train_temporaries": Metric("B", "lower", "of that, what is neither argument nor result", machine="training"),
     "gradient_bias": Metric("1", "lower", "|mean of the estimates - gradient| / |gradient|"),
     "gradient_noise": Metric("1", "lower", "root mean square of |estimate - gradient| / |gradient|"),
+    "allocation_seconds": Metric("s", "lower", "time in which bits were allotted to layers", machine="measuring"),
+    "allocation_passes": Metric("1", "lower", "passes over the examples by which bits were allotted to layers"),
     # What using it costs.
     "latency_p50": Metric("s", "lower", "median time of one call, warm", machine="measuring"),
     "latency_p90": Metric("s", "lower", "90th percentile of the time of one call, warm", machine="measuring"),

@@ -29,6 +29,11 @@ def kernel_of(layer: nnx.Module) -> tuple[str, Any]:
     return "kernel", Convolution(layer.stride) if isinstance(layer, Conv) else Dense()
 
 
+def quantizable(module: nnx.Module) -> dict[str, Any]:
+    """{path: layer} of those that `qat` and `quantize` can round."""
+    return _layers(module, KINDS)
+
+
 class Qat(Transform):
     """Layers whose operands are rounded as `rules` say, (path pattern, settings) pairs of which the first match counts
     (`rules.py`; docs/compression.md): quantization-aware training. Layers that no rule matches stay as they are, and
@@ -56,7 +61,7 @@ class Qat(Transform):
                 where = f"transform {self.name!r}, rules[{number}] {(pattern, dict(settings))!r}"
                 raise UserError(f"{where}: {error}") from error
         numbered = [(pattern, {"number": number}) for number, (pattern, _) in enumerate(self.rules)]
-        matched = match_rules(numbered, _layers(module, KINDS), self.name)
+        matched = match_rules(numbered, quantizable(module), self.name)
 
         def quantizer(path: str, kernel: jax.Array, product: Any) -> Fake | None:
             rule = parsed[matched[path]["number"]] if path in matched else None

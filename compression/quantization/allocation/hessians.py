@@ -7,26 +7,33 @@ Of one product with the Hessian the traces of all diagonal blocks are read at on
 squared error of rounding it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def traces(loss: Callable[[Any], jax.Array], params: Any, key: jax.Array, samples: int) -> tuple[Any, Any]:
-    """(mean, standard error) of the estimates of each leaf's trace. loss: of the parameters alone."""
-    if samples < 2:
-        raise ValueError(f"samples={samples} must be at least 2, for an error besides the mean")
-    leaves, tree = jax.tree.flatten(params)
+def estimator(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """(key, params, *given) -> an estimate of each leaf's trace, of loss(params, *given). A program for one of them:
+    within a loop XLA's convolutions are slow on CPUs."""
 
-    def estimate(key: jax.Array) -> Any:
+    @jax.jit
+    def estimate(key: jax.Array, params: Any, *given: Any) -> Any:
+        leaves, tree = jax.tree.flatten(params)
         keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
         signs = jax.tree.map(lambda leaf, key: jax.random.rademacher(key, leaf.shape, leaf.dtype), params, keys)
-        _, bent = jax.jvp(jax.grad(loss), (params,), (signs,))
+        _, bent = jax.jvp(jax.grad(lambda params: loss(params, *given)), (params,), (signs,))
         return jax.tree.map(lambda v, w: jnp.vdot(v, w), signs, bent)
 
-    # One after the other: side by side each would keep what differentiating twice needs.
-    found = jax.lax.map(estimate, jax.random.split(key, samples))
+    return estimate
+
+
+def traces(estimates: Iterable[Any]) -> tuple[Any, Any]:
+    """(mean, standard error) of estimates of an `estimator`, a leaf each."""
+    estimates = list(estimates)
+    if len(estimates) < 2:
+        raise ValueError(f"{len(estimates)} estimates of a trace have no error: there must be at least 2")
+    found = jax.tree.map(lambda *values: jnp.stack(values), *estimates)
     mean = jax.tree.map(lambda x: x.mean(0), found)
-    return mean, jax.tree.map(lambda x: x.std(0, ddof=1) / samples**0.5, found)
+    return mean, jax.tree.map(lambda x: x.std(0, ddof=1) / len(estimates) ** 0.5, found)

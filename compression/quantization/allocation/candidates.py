@@ -1,0 +1,188 @@
+"""A trained network whose layers can each be had as they are, or rounded in one of several ways, chosen at each call.
+
+    mixed = Mixed(network, [Option("int2", "int8"), Option("int4", "int8"), Option("int8", "int8")], batches)
+    mixed.choice({"head": 2})        int32 [layers]: an option of each, or EXACT
+    mixed.run(choice, inputs)        the outputs; one program for every choice
+    mixed.sizes                      bytes [layers, options], as they are stored
+    mixed.entry(choice, "mine")      what `config.evaluation.transforms` needs to have it stored so
+
+Ranges of activations are measured on the batches, and so is whether a layer sees numbers below 0: where it sees none,
+its activations have an unsigned format.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lissom.compression.quantization.quantizers import Fake
+from lissom.compression.quantization.ranges import calibrate
+from lissom.compression.quantization.rules import layer_rule
+from lissom.compression.quantization.transforms import kernel_of, quantizable
+from lissom.models.products import Quantizer
+from lissom.models.variables import Frozen, Parts, merge, split
+
+EXACT = -1
+FIELDS = ("inputs", "meta", "environment")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A format of weights (a scale a channel) and one of activations ("": they stay as they are)."""
+
+    weights: str
+    activations: str = ""
+
+    def settings(self, signed: bool) -> dict[str, Any]:
+        """The rule of `qat` and `quantize` for a layer that sees numbers below 0, or none."""
+        if not self.activations:
+            return {"weights": self.weights}
+        unsigned = self.activations.startswith("int") and not signed
+        return {"weights": self.weights, "activations": {"format": "u" * unsigned + self.activations}}
+
+
+class Candidates(Quantizer):
+    """The quantizer of one layer. `chosen`: the option by which the next call rounds, or EXACT."""
+
+    def __init__(self, fakes: Sequence[Fake]):
+        self.fakes = nnx.List(fakes)
+        self.chosen = Frozen(jnp.asarray(EXACT, jnp.int32), out_sharding=())
+
+    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+        exact = lambda: product(x, kernel[...].astype(x.dtype))
+        ranges = [fake.range for fake in self.fakes if fake.range is not None]
+        if any(range.observing for range in ranges):
+            for range in ranges:
+                range.note(x)
+            return exact()
+        ways = [exact, *(lambda fake=fake: fake(product, x, kernel).astype(x.dtype) for fake in self.fakes)]
+        return jax.lax.switch(self.chosen[...] + 1, ways)
+
+    def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
+        rows = [lambda: table[...][index], *(lambda fake=fake: fake.rows_of(table, index) for fake in self.fakes)]
+        return jax.lax.switch(self.chosen[...] + 1, rows)
+
+
+class Recorder(Quantizer):
+    """Computes the product as it is, and tells `note` of what it is given."""
+
+    def __init__(self, note: Callable[[jax.Array], None]):
+        self.note = note
+
+    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+        self.note(x)
+        return product(x, kernel[...].astype(x.dtype))
+
+    def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
+        return table[...][index]
+
+
+def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What a network is called with."""
+    return {name: jnp.asarray(batch[name]) for name in FIELDS if name in batch}
+
+
+def recorded(network: nnx.Module, function: Callable[[str, jax.Array], Any], inputs: Mapping[str, Any]) -> dict:
+    """{path: function(path, x)} of what each layer multiplies; of one that is called several times the last counts.
+    Changes the network: call it within the trace in which that was merged."""
+    found: dict[str, Any] = {}
+    for path, layer in quantizable(network).items():
+        layer.quantizer = nnx.data(Recorder(lambda x, path=path: found.__setitem__(path, function(path, x))))
+    network(**inputs)
+    return found
+
+
+class Mixed:
+    """See above. UserError of a network that is quantized already, ValueError where groups do not divide a kernel, or
+    there are no layers or batches."""
+
+    def __init__(self, network: nnx.Module, options: Sequence[Option], batches: Iterable[Mapping[str, Any]]):
+        self.batches, self.options = list(batches), tuple(options)
+        self.paths = tuple(quantizable(network))
+        if not (self.paths and self.options and self.batches):
+            raise ValueError("an allocation needs layers, options and batches of examples")
+        self.source = split(network)
+        least = self._least()
+        self.signed = tuple(least[path] < 0 for path in self.paths)
+        copy = merge(self.source)
+        for (_, layer), rules in zip(quantizable(copy).items(), self.settings, strict=True):
+            name, product = kernel_of(layer)
+            kernel = getattr(layer, name)[...]
+            axes = product.kernel_axes(kernel.ndim)
+            layer.quantizer = nnx.data(Candidates([Fake(layer_rule(rule), kernel, axes) for rule in rules]))
+        self.parts, self.passes = split(calibrate(copy, self.batches, len(self.batches))), 0
+        self._run = jax.jit(self._outputs)
+        self.sizes = self._sizes()
+
+    @property
+    def settings(self) -> list[list[dict[str, Any]]]:
+        """Of each layer the rule of each option."""
+        return [[option.settings(signed) for option in self.options] for signed in self.signed]
+
+    def choice(self, chosen: Mapping[str, int] | int = EXACT) -> np.ndarray:
+        """An option for all of them, or for those that are named; the others stay exact."""
+        if isinstance(chosen, int):
+            return np.full(len(self.paths), chosen, np.int32)
+        return np.asarray([chosen.get(path, EXACT) for path in self.paths], np.int32)
+
+    def single(self, layer: int, option: int) -> np.ndarray:
+        return self.choice({self.paths[layer]: option})
+
+    def at(self, choice: jax.Array, parts: Parts | None = None) -> nnx.Module:
+        """The network of a choice, to be called within a trace."""
+        network = merge(parts or self.parts)
+        for number, layer in enumerate(quantizable(network).values()):
+            layer.quantizer.chosen[...] = choice[number]
+        return network
+
+    def run(self, choice: np.ndarray, batch: Mapping[str, Any]) -> jax.Array:
+        return self._run(jnp.asarray(choice), self.parts[1:], given(batch))
+
+    def _outputs(self, choice: jax.Array, state: tuple, inputs: dict) -> jax.Array:
+        return self.at(choice, Parts(self.parts.graph, *state))(**inputs)[0]
+
+    def _sizes(self) -> np.ndarray:
+        """Codes, scales and ranges, int64 [layers, options]."""
+
+        def stored(layer: nnx.Module, fake: Fake) -> int:
+            name, product = kernel_of(layer)
+            both = nnx.eval_shape(lambda: nnx.List(fake.stored(getattr(layer, name)[...], product)))
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(both)))
+
+        layers = quantizable(merge(self.parts)).values()
+        return np.asarray([[stored(layer, fake) for fake in layer.quantizer.fakes] for layer in layers])
+
+    @functools.cached_property
+    def fixed(self) -> int:
+        """Bytes of everything that is no kernel of these layers: biases, norms."""
+        network = merge(self.source)
+        kernels = sum(getattr(layer, kernel_of(layer)[0])[...].nbytes for layer in quantizable(network).values())
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves((self.source.params, self.source.frozen)))
+        return whole - kernels
+
+    def rules(self, choice: Sequence[int]) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """Of `qat` and `quantize`."""
+        named = zip(self.paths, self.settings, choice, strict=True)
+        return tuple((f"^{re.escape(path)}$", settings[at]) for path, settings, at in named)
+
+    def entry(self, choice: Sequence[int], label: str) -> dict[str, Any]:
+        rules = self.rules(choice)
+        return {"name": "quantize", "rules": rules, "batches": len(self.batches), "label": label}
+
+    def _least(self) -> dict[str, float]:
+        def smallest(state, inputs):
+            network = merge(Parts(self.source.graph, *state))
+            return recorded(network, lambda _, x: x.min(), inputs)
+
+        smallest, least = jax.jit(smallest), dict.fromkeys(self.paths, math.inf)
+        for batch in self.batches:
+            found = smallest(self.source[1:], given(batch))
+            least = {path: min(least[path], float(found.get(path, math.inf))) for path in self.paths}
+        return least

@@ -1,0 +1,77 @@
+"""Examples that a network with BatchNorm makes of its own statistics, for whom the data is not there (ZeroQ, Cai et al.
+2020, arXiv:2001.00281).
+
+    minimize over x [N, ...]    sum_l mean_nc (mean_l[n, c] - mu_l[c])^2 + (std_l[n, c] - sigma_l[c])^2
+                                + the same of x itself, with 0 and 1 or what it is told
+
+by Adam from Gaussian numbers; mean_l and std_l are over the places of each example in front of the l-th BatchNorm, mu_l
+and sigma_l what that one keeps. The paper's 500 steps at a rate of 0.5 are the defaults.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lissom.compression.transforms import layer_paths, replace_layers
+from lissom.models.norms import BatchNorm
+from lissom.models.variables import Parts, merge, split
+
+
+class _Watched(nnx.Module):
+    """A norm that keeps what it was last given."""
+
+    def __init__(self, norm: BatchNorm, seen: list):
+        self.norm, self.seen = norm, seen
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        self.seen.append((x, self.norm.mean[...], jnp.sqrt(self.norm.var[...])))
+        return self.norm(x, train=train)
+
+
+def distilled(
+    network: nnx.Module,
+    shape: Sequence[int],
+    key: jax.Array,
+    *,
+    count: int = 32,
+    steps: int = 500,
+    learning_rate: float = 0.5,
+    input_statistics: tuple[float, float] = (0.0, 1.0),
+) -> tuple[jax.Array, jax.Array]:
+    """(inputs [count, *shape], the loss at the beginning and behind the last step [2]). ValueError of a network without
+    BatchNorm."""
+    if not layer_paths(network, (BatchNorm,)):
+        raise ValueError("examples are distilled from the statistics of BatchNorm, and this network has none")
+    parts = split(network)
+
+    def loss(x: jax.Array, state: tuple) -> jax.Array:
+        seen: list = []
+        copy = merge(Parts(parts.graph, *state))
+        replace_layers(copy, (BatchNorm,), lambda _, norm: _Watched(norm, seen))(x)
+        return sum(_distance(*entry) for entry in [(x, *map(jnp.asarray, input_statistics)), *seen])
+
+    optimizer = optax.adam(learning_rate)
+
+    @jax.jit
+    def run(x: jax.Array, state: tuple) -> tuple[jax.Array, jax.Array]:
+        def step(carried, _):
+            x, moments = carried
+            value, gradient = jax.value_and_grad(loss)(x, state)
+            updates, moments = optimizer.update(gradient, moments)
+            return (optax.apply_updates(x, updates), moments), value
+
+        (x, _), values = jax.lax.scan(step, (x, optimizer.init(x)), length=steps)
+        return x, jnp.stack([values[0], loss(x, state)])
+
+    return run(jax.random.normal(key, (count, *shape)), parts[1:])
+
+
+def _distance(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    places = tuple(range(1, x.ndim - 1))
+    x = x.astype(jnp.float32)
+    # The root has no slope where an example has the same number everywhere.
+    own = jnp.sqrt(x.var(places) + 1e-12)
+    return jnp.square(x.mean(places) - mean).mean() + jnp.square(own - std).mean()

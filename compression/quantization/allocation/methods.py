@@ -1,0 +1,157 @@
+"""Ways to choose the bits of each layer within a budget, by name.
+
+    uniform      the largest option that all layers can have
+    random       drawn until the budget is full
+    hessian      HAWQ-V2: curvature of weights and activations, and the front of all choices
+    divergence   KL of each layer rounded alone, on training examples, and the front
+    distilled    ZeroQ: the same on examples made of BatchNorm's statistics, without data
+    inter_layer  the curvature augmented by what pairs of layers lose together, and an integer program
+
+`allocate` says besides what the choice took: seconds, and passes over the examples (a product with the Hessian is one).
+`lowest` is the other question: the fewest bits that keep an accuracy, by bisection over the layers in the order of a
+method's sensitivities.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lissom.compression.quantization.allocation import sensitivities, solvers
+from lissom.compression.quantization.allocation.candidates import Mixed
+from lissom.compression.quantization.allocation.distillation import distilled
+from lissom.models.registry import nearest
+from lissom.models.variables import merge
+
+SENSITIVITIES = ("hessian", "divergence", "distilled", "inter_layer")
+METHODS = ("uniform", "random", *SENSITIVITIES)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """mixed: the network; judge: (network, batch, key) -> {name: (sum, count)}, in which `quality` is what bisection
+    keeps; batches: of training examples, which sensitivities are taken of; input_statistics: mean and standard
+    deviation of inputs, as distillation aims at."""
+
+    mixed: Mixed
+    judge: Callable
+    batches: Sequence[Mapping[str, Any]]
+    quality: str = "accuracy"
+    seed: int = 0
+    samples: int = 16
+    input_statistics: tuple[float, float] = (0.0, 1.0)
+
+    def loss(self, network: Any, batch: Mapping[str, Any]) -> jax.Array:
+        total, count = self.judge(network, batch, jax.random.key(0))["loss"]
+        return total / count
+
+    def value(self, name: str) -> Callable[[np.ndarray], float]:
+        """choice -> the mean of what the judge calls `name` over the batches; a pass each."""
+        mixed, parts = self.mixed, self.mixed.parts
+
+        @jax.jit
+        def judged(choice, state, batch):
+            return self.judge(mixed.at(choice, type(parts)(parts.graph, *state)), batch, jax.random.key(0))[name]
+
+        def mean(choice: np.ndarray) -> float:
+            mixed.passes += 1
+            found = [judged(jnp.asarray(choice), parts[1:], dict(batch)) for batch in self.batches]
+            return float(sum(total for total, _ in found) / sum(count for _, count in found))
+
+        return mean
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """An option of each layer; what it took, and what the method thinks that it loses (None: it has no opinion)."""
+
+    choice: tuple[int, ...]
+    seconds: float
+    passes: int
+    loss: float | None = None
+
+
+class Sensitivity:
+    """The tables of a problem, each found when it is first asked for, with the seconds and passes that it took."""
+
+    def __init__(self, problem: Problem):
+        self.problem, self._known = problem, {}
+
+    def __call__(self, method: str) -> tuple[np.ndarray, float, int]:
+        """(table [layers, options], seconds, passes)."""
+        if method not in self._known:
+            mixed, start = self.problem.mixed, time.perf_counter()
+            before, seconds, passes = mixed.passes, 0.0, 0
+            if method == "inter_layer":
+                # What it takes of the Hessian is part of its price, whoever asked for that first.
+                table, seconds, passes = self("hessian")
+                before, start = mixed.passes, time.perf_counter()
+                few = int(mixed.sizes.sum(0).argmin())
+                alone, together = sensitivities.interactions(mixed, self.problem.value("loss"), few)
+                table = sensitivities.augmented(table, alone, together)
+            else:
+                table = self._table(method)
+            self._known[method] = table, seconds + time.perf_counter() - start, passes + mixed.passes - before
+        return self._known[method]
+
+    def _table(self, method: str) -> np.ndarray:
+        problem, key = self.problem, jax.random.key(self.problem.seed)
+        if method == "hessian":
+            return sensitivities.curvature(problem.mixed, problem.loss, problem.batches, key, problem.samples)
+        if method == "divergence":
+            return sensitivities.divergence(problem.mixed, problem.batches)
+        shape = problem.batches[0]["inputs"].shape[1:]
+        inputs, _ = distilled(merge(problem.mixed.source), shape, key, input_statistics=problem.input_statistics)
+        return sensitivities.divergence(problem.mixed, [{"inputs": inputs}])
+
+
+def allocate(method: str, sensitivity: Sensitivity, budget: float) -> Allocation:
+    """Within `budget` bytes of the layers' codes, scales and ranges. ValueError where nothing fits."""
+    _check(method, METHODS)
+    problem, sizes = sensitivity.problem, sensitivity.problem.mixed.sizes
+    start = time.perf_counter()
+    if method == "uniform":
+        return Allocation(solvers.uniform(sizes, budget), time.perf_counter() - start, 0)
+    if method == "random":
+        choice = solvers.random(sizes, budget, np.random.default_rng(problem.seed))
+        return Allocation(choice, time.perf_counter() - start, 0)
+    table, seconds, passes = sensitivity(method)
+    start = time.perf_counter()
+    solve = (
+        solvers.integer
+        if method == "inter_layer"
+        else lambda *given: solvers.within(solvers.pareto(*given[:2]), given[2])
+    )
+    choice = solve(table, sizes, budget)
+    loss = float(sum(table[layer, option] for layer, option in enumerate(choice)))
+    return Allocation(choice, seconds + time.perf_counter() - start, passes, loss)
+
+
+def lowest(method: str, sensitivity: Sensitivity, least: float) -> Allocation:
+    """The layers that mind least at the fewer bits of two options, as many as keep the quality on the examples of the
+    problem at `least`. "random" goes through them in a drawn order. ValueError where the wider option does not keep
+    it, or there are not two."""
+    _check(method, ("random", *SENSITIVITIES))
+    problem, mixed = sensitivity.problem, sensitivity.problem.mixed
+    if len(mixed.options) != 2:
+        raise ValueError(f"bisection chooses between two options, and there are {len(mixed.options)}")
+    wide, few = (int(number) for number in np.argsort(-mixed.sizes.sum(0)))
+    start, before, value = time.perf_counter(), mixed.passes, problem.value(problem.quality)
+    if method == "random":
+        order, seconds, passes = np.random.default_rng(problem.seed).permutation(len(mixed.paths)), 0.0, 0
+    else:
+        table, seconds, passes = sensitivity(method)
+        order, start, before = np.argsort(table[:, few] - table[:, wide]), time.perf_counter(), mixed.passes
+    options = np.asarray([wide, few], np.int32)
+    choice, _ = solvers.bisection([int(layer) for layer in order], lambda few: value(options[list(few)]), least)
+    spent = seconds + time.perf_counter() - start
+    return Allocation(tuple(int(options[few]) for few in choice), spent, passes + mixed.passes - before)
+
+
+def _check(method: str, known: Sequence[str]) -> None:
+    if method not in known:
+        raise ValueError(f"method {method!r} must be one of {', '.join(known)}{nearest(method, known)}")

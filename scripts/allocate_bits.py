@@ -1,0 +1,217 @@
+"""Bits for each layer of trained networks within so many bytes, and the rows of the networks that are rounded so.
+
+    uv run scripts/allocate_bits.py --run=runs/digits_resnet --bytes=30000 [--method=hessian,uniform,random]
+        [--options=int2,int4,int8] [--activations=int8] [--examples=512] [--batch=64] [--samples=16] [--out=FOLDER]
+    uv run scripts/allocate_bits.py --run=runs/digits_resnet --accuracy=0.99 --options=int4,int8 --method=hessian,random
+
+Finished runs of networks that were not trained with transforms. `--bytes`: of the network's codes, scales, ranges and
+what stays float32 (its rows call it parameter bytes), one number or several; what is told without it is what the
+options take for all layers alike. `--accuracy`: instead of that, a share of the exact network's accuracy on the
+examples, for bisection between two options. `--method`: compression/quantization/allocation/methods.py lists them.
+`--activations`: their format ("weights": that of the weights; "none": they stay as they are).
+
+Sensitivities are taken of `--examples` training examples, drawn by the run's seed, on which ranges of activations are
+measured too; the rows are of the test set, of each network stored and read again, beside the trained one. An allocation
+is printed as rules, which `qat` takes as well as `quantize`: a network may be trained on with them.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from lissom.training.errors import UserError, one_sentence
+
+SHOWN = (
+    *("accuracy", "token_accuracy", "bits_per_byte", "loss", "logit_error", "allocation_seconds", "allocation_passes"),
+    *("bit_operations", "parameter_bytes", "artefact_bytes"),
+)
+
+
+class Asked(NamedTuple):
+    """What the flags say. `accuracy`: 0 where there are `budgets`."""
+
+    methods: Sequence[str]
+    options: Sequence[str]
+    activations: str
+    budgets: Sequence[int]
+    accuracy: float
+    examples: int
+    batch: int
+    samples: int
+
+
+def allocations(run: pathlib.Path, asked: Asked) -> dict[str, tuple[dict[str, Any], Any]]:
+    """{label: (entry of `evaluation.transforms`, Allocation)} of each method and budget."""
+    from lissom.compression.quantization.allocation import methods
+
+    problem = problem_of(run, asked)
+    mixed, found = problem.mixed, {}
+    sensitivity, fixed = methods.Sensitivity(problem), mixed.fixed
+    uniform = {option.weights: int(size) + fixed for option, size in zip(mixed.options, mixed.sizes.sum(0))}
+    alike = ", ".join(f"{name} {size:,}" for name, size in uniform.items())
+    if not (asked.budgets or asked.accuracy):
+        raise UserError(f"--bytes=N is missing: of {run} all layers alike take {alike} bytes")
+    try:
+        for method in asked.methods:
+            for budget in asked.budgets:
+                found[f"{method} {budget}"] = methods.allocate(method, sensitivity, budget - fixed)
+            if asked.accuracy:
+                least = asked.accuracy * problem.value(problem.quality)(mixed.choice())
+                found[f"{method} bisection"] = methods.lowest(method, sensitivity, least)
+    except ValueError as error:
+        raise UserError(
+            f"{run}: {error} (all layers alike take {alike} bytes, {fixed:,} of them stay float32)"
+        ) from error
+    for label, allocation in found.items():
+        told(label, mixed, allocation)
+    return {label: (mixed.entry(allocation.choice, label), allocation) for label, allocation in found.items()}
+
+
+def problem_of(run: pathlib.Path, asked: Asked):
+    """A run as the methods take it."""
+    import numpy as np
+
+    from lissom import data
+    from lissom.compression.artefacts import structure_of
+    from lissom.compression.quantization.allocation.candidates import Mixed, Option
+    from lissom.compression.quantization.allocation.methods import Problem
+    from lissom.models.variables import merge
+    from lissom.training.building import build_objective, load_dataset
+    from lissom.training.runs import load_network, read_config
+    from lissom.training.stages import final_config
+
+    config = final_config(read_config(run))
+    network, dataset = merge(load_network(run, structure_of)), load_dataset(config)
+    if len(dataset.train) < asked.examples:
+        raise UserError(f"--examples={asked.examples}: {run} has {len(dataset.train)} training examples")
+    drawn = np.random.default_rng(config.seed).choice(len(dataset.train), asked.examples, replace=False)
+    some = dataclasses.replace(dataset, test=Some(dataset.train, drawn))
+    batches = list(data.eval_batches(some, batch_size=min(asked.batch, asked.examples)))
+    activations = {"weights": None, "none": ""}.get(asked.activations, asked.activations)
+    options = [Option(name, name if activations is None else activations) for name in asked.options]
+    try:
+        mixed = Mixed(network, options, batches)
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from error
+    inputs = np.concatenate([np.asarray(batch["inputs"], np.float32) for batch in batches])
+    return Problem(
+        mixed,
+        build_objective(config).judge,
+        batches,
+        quality="token_accuracy" if dataset.kind == "tokens" else "accuracy",
+        seed=config.seed,
+        samples=asked.samples,
+        input_statistics=(float(inputs.mean()), float(inputs.std())),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Some:
+    """The examples `rows` of a source."""
+
+    source: Any
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[int(self.rows[index])]
+
+
+def told(label: str, mixed, allocation) -> None:
+    """Prints an allocation: its cost, and its rules."""
+    size = sum(int(sizes[at]) for sizes, at in zip(mixed.sizes, allocation.choice)) + mixed.fixed
+    print(f"{label}: {size:,} bytes, {allocation.seconds:.1f} s, {allocation.passes} passes", file=sys.stderr)
+    for pattern, settings in mixed.rules(allocation.choice):
+        print(f"    ({pattern!r}, {settings!r}),", file=sys.stderr)
+
+
+def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
+    """The rows of all runs: as trained, and behind each allocation, with what that took."""
+    from lissom.eval import evaluate
+    from lissom.evaluation.rows import measure
+
+    found = {str(run): allocations(run, asked) for run in runs}
+    entries = {run: [entry for entry, _ in of_run.values()] for run, of_run in found.items()}
+    rows = evaluate(runs, transforms=entries)
+    # A row for each run and entry, in their order, and behind them the floors.
+    spent = [allocation for of_run in found.values() for _, allocation in [(None, None), *of_run.values()]]
+    for number, allocation in enumerate(spent):
+        if allocation is not None:
+            cost = (measure("allocation_seconds", allocation.seconds), measure("allocation_passes", allocation.passes))
+            row = rows[number]
+            rows[number] = dataclasses.replace(row, measurements=(*row.measurements, *cost))
+    return rows
+
+
+def read(given: flags.FlagValues) -> Asked:
+    """What the flags say, or a UserError."""
+    from lissom.compression.quantization.allocation.methods import METHODS, SENSITIVITIES
+    from lissom.compression.quantization.formats import FORMATS
+
+    weights = [name for name, format in FORMATS.items() if format.signed]
+    known = {
+        "method": ("random", *SENSITIVITIES) if given.accuracy else METHODS,
+        "options": weights,
+        "activations": (*FORMATS, "weights", "none"),
+    }
+    for flag, names in known.items():
+        for name in [given[flag].value] if isinstance(given[flag].value, str) else given[flag].value:
+            if name not in names:
+                raise UserError(f"--{flag}: {name!r} must be one of {', '.join(names)}")
+    if given.bytes and given.accuracy:
+        raise UserError("--bytes and --accuracy are two questions: give one of them")
+    if given.accuracy and len(given.options) != 2:
+        raise UserError(
+            f"--accuracy chooses between two --options, and {','.join(given.options)} are {len(given.options)}"
+        )
+    if not all(text.isdigit() for text in given.bytes):
+        raise UserError(f"--bytes={','.join(given.bytes)} must be whole numbers")
+    for flag in ("examples", "batch"):
+        if given[flag].value < 1:
+            raise UserError(f"--{flag}={given[flag].value} must be at least 1")
+    if given.samples < 2 or not 0 <= given.accuracy <= 1:
+        raise UserError(f"--samples={given.samples} must be at least 2, and --accuracy={given.accuracy} a share")
+    if not given.run:
+        raise UserError("--run=DIRECTORY is missing, for example --run=runs/digits_resnet")
+    budgets = [int(text) for text in given.bytes]
+    fields = (given.method, given.options, given.activations, budgets, given.accuracy)
+    return Asked(*fields, given.examples, given.batch, given.samples)
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    flags.DEFINE_multi_string("run", [], "directories of runs, or patterns; runs of several seeds are one line")
+    flags.DEFINE_list("bytes", [], "of the network's numbers, as stored; one or several")
+    flags.DEFINE_list("method", ["hessian"], "how bits are chosen")
+    flags.DEFINE_list("options", ["int2", "int4", "int8"], "formats of weights to choose from")
+    flags.DEFINE_string("activations", "int8", "their format; 'weights' (as those), 'none'")
+    flags.DEFINE_float("accuracy", 0.0, "share of the exact accuracy that bisection keeps")
+    flags.DEFINE_integer("examples", 512, "training examples that sensitivities and ranges are measured on")
+    flags.DEFINE_integer("batch", 64, "of them at a time")
+    flags.DEFINE_integer("samples", 16, "random vectors for the traces of the Hessian")
+    flags.DEFINE_string("out", None, "write rows.jsonl, table.md, table.csv and pareto.png there")
+    with one_sentence():
+        from lissom.eval import check_writable, find_runs
+        from lissom.evaluation.tables import shown_text, tables, write_report
+        from lissom.training import flags as command_line
+
+        if command_line.parse(argv, recipe=False):
+            raise UserError("allocate_bits.py takes no --config: every run holds its own")
+        asked = read(flags.FLAGS)
+        runs = find_runs(flags.FLAGS.run, lambda text: print(text, file=sys.stderr))
+        if flags.FLAGS.out:
+            check_writable(flags.FLAGS.out, "--out")
+        rows = rows_of(runs, asked)
+        print(shown_text(tables(rows), SHOWN))
+        if flags.FLAGS.out:
+            write_report(rows, flags.FLAGS.out, x="parameter_bytes", shown=SHOWN)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
