@@ -1,4 +1,4 @@
-"""Measures finished runs: uv run eval.py --runs='runs/*' [--out=runs/table]
+"""Measures finished runs: uv run eval.py --runs='runs/*' [--out=runs/table [--cost=latency_p50]]
 
 Every network is exported, reloaded and then measured, as trained and after each transform of its config; latencies of
 one table are taken interleaved in this one process.
@@ -197,7 +197,7 @@ def evaluate(
     `skip` it is left out and said there, and only when none is left is it an error.
     """
     from lissom.data.errors import DataError
-    from lissom.evaluation.measuring import compare_outputs, decoding, latencies, measure_subject
+    from lissom.evaluation.measuring import compare_outputs, decoding, few_bits, latencies, measure_subject
     from lissom.evaluation.rows import provenance
     from lissom.models.registry import UnknownName
 
@@ -222,6 +222,7 @@ def evaluate(
     for subject in subjects:
         tasks.setdefault(subject.blank.identity.task, []).append(subject)
     for group in tasks.values():
+        few_bits(group)
         latencies(group)
         decoding(group)
     _tell_apart(subjects)
@@ -400,11 +401,25 @@ def check_writable(path: pathlib.Path | str, flag: str) -> None:
         raise UserError(f"{flag}={path} can't be written: {error.strerror} ({standing})") from error
 
 
-def write(rows: list, out: pathlib.Path | str) -> None:
-    """rows.jsonl and table.csv with everything, table.md as it is printed, and pareto.png, under `out`."""
+COST = "latency_p50"
+COST_HELP = "the metric on the x axis of pareto.png, such as bit_operations"
+
+
+def check_cost(name: str) -> None:
+    """Raises UserError where --cost names no metric."""
+    from lissom.evaluation.metrics import metric
+
+    try:
+        metric(name)
+    except ValueError as error:
+        raise UserError(f"--cost: {error}") from error
+
+
+def write(rows: list, out: pathlib.Path | str, cost: str = COST) -> None:
+    """rows.jsonl and table.csv with everything, table.md as it is printed, and pareto.png over `cost`, under `out`."""
     from lissom.evaluation.tables import write_report
 
-    write_report(rows, out, shown=shown(rows))
+    write_report(rows, out, shown=shown(rows), x=cost)
     text = (pathlib.Path(out) / "table.md").read_text(encoding="utf-8")
     for line in text.splitlines():
         if line.startswith("No plot"):
@@ -480,9 +495,11 @@ def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_multi_string("runs", [], "directories of runs, or patterns; each may hold several")
     flags.DEFINE_string("out", None, "write rows.jsonl, table.md, table.csv and pareto.png there")
+    flags.DEFINE_string("cost", COST, COST_HELP)
     with one_sentence():
         if command_line.parse(argv, recipe=False):
             raise UserError("eval.py takes no --config: every run holds its own")
+        check_cost(flags.FLAGS.cost)
         if not flags.FLAGS.runs:
             raise UserError("--runs=PATTERN is missing, for example --runs='runs/*'")
         say = lambda text: print(text, file=sys.stderr)
@@ -492,7 +509,7 @@ def main(argv: list[str]) -> None:
         rows = evaluate(runs, skip=say)
         print(render(rows))
         if flags.FLAGS.out:
-            write(rows, flags.FLAGS.out)
+            write(rows, flags.FLAGS.out, flags.FLAGS.cost)
             print(f"written to {flags.FLAGS.out}")
 
 

@@ -99,7 +99,6 @@ def measure_subject(subject: Subject) -> None:
     note(measure("artefact_bytes", subject.artefact_bytes))
     one = _batches_of(subject.examples, 1)[0]
     note(measure("flops", costs.count(subject.forward, *subject.state, *one).flops, "compiled", batch=1))
-    subject.measurements += _of_few_bits(subject)
     for name, value in subject.times.items():
         note(measure(name, value, "compiled" if METRICS[name].unit in ("B", "FLOP") else "measured"))
     if subject.decodes:
@@ -109,19 +108,29 @@ def measure_subject(subject: Subject) -> None:
         note(measure("cache_bytes_per_token", memory.cache_bytes_per_token(init_cache, length), "compiled"))
 
 
-def _of_few_bits(subject: Subject) -> list[Measurement]:
-    """What the products with kernels cost by their bits, of a network that has some of few; a float counts as 16."""
-    batch = max(subject.latency_batches)
+def few_bits(subjects: Sequence[Subject]) -> None:
+    """What products with kernels cost by their bits, where one of the networks has some of few; a float counts as
+    16."""
+    calls = {id(subject): _products(subject) for subject in subjects}
+    if all(call.quantizer is None for found in calls.values() for call in found[1]):
+        return
+    bits = lambda call: 16 if call.quantizer is None else call.quantizer.bits
+    for subject in subjects:
+        found, batch = calls[id(subject)], max(subject.latency_batches)
+        rounding = sum(call.quantizer.rounding_operations(call) for call in found[batch] if call.quantizer is not None)
+        total = sum(call.multiply_adds * bits(call) for call in found[1])
+        subject.measurements.append(measure("bit_operations", total, "compiled", batch=1))
+        if rounding:
+            subject.measurements.append(measure("rounding_operations", rounding, "compiled", batch=batch))
+
+
+def _products(subject: Subject) -> dict[int, list[products.Call]]:
+    """Of one example, and of the largest batch."""
     found = {}
-    for size in {1, batch}:
+    for size in {1, max(subject.latency_batches)}:
         with products.noted() as found[size]:
             jax.eval_shape(subject.forward, *subject.state, *_batches_of(subject.examples, size)[0])
-    if all(call.quantizer is None for call in found[1]):
-        return []
-    bits = lambda call: 16 if call.quantizer is None else call.quantizer.bits
-    rounding = sum(call.quantizer.rounding_operations(call) for call in found[batch] if call.quantizer is not None)
-    costs = [measure("bit_operations", sum(call.multiply_adds * bits(call) for call in found[1]), "compiled", batch=1)]
-    return costs + ([measure("rounding_operations", rounding, "compiled", batch=batch)] if rounding else [])
+    return found
 
 
 def _totals(subject: Subject, judge: Callable, batches: Iterable[dict]) -> tallies.Totals:

@@ -3,7 +3,7 @@
     uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py --vary=model.mixer=attention,window,none
         [--also="name: field=value field=value"] [--seeds=3] [--match=params|flops|bytes]
         [--tune=optim.learning_rate=7e-4,2e-3,6e-3]
-        [--shard=0/4 [--nomeasure]] [--merge]
+        [--shard=0/4 [--nomeasure]] [--merge] [--cost=latency_p50]
 
 Runs are interleaved (all variants of a seed, then the next seed) and lie under --workdir, by default
 runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid, every --also
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from lissom.eval import check_writable, read_metrics
+from lissom.eval import COST, COST_HELP, check_cost, check_writable, read_metrics
 from lissom.training import flags as command_line
 from lissom.training.config import check, default_workdir, model_settings, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
@@ -453,6 +453,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("measure", True, "measure what is trained; --nomeasure where a --merge will")
     flags.DEFINE_string("workdir", None, "where the runs lie; runs/compare/<recipe> if not given")
     flags.DEFINE_string("out", None, "where rows.jsonl, table.md, table.csv and pareto.png go; --workdir if not given")
+    flags.DEFINE_string("cost", COST, COST_HELP)
     with one_sentence():
         pairs = command_line.parse(argv)
         spec, config = command_line.config_from(pairs)
@@ -466,6 +467,7 @@ def main(argv: list[str]) -> None:
             raise UserError("--merge measures what the shards have trained: it does not go with --nomeasure")
         if shard[1] > 1 and not given.merge:  # the table of a share must not stand where that of all runs will
             out = out / "shards" / f"{shard[0]}_of_{shard[1]}"
+        check_cost(given.cost)
         check_writable(workdir, "--workdir")
         check_writable(out, "--out")
         rows = compare(
@@ -485,7 +487,7 @@ def main(argv: list[str]) -> None:
         from lissom.eval import render, write
 
         print(render(rows))
-        write(rows, out)
+        write(rows, out, given.cost)
         print(f"written to {out}")
 
 

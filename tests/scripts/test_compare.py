@@ -1,6 +1,5 @@
 """compare.py: grid, matching, tuning, shards, resuming; the table says what the runs recorded."""
 
-import contextlib
 import itertools
 import json
 import pathlib
@@ -14,6 +13,7 @@ import pytest
 
 from lissom.training.config import load_recipe, overridden
 from lissom.training.errors import UserError
+from tests.scripts.lines import command_line
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent / "scripts"))
 import compare as script
@@ -225,7 +225,7 @@ def test_shards_write_apart_and_a_join_where_it_is_told(tmp_path, monkeypatch):
     row = lambda seed: Row(Identity("r", "t", seed), Provenance(), (measure("accuracy", 0.5),))
     monkeypatch.setattr(script, "compare", lambda *_, shard, merge, **more: [row(99 if merge else shard[0])])
     for words in ("--shard=0/2", "--shard=1/2", "--shard=1/2 --merge", f"--shard=1/2 --out={tmp_path}/out"):
-        with command_line():
+        with command_line(script):
             script.main(["compare.py", f"--config={RECIPE}", f"--workdir={tmp_path}/work", *words.split()])
     found = {path.parent.relative_to(tmp_path): read_rows(path) for path in tmp_path.rglob("rows.jsonl")}
     expected = {"work/shards/0_of_2": 0, "work/shards/1_of_2": 1, "work": 99, "out/shards/1_of_2": 1}
@@ -258,6 +258,7 @@ WRONG = [
     ("--tune=optim.learning_rate=1e-3,1e-3", "none twice"),
     ("--tune=optim.learning_rat=1e-3,1e-2", "did you mean 'learning_rate'"),
     ("--tune=optim.learning_rate=1e-3,fast", "learning_rate='fast' is not a number"),
+    ("--cost=latencyy", "--cost: no metric is called 'latencyy'; the nearest is"),
     ("--merge --nomeasure", "--merge measures what the shards have trained"),
     ("--out=file", "--out=file must be a directory"),
     ("--out=file/deep", "--out=file/deep must be a directory"),
@@ -271,25 +272,12 @@ def test_what_is_wrong_is_said_before_anything_is_trained(words, sentence, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(script, "_trained", lambda *_: pytest.fail("something was trained"))
-    with pytest.raises(SystemExit) as end, command_line():
+    with pytest.raises(SystemExit) as end, command_line(script):
         script.main(["compare.py", f"--config={RECIPE}", "--config.mesh.data=1", *words.split()])
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and re.search(f"error: .*{sentence}", said), said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@contextlib.contextmanager
-def command_line():
-    """Each command line defines its flags: here several run in one process."""
-    from absl import flags
-
-    try:
-        yield
-    finally:
-        # Its own only: what it imports for the first time (grain) defines flags of the process.
-        for flag in list(flags.FLAGS.flags_by_module_dict().get(script.__name__, ())):
-            delattr(flags.FLAGS, flag.name)
 
 
 def test_halves():

@@ -100,12 +100,15 @@ def recorded(network: nnx.Module, function: Callable[[str, jax.Array], Any], inp
 
 
 class Mixed:
-    """See above. UserError of a network that is quantized already, ValueError where groups do not divide a kernel, or
-    there are no layers or batches."""
+    """See above. ValueError of a network that is quantized already, and where there are no layers, options or
+    batches."""
 
     def __init__(self, network: nnx.Module, options: Sequence[Option], batches: Iterable[Mapping[str, Any]]):
         self.batches, self.options = list(batches), tuple(options)
-        self.paths = tuple(quantizable(network))
+        layers = quantizable(network)
+        if any(layer.quantizer is not None for layer in layers.values()):
+            raise ValueError("the network is quantized already")
+        self.paths = tuple(layers)
         if not (self.paths and self.options and self.batches):
             raise ValueError("an allocation needs layers, options and batches of examples")
         self.source = split(network)
