@@ -23,6 +23,7 @@ METRICS = {
     # What the model is worth.
     "accuracy": Metric("fraction", "higher", "test examples whose class is predicted"),
     "token_accuracy": Metric("fraction", "higher", "masked-in test tokens that are predicted"),
+    "corruption_accuracy": Metric("fraction", "higher", "accuracy, mean over corrupted test sets"),
     "loss": Metric("nats", "lower", "mean cross-entropy of a test example, token or element of a set"),
     "bits_per_byte": Metric("bits", "lower", "cross-entropy a byte of test text"),
     "density": Metric("fraction", "lower", "attention scores that are computed, of those its mask allows"),
@@ -123,7 +124,10 @@ METRICS = {
 
 # What a network is worth, the first that rows have before the others: the metrics whose difference to the first variant
 # is shown.
-QUALITIES = ("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "loss")
+QUALITIES = (
+    *("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "loss"),
+    "corruption_accuracy",
+)
 
 # What objectives say of a test set, and not layers of themselves: what further test sets have.
 JUDGED = (*QUALITIES, "likelihood_gap", "adjusted_rand")
