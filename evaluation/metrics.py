@@ -64,6 +64,12 @@ METRICS = {
         "best accuracy on a task while classes were learned, less the last; mean over earlier tasks",
     ),
     "rmse": Metric("1", "lower", "root mean square error of the predictions of test targets, in their unit"),
+    # Of a binary network beside the full-precision one (bibench.py).
+    "relative_accuracy": Metric("1", "higher", "accuracy / that of the full-precision network"),
+    "relative_corruption_accuracy": Metric("1", "higher", "the same, root mean square over corrupted test sets"),
+    "bibench_score": Metric("1", "higher", "root mean square of relative accuracies"),
+    "relative_train_seconds": Metric("1", "lower", "train_seconds / those of the other network", machine="training"),
+    "compression_ratio": Metric("1", "higher", "bytes of the full-precision network / of this one"),
     "train_loss": Metric("nats", "lower", "loss at the last logged training step"),
     # What learning it costs.
     "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine="training"),
