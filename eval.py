@@ -429,6 +429,7 @@ def write(rows: list, out: pathlib.Path | str, cost: str = COST) -> None:
 # What is printed; table.csv and rows.jsonl hold everything.
 SHOWN = (
     "accuracy",
+    "corruption_accuracy",
     "forgetting",
     "token_accuracy",
     "bits_per_byte",

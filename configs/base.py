@@ -49,6 +49,8 @@ def base() -> ml_collections.ConfigDict:
         "batch_size": 500,
         "transforms": (),  # each is one more row
         "data": (),  # settings of the dataset; each is one more test set
+        "corruptions": (),  # names of lissom.data.corruptions; each at each severity is one more test set
+        "severities": (1, 2, 3, 4, 5),
         "latency_batches": (1, 64),
         "latency_repeats": 30,
         "decode_length": 0,  # tokens of a sequence whose last one is timed; 0: as many as the test examples have

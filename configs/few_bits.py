@@ -18,7 +18,7 @@ import ml_collections
 
 from lissom.configs.base import mode
 
-BINARY = ("bnn", "xnor", "dorefa", "bireal", "xnor++", "reactnet", "recu", "fda", "irnet", "insta")
+BINARY = ("bnn", "xnor", "dorefa", "bireal", "xnor++", "reactnet", "recu", "fda", "irnet", "insta", "insta_plus")
 FP4 = {"format": "fp4_e2m1", "per": 16, "scale_format": "ue4m3"}
 FP8 = {"weights": "fp8_e4m3", "activations": {"format": "fp8_e4m3", "per": "row"}}
 ALL = {"tensor_scale": True, "rotation": 16, "stochastic": True}

@@ -2,6 +2,7 @@
 
 from lissom.data.augmentations import AUGMENTATIONS
 from lissom.data.class_stream import ClassStream
+from lissom.data.corruptions import corrupted
 from lissom.data.dataset import ArraySource, Dataset
 from lissom.data.errors import DataError
 from lissom.data.loading import DATASETS, load
@@ -15,6 +16,7 @@ __all__ = [
     "ClassStream",
     "DataError",
     "Dataset",
+    "corrupted",
     "eval_batches",
     "load",
     "train_batch",

@@ -18,15 +18,17 @@ def shift(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = inputs
     for axis in range(int(inputs.ndim == 4), inputs.ndim - 1):
         reach = inputs.shape[axis] // 8
-        step = int(rng.integers(-reach, reach + 1))
-        moved = np.zeros_like(out)
-        size = inputs.shape[axis] - abs(step)
-        target = [slice(None)] * inputs.ndim
-        origin = [slice(None)] * inputs.ndim
-        target[axis] = slice(max(step, 0), max(step, 0) + size)
-        origin[axis] = slice(max(-step, 0), max(-step, 0) + size)
-        moved[tuple(target)] = out[tuple(origin)]
-        out = moved
+        out = moved(out, int(rng.integers(-reach, reach + 1)), axis)
+    return out
+
+
+def moved(inputs: np.ndarray, step: int, axis: int) -> np.ndarray:
+    """By `step` places along an axis, zeros moving in."""
+    out, size = np.zeros_like(inputs), inputs.shape[axis] - abs(step)
+    target, origin = [slice(None)] * inputs.ndim, [slice(None)] * inputs.ndim
+    target[axis] = slice(max(step, 0), max(step, 0) + size)
+    origin[axis] = slice(max(-step, 0), max(-step, 0) + size)
+    out[tuple(target)] = inputs[tuple(origin)]
     return out
 
 

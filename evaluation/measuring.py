@@ -92,6 +92,7 @@ def measure_subject(subject: Subject) -> None:
         subject.measurements += _test_means(subject, totals, settings)
         if not settings:
             subject.measurements += _modelled(subject, totals)
+    subject.measurements += _corruption_accuracy(subject.measurements)
     hidden = sum(getattr(node, "hidden", 0) for _, node in nnx.iter_graph(subject.merge(subject.graph, subject.state)))
     count = memory.parameter_count((subject.state[0], subject.state[2])) + hidden
     note(measure("parameters", count, "compiled"))
@@ -170,6 +171,17 @@ def _test_means(subject: Subject, totals: tallies.Totals, settings: Mapping[str,
         if name == "loss" and tokens and subject.vocab_size == 256 and value is not None:
             found.append(measure("bits_per_byte", value / math.log(2), **conditions))
     return found
+
+
+def _corruption_accuracy(found: Sequence[Measurement]) -> list[Measurement]:
+    """The mean of the accuracies on corrupted test sets, each counting alike; none where there are no such sets."""
+    sets = [entry for entry in found if entry.name == "accuracy" and "corruption" in entry.conditions]
+    if not sets:
+        return []
+    of = lambda key: " ".join(dict.fromkeys(str(entry.conditions[key]) for entry in sets))
+    mean = math.fsum(entry.value for entry in sets) / len(sets)
+    conditions = {"of": of("corruption"), "severities": of("severity"), "examples": sets[0].conditions["examples"]}
+    return [measure("corruption_accuracy", mean, **conditions)]
 
 
 def compare_outputs(trained: Subject, transformed: Sequence[Subject]) -> None:

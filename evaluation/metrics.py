@@ -23,6 +23,7 @@ METRICS = {
     # What the model is worth.
     "accuracy": Metric("fraction", "higher", "test examples whose class is predicted"),
     "token_accuracy": Metric("fraction", "higher", "masked-in test tokens that are predicted"),
+    "corruption_accuracy": Metric("fraction", "higher", "accuracy, mean over corrupted test sets"),
     "loss": Metric("nats", "lower", "mean cross-entropy of a test example, token or element of a set"),
     "bits_per_byte": Metric("bits", "lower", "cross-entropy a byte of test text"),
     "density": Metric("fraction", "lower", "attention scores that are computed, of those its mask allows"),
@@ -63,6 +64,12 @@ METRICS = {
         "best accuracy on a task while classes were learned, less the last; mean over earlier tasks",
     ),
     "rmse": Metric("1", "lower", "root mean square error of the predictions of test targets, in their unit"),
+    # Of a binary network beside the full-precision one (bibench.py).
+    "relative_accuracy": Metric("1", "higher", "accuracy / that of the full-precision network"),
+    "relative_corruption_accuracy": Metric("1", "higher", "the same, root mean square over corrupted test sets"),
+    "bibench_score": Metric("1", "higher", "root mean square of relative accuracies"),
+    "relative_train_seconds": Metric("1", "lower", "train_seconds / those of the other network", machine="training"),
+    "compression_ratio": Metric("1", "higher", "bytes of the full-precision network / of this one"),
     "train_loss": Metric("nats", "lower", "loss at the last logged training step"),
     # What learning it costs.
     "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine="training"),
@@ -125,7 +132,10 @@ METRICS = {
 
 # What a network is worth, the first that rows have before the others: the metrics whose difference to the first variant
 # is shown.
-QUALITIES = ("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "loss")
+QUALITIES = (
+    *("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "loss"),
+    "corruption_accuracy",
+)
 
 # What objectives say of a test set, and not layers of themselves: what further test sets have.
 JUDGED = (*QUALITIES, "likelihood_gap", "adjusted_rand")

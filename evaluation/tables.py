@@ -310,13 +310,14 @@ def write_report(
 
 
 def shown_text(all_tables: Sequence[Table], shown: Sequence[str] | None = None) -> str:
-    """The sections of all tables, with the columns of the metrics in `shown` (None: all of them)."""
-    return "\n".join(
-        markdown(
-            dataclasses.replace(table, columns=tuple(c for c in table.columns if shown is None or c.name in shown))
-        )
-        for table in all_tables
-    )
+    """The sections of all tables, with the columns of the metrics in `shown` (None: all of them); for the dozens of
+    corrupted test sets their mean stands."""
+    columns = lambda table: (c for c in table.columns if shown is None or _printed(c, shown))
+    return "\n".join(markdown(dataclasses.replace(table, columns=tuple(columns(table)))) for table in all_tables)
+
+
+def _printed(column: Column, shown: Sequence[str]) -> bool:
+    return column.name in shown and "corruption" not in dict(column.conditions)
 
 
 def panels(table: Table, x: str = "latency_p50", y: str | None = None) -> list[plots.Panel]:

@@ -143,12 +143,13 @@ class Quantizer(nnx.Module):
 
 
 class Call(NamedTuple):
-    """One product of a layer: rows x K numbers by K x N."""
+    """One product of a layer: rows x K numbers by K x N, the rows those of so many examples."""
 
     rows: int
     length: int
     outputs: int
     quantizer: Any
+    examples: int
 
     @property
     def multiply_adds(self) -> int:
@@ -175,5 +176,5 @@ def multiplied(product: Any, x: jax.Array, kernel: Any, dtype: jnp.dtype, quanti
     for calls in _noting:
         length = math.prod(kernel.shape[axis] for axis in product.kernel_axes(len(kernel.shape)))
         outputs = math.prod(kernel.shape) // length
-        calls.append(Call(y.size // outputs, length, outputs, quantizer))
+        calls.append(Call(y.size // outputs, length, outputs, quantizer, len(x)))
     return y

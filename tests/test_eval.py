@@ -277,6 +277,34 @@ def test_a_test_set_for_another_network_is_refused(tiny_run):
         tiny_run("language/meta_tokens_lm", **{"evaluation.data": ({"length": 30}, {"length": 30})})
 
 
+def test_corrupted_test_sets_and_their_mean(tiny_run, tmp_path):
+    """Each is a test set of the row; tables show their mean, and the difference of means to the first variant."""
+    few = {"data.kwargs.mnist1d.train_size": 200, "data.kwargs.mnist1d.test_size": 100}
+    of = {"evaluation.corruptions": ("blur", "erase"), "evaluation.severities": (2, 5)}
+    runs = [tiny_run("vision/mnist1d_cnn", name, **few, **of, seed=seed)[1] for seed, name in enumerate("ab")]
+    rows = evaluate(runs, variants={str(run): run.name for run in runs}, floors=False)
+    for row in rows:
+        found = {
+            (m.conditions["corruption"], m.conditions["severity"]): m
+            for m in row.measurements
+            if m.name == "accuracy" and "corruption" in m.conditions
+        }
+        assert list(found) == [("blur", 2), ("blur", 5), ("erase", 2), ("erase", 5)]
+        assert all(m.conditions["examples"] == 100 for m in found.values())
+        (mean,) = (m for m in row.measurements if m.name == "corruption_accuracy")
+        assert mean.value == pytest.approx(sum(m.value for m in found.values()) / 4)
+        assert mean.conditions == {"of": "blur erase", "severities": "2 5", "examples": 100}
+    text, head = render(rows), "corruption accuracy, examples 100, of blur erase, severities 2 5 [%]"
+    assert head in text and "corruption accuracy" in text.partition(head)[2] and "corruption blur" not in text
+    write(rows, tmp_path / "out")
+    assert "corruption=blur examples=100 severity=5" in (tmp_path / "out" / "table.csv").read_text()
+
+
+def test_tokens_are_not_corrupted(tiny_run):
+    with pytest.raises(UserError, match="of images and signals, and dataset 'sequences' is of kind 'tokens'"):
+        tiny_run("language/recall_lm", **{"evaluation.corruptions": ("blur",)})
+
+
 def damage_checkpoint(run):
     """Turns a byte of every file that holds an array."""
     for file in (run / "checkpoints").rglob("*"):

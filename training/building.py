@@ -86,8 +86,9 @@ def epoch_examples(config, dataset: data.Dataset, stream: data.ClassStream | Non
 
 
 def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], data.Dataset]]:
-    """[(settings, the dataset with them)] for each entry of `config.evaluation.data`: test sets beside that of
-    `dataset`, which a network of its vocabulary, classes or environments can be judged on."""
+    """[(settings, the dataset with them)] for each entry of `config.evaluation.data`, and for each of
+    `config.evaluation.corruptions` at each severity: test sets beside that of `dataset`, which a network of its
+    vocabulary, classes or environments can be judged on."""
     found = []
     for settings in map(dict, config.evaluation.data):
         if any(settings == earlier for earlier, _ in found):
@@ -101,7 +102,10 @@ def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], d
                     f"the network is for {ours}"
                 )
         found.append((settings, other))
-    return found
+    try:
+        return found + data.corrupted(dataset, config.evaluation.corruptions, config.evaluation.severities)
+    except data.DataError as error:
+        raise UserError(f"config.evaluation: {error}") from error
 
 
 def build_objective(config) -> Objective:

@@ -13,6 +13,8 @@ from typing import Any
 
 import ml_collections
 
+from lissom.data import corruptions
+from lissom.data.errors import DataError
 from lissom.models import ENVIRONMENT_GATES, FFNS, MODELS, NORMS, SET_ENCODERS, SIZES
 from lissom.models.mixers import MIXERS
 from lissom.models.registry import UnknownName, check_name, nearest
@@ -212,6 +214,7 @@ def _check_one(config: ml_collections.ConfigDict) -> None:
         for name in (value,) if isinstance(value, str) else value or ():
             check_name(table, name, field)
     _check_decode_length(config)
+    _check_corruptions(config.evaluation)
     check_name(OBJECTIVES, config.objective, "objective")
     check_name(OPTIMIZERS, config.optim.name, "optimizer")
     check_name(SCHEDULES, config.optim.schedule, "schedule")
@@ -233,6 +236,13 @@ def _check_decode_length(config: ml_collections.ConfigDict) -> None:
             f"config.evaluation.decode_length={decoded} must be at most config.model.learned_positions={learned}: the "
             "table has no position beyond"
         )
+
+
+def _check_corruptions(evaluation: Mapping) -> None:
+    try:
+        corruptions.check(evaluation["corruptions"], evaluation["severities"])
+    except DataError as error:
+        raise UserError(f"config.evaluation: {error}") from error
 
 
 def model_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

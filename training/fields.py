@@ -75,6 +75,8 @@ FIELDS = {
     "evaluation.batch_size": Field(int, 1),
     "evaluation.transforms": Field(tuple, entry=Mapping),
     "evaluation.data": Field(tuple, entry=Mapping),
+    "evaluation.corruptions": Field(tuple, entry=str),
+    "evaluation.severities": Field(tuple, 1, entry=int),
     "evaluation.latency_batches": Field(tuple, 1, entry=int),
     "evaluation.latency_repeats": Field(int, 2),
     "evaluation.decode_length": Field(int, 0),

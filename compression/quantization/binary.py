@@ -20,9 +20,11 @@ shortcuts, no other activations, no losses. sign(0) is 1. What lies outside of a
                 of the sign cut off behind n terms. Its module for noise is left out
     irnet       Qin et al. 2020, arXiv:1909.10788. Weights of mean 0 and variance 1, scale: the power of two next to
                 mean |w|; slope of tanh, which is fixed here, where the paper sharpens it
-    insta       Lee et al. 2022, arXiv:2204.07439. Threshold: beta + alpha mean over places of x^3, a channel and an
-                example (the form with a squeeze-excite block is left out); else as reactnet. Behind a BatchNorm x is
-                the paper's normalised input
+    insta       Lee et al. 2022, arXiv:2204.07439. Threshold: beta + alpha m, m the mean over places of x^3, a channel
+                and an example; else as reactnet. Behind a BatchNorm x is the paper's normalised input
+    insta_plus  the same paper's form with a squeeze-excite block: beta + alpha m 2 sigmoid(relu(m S) E), S [C, C / 4]
+                and E [C / 4, C] drawn. Where the block stands, its ratio and the 2, by which it is insta where E is 0,
+                are our reading. Slopes of a PReLU by such a block are left out: an activation is no part of an operator
 """
 
 import math
@@ -35,6 +37,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.compression.quantization.products import key_of
 from lissom.models.products import Convolution, Quantizer
 from lissom.models.variables import Frozen, Param, freeze
 from lissom.ops.binary_matmul import binary_matmul, pack_signs
@@ -76,8 +79,8 @@ def _sign_jvp(slope, primals, tangents):
 @dataclass(frozen=True)
 class Operator:
     """scale: "none", "channel" or "layer" (mean |w|), "power" (of two, next to that of the channel), "learned".
-    threshold: "none", "learned", "instance". standardized: weights of mean 0 and variance 1 a channel, and then within
-    their quantiles 1 - tau and tau."""
+    threshold: "none", "learned", "instance", "excited" (the same behind a squeeze-excite block). standardized: weights
+    of mean 0 and variance 1 a channel, and then within their quantiles 1 - tau and tau."""
 
     weights: Callable = clipped
     activations: Callable = clipped
@@ -98,7 +101,9 @@ OPERATORS = {
     "fda": Operator(weights=fourier, activations=fourier),
     "irnet": Operator(weights=hyperbolic, activations=hyperbolic, scale="power", standardized=True),
     "insta": Operator(activations=parabola, threshold="instance"),
+    "insta_plus": Operator(activations=parabola, threshold="excited"),
 }
+REDUCTION = 4  # channels of a squeeze-excite block / those in its middle
 SCORED = ("bnn", "xnor", "dorefa", "bireal", "xnor++", "reactnet", "recu", "fda")  # BiBench's eight
 
 
@@ -114,11 +119,13 @@ class Binary(Quantizer):
         learned = self.settings.scale == "learned"
         first = jnp.abs(kernel).mean(axes, keepdims=True)
         self.scale = Param(first, out_sharding=(None,) * kernel.ndim) if learned else None
-        if self.settings.threshold == "instance" and not isinstance(product, Convolution):
-            raise ValueError("operator='insta' takes means over places, and only a convolution has any")
-        moved, instance = self.settings.threshold != "none", self.settings.threshold == "instance"
+        threshold = self.settings.threshold
+        moved, instance = threshold != "none", threshold in ("instance", "excited")
+        if instance and not isinstance(product, Convolution):
+            raise ValueError(f"operator={operator!r} takes means over places, and only a convolution has any")
         self.beta = Param(jnp.zeros(channels), out_sharding=(None,)) if moved else None
         self.alpha = Param(jnp.zeros(channels), out_sharding=(None,)) if instance else None
+        self.excitation = Excitation(channels, key_of(kernel)) if threshold == "excited" else None
 
     def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
         # Of the float32 kernel, as it is when it is stored.
@@ -131,10 +138,12 @@ class Binary(Quantizer):
 
     def rounding_operations(self, call: Any) -> int:
         """Of one training step: a comparison a number, a difference with a threshold, four operations a number of its
-        instance's; a mean of the weights and a product, and five operations where they are standardised."""
-        of_x = {"none": 1, "learned": 2, "instance": 6}[self.settings.threshold]
+        instance's, and the squeeze-excite block of each example; a mean of the weights and a product, and five
+        operations where they are standardised."""
+        of_x = {"none": 1, "learned": 2, "instance": 6, "excited": 6}[self.settings.threshold]
         of_w = 1 + 2 * (self.settings.scale != "none") + 5 * self.settings.standardized
-        return call.rows * call.length * of_x + call.length * call.outputs * of_w
+        of_block = 0 if self.excitation is None else call.examples * self.excitation.operations
+        return call.rows * call.length * of_x + call.length * call.outputs * of_w + of_block
 
     def moved(self, x: jax.Array) -> jax.Array:
         """x - threshold."""
@@ -142,7 +151,8 @@ class Binary(Quantizer):
             return x
         threshold = self.beta[...]
         if self.alpha is not None:
-            threshold += self.alpha[...] * (x**3).mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+            mean = (x**3).mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+            threshold += self.alpha[...] * (mean if self.excitation is None else mean * self.excitation(mean))
         return x - threshold.astype(x.dtype)
 
     def weights(self, kernel: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array | None]:
@@ -170,6 +180,25 @@ class Binary(Quantizer):
         copy = nnx.merge(*nnx.split(self))
         copy.scale = None
         return PackedSigns(signs, scale, product), StoredBinary(freeze(copy))
+
+
+class Excitation(nnx.Module):
+    """2 sigmoid(relu(m S) E) of m[..., C]: a squeeze-excite block (Hu et al. 2017, arXiv:1709.01507) without biases."""
+
+    def __init__(self, channels: int, key: jax.Array):
+        middle = max(channels // REDUCTION, 1)
+        keys, init = jax.random.split(key), nnx.initializers.lecun_normal()
+        self.squeeze = Param(init(keys[0], (channels, middle), jnp.float32), out_sharding=(None, None))
+        self.excite = Param(init(keys[1], (middle, channels), jnp.float32), out_sharding=(None, None))
+
+    def __call__(self, m: jax.Array) -> jax.Array:
+        return 2 * jax.nn.sigmoid(jax.nn.relu(m @ self.squeeze[...]) @ self.excite[...])
+
+    @property
+    def operations(self) -> int:
+        """Of one example: two products, a relu, and a sigmoid and two products with it a channel."""
+        channels, middle = self.squeeze.shape
+        return 4 * channels * middle + middle + 3 * channels
 
 
 class PackedSigns(nnx.Module):

@@ -26,10 +26,10 @@ from lissom.compression.quantization.transforms import Binarize, PackedLayers
 from lissom.compression.transforms import layer_paths
 from lissom.evaluation.measuring import imitates
 from lissom.models.linear import Conv, Linear
-from lissom.models.products import Convolution, Dense
+from lissom.models.products import Convolution, Dense, noted
 from lissom.models.registry import UnknownName
 from lissom.models.resnet import ResNet
-from lissom.models.variables import flatten, merge, split
+from lissom.models.variables import flatten, map_paths, merge, split
 from lissom.training.errors import UserError
 
 
@@ -76,8 +76,12 @@ def test_it_learns(operator):
         ).mean()
         return jax.grad(loss)(params)
 
-    for name, leaf in flatten(gradients(parts.params)).items():
-        assert jnp.isfinite(leaf).all() and jnp.abs(leaf).max() > 0, name
+    moved = map_paths(lambda path, leaf: leaf + 0.1 if path.endswith("alpha") else leaf, parts.params)
+    for params in (parts.params, moved):
+        for name, leaf in flatten(gradients(params)).items():
+            # A squeeze-excite block is multiplied by alpha, which begins with 0.
+            waits = "excitation" in name and params is parts.params
+            assert jnp.isfinite(leaf).all() and (jnp.abs(leaf).max() > 0) != waits, name
 
 
 def test_sign():
@@ -130,6 +134,59 @@ def test_a_threshold_of_an_instance():
     np.testing.assert_allclose(moved[..., 1], x[..., 1] - 0.1, rtol=1e-5, atol=1e-6)
 
 
+def excited(channels=8):
+    layer = Conv(channels, 3, (3, 3), rngs=nnx.Rngs(0))
+    quantizer = Binary("insta_plus", layer.kernel[...], Convolution())
+    quantizer.alpha[...], quantizer.beta[...] = jnp.linspace(-1, 1, channels), jnp.linspace(0, 1, channels)
+    return quantizer, jax.random.normal(jax.random.key(2), (4, 5, 5, channels))
+
+
+def test_a_squeeze_excite_block_on_the_mean_of_cubes():
+    """beta + alpha m 2 sigmoid(relu(m S) E) by float64, m of one example; what it draws is the kernel's own."""
+    quantizer, x = excited()
+    block, one = quantizer.excitation, np.asarray(x[1], np.float64)
+    assert block.squeeze.shape == (8, 2) and block.excite.shape == (2, 8)
+    m = (one**3).mean((0, 1))
+    squeeze, excite, alpha, beta = (
+        np.asarray(v[...], np.float64) for v in (block.squeeze, block.excite, quantizer.alpha, quantizer.beta)
+    )
+    gate = 2 / (1 + np.exp(-np.maximum(m @ squeeze, 0) @ excite))
+    assert np.abs(gate - 1).max() > 0.01
+    np.testing.assert_allclose(quantizer.moved(x)[1], one - (beta + alpha * m * gate), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(excited()[0].excitation.squeeze[...], squeeze.astype(np.float32))
+    other = Binary("insta_plus", jnp.ones((3, 3, 8, 3)), Convolution())
+    assert (other.excitation.squeeze[...] != squeeze.astype(np.float32)).any()
+
+
+def test_without_excitation_it_is_insta():
+    plus, x = excited()
+    plus.excitation.excite[...] = jnp.zeros((2, 8))
+    plain = Binary("insta", jnp.ones((3, 3, 8, 3)), Convolution())
+    plain.alpha[...], plain.beta[...] = plus.alpha[...], plus.beta[...]
+    np.testing.assert_allclose(plus.moved(x), plain.moved(x), rtol=1e-6, atol=1e-6)
+    # At the beginning the threshold is 0, as it is there.
+    np.testing.assert_array_equal(Binary("insta_plus", jnp.ones((3, 3, 8, 3)), Convolution()).moved(x), x)
+
+
+def test_operations_of_thresholds_by_hand():
+    """4 examples, 25 places, windows of 9 x 8 numbers, 3 channels out; the block of 8 x 2 x 8 costs 4 x 16 for its
+    products, 2 and 3 x 8 beside them, an example."""
+    count = {}
+    for operator in ("bireal", "reactnet", "insta", "insta_plus"):
+        layer = Conv(8, 3, (3, 3), rngs=nnx.Rngs(0))
+        layer.quantizer = nnx.data(Binary(operator, layer.kernel[...], Convolution()))
+        with noted() as calls:
+            jax.eval_shape(layer, jax.ShapeDtypeStruct((4, 5, 5, 8), jnp.float32))
+        count[operator] = layer.quantizer.rounding_operations(calls[0])
+    numbers, weights = 4 * 25 * 72, 72 * 3 * 3
+    assert count == {
+        "bireal": numbers + weights,
+        "reactnet": 2 * numbers + weights,
+        "insta": 6 * numbers + weights,
+        "insta_plus": 6 * numbers + weights + 4 * (64 + 2 + 24),
+    }
+
+
 def test_outside_of_a_picture_signs_are_1():
     layer = Conv(1, 1, (3,), rngs=nnx.Rngs(0))
     layer.kernel[...] = jnp.asarray([1.0, 1.0, 1.0]).reshape(3, 1, 1)
@@ -145,7 +202,8 @@ def test_mistakes_are_one_sentence():
         Binarize(rules=((".*", {"weights": "int8"}),)).structure(net())
     with pytest.raises(UserError, match="'convs' matches no layer"):
         Binarize(rules=(("convs", {"operator": "bnn"}),)).structure(net())
-    with pytest.raises(UserError, match="head: operator='insta' takes means over places"):
-        Binarize(rules=(("head", {"operator": "insta"}),)).structure(net())
+    for operator in ("insta", "insta_plus"):
+        with pytest.raises(UserError, match=f"head: operator='{operator}' takes means over places"):
+            Binarize(rules=(("head", {"operator": operator}),)).structure(net())
     assert set(SCORED) < set(OPERATORS) and len(SCORED) == 8
     assert isinstance(net().head, Linear)
