@@ -112,6 +112,15 @@ def read_metrics(run: pathlib.Path) -> list[dict[str, Any]]:
     return entries
 
 
+def finished(run: pathlib.Path) -> bool:
+    """Whether a run stands there that came to its end."""
+    try:
+        total = json.loads((run / "facts.json").read_text())["steps"]
+        return any(line["kind"] == "test" and line["step"] == total for line in read_metrics(run))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _training_times(run: pathlib.Path) -> dict[str, float]:
     """What the training took: the sum of its sessions, of each the last that it wrote; of memory the largest. Steps
     that a kill lost, and that were taken again, count once."""

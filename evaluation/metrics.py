@@ -64,6 +64,10 @@ METRICS = {
         "best accuracy on a task while classes were learned, less the last; mean over earlier tasks",
     ),
     "rmse": Metric("1", "lower", "root mean square error of the predictions of test targets, in their unit"),
+    # Of the laws of quantization-aware training (qat_law.py).
+    "share_law_a": Metric("1", None, "a of the best share exp(-a / ln S), S tokens per byte"),
+    "share_law_error": Metric("fraction", "lower", "root mean square error of the best shares by that law"),
+    "law_error": Metric("fraction", "lower", "|loss by a law - loss| / loss, mean over runs"),
     # Of a binary network beside the full-precision one (bibench.py).
     "relative_accuracy": Metric("1", "higher", "accuracy / that of the full-precision network"),
     "relative_corruption_accuracy": Metric("1", "higher", "the same, root mean square over corrupted test sets"),
@@ -76,6 +80,9 @@ METRICS = {
     "compile_seconds": Metric("s", "lower", "wall time of tracing and compiling", machine="training"),
     "examples_per_second": Metric("1/s", "higher", "training examples a second, compilation apart", machine="training"),
     "train_steps": Metric("1", None, "optimizer steps taken"),
+    "train_tokens": Metric("1", None, "tokens of the training text seen, repeats counted"),
+    "qat_share": Metric("fraction", None, "of them, those of quantization-aware training"),
+    "tokens_per_byte": Metric("1", None, "tokens seen / bytes of the parameters as they are stored"),
     "train_examples": Metric("1", None, "training examples seen, repeats counted"),
     "train_flops": Metric("FLOP", "lower", "products and convolutions of the whole training"),
     "train_peak_memory": Metric("B", "lower", "peak memory of one training step", machine="training"),

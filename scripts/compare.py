@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from lissom.eval import COST, COST_HELP, check_cost, check_writable, read_metrics
+from lissom.eval import COST, COST_HELP, check_cost, check_writable, finished
 from lissom.training import flags as command_line
 from lissom.training.config import check, default_workdir, model_settings, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
@@ -88,14 +88,6 @@ def _parts(text: str, at: str = ",") -> list[str]:
         else:
             parts[-1] += letter
     return parts
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    """'1/4' -> (1, 4)."""
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f"--shard={text} must be i/n with 0 <= i < n")
-    return int(index), int(count)
 
 
 def size_of(config, facts: Mapping[str, Any], what: str) -> float:
@@ -389,7 +381,7 @@ def compare(
 
     place = lambda seed, variant: workdir / f"{_file(variant.label)}_seed{seed}"
     # What is finished is only measured, maybe on a machine that could not train it.
-    wanted = set() if merge else {job[1].label for _, job in mine if not _finished(place(*job))}
+    wanted = set() if merge else {job[1].label for _, job in mine if not finished(place(*job))}
     configs, notes = configs_of(config, variants, match, tune, wanted, of_mode), {}
     runs, labels = [], {}
     for number, (seed, variant) in mine:
@@ -402,9 +394,9 @@ def compare(
                 )
                 notes[variant.label] += [note] if note else []
         final = overridden(configs[variant.label], [("seed", seed)])
-        if merge and not _finished(run):
+        if merge and not finished(run):
             raise UserError(f"--merge: the run {run} is not finished")
-        if _finished(run):
+        if finished(run):
             _check_same(run, final)
         else:
             print(f"[{number + 1}/{len(jobs)}] {variant.label}, seed {seed}", file=sys.stderr)
@@ -432,15 +424,6 @@ def _trained(config, run: pathlib.Path) -> float | None:
     return float(result["loss"]) if math.isfinite(result["loss"]) else None
 
 
-def _finished(run: pathlib.Path) -> bool:
-    """Whether a run stands there that came to its end."""
-    try:
-        total = json.loads((run / "facts.json").read_text())["steps"]
-        return any(line["kind"] == "test" and line["step"] == total for line in read_metrics(run))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_multi_string("vary", [], "field=value,value: an axis of the grid; may be given several times")
@@ -461,7 +444,7 @@ def main(argv: list[str]) -> None:
         of_mode = lambda mode: command_line.config_from([*pairs, ("", f"{recipe}:{mode}")])[1]
         given = flags.FLAGS
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
-        variants, shard = grid(given.vary, given.also), shard_of(given.shard)
+        variants, shard = grid(given.vary, given.also), command_line.shard_of(given.shard)
         out = pathlib.Path(given.out or workdir)
         if given.merge and not given.measure:
             raise UserError("--merge measures what the shards have trained: it does not go with --nomeasure")

@@ -52,3 +52,11 @@ def config_from(pairs: list[tuple[str, str]]) -> tuple[str, ml_collections.Confi
     config = recipes.overridden(recipes.load_recipe(specs[-1]), [(key, value) for key, value in pairs if key])
     recipes.check(config)
     return specs[-1], config
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """'1/4' -> (1, 4)."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--shard={text} must be i/n with 0 <= i < n")
+    return int(index), int(count)

@@ -13,6 +13,7 @@ import pytest
 
 from lissom.training.config import load_recipe, overridden
 from lissom.training.errors import UserError
+from lissom.training.flags import shard_of
 from tests.scripts.lines import command_line
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent / "scripts"))
@@ -74,7 +75,7 @@ def test_variants_beside_the_grid():
 @pytest.mark.parametrize("text", ["3", "4/4", "a/2", "1/"])
 def test_bad_shard(text):
     with pytest.raises(UserError, match="0 <= i < n"):
-        script.shard_of(text)
+        shard_of(text)
 
 
 @pytest.mark.parametrize("what", ["params", "flops", "bytes"])
