@@ -218,7 +218,7 @@ def output(module, x):
     return jax.jit(lambda *state: merge(type(parts)(parts.graph, *state))(x)[0])(*parts[1:])
 
 
-@pytest.mark.parametrize(("name", "rule"), itertools.product(NETWORKS, ["int8", "weights alone"]))
+@pytest.mark.parametrize(("name", "rule"), [*itertools.product(NETWORKS, ["int8", "weights alone"])])
 def test_a_rule_for_all_leaves_no_kernel_out(name, rule):
     """Every matrix of the network and every kernel of its convolutions, experts' too, is rounded, then stored."""
     network = trained(NETWORKS[name](), RULES[rule], inputs(name))
@@ -245,12 +245,12 @@ def test_rounded_without_training():
 
 
 def test_layers_that_no_rule_matches_stay_as_they_are():
-    for make, x, name in ((lambda: Mixture("choices"), X, "experts"), (Picture, PICTURE, "near")):
-        other = nnx.Dict(mixture=make(), picture=Picture(), fields=Mixture("picks"))
-        network = Qat(rules=(("^fields/experts/inner$", {"weights": "int4"}),)).structure(other)
-        network = network["mixture" if name == "experts" else "picture"]
-        assert all(layer.quantizer is None for layer in layer_paths(network, KINDS).values())
-        np.testing.assert_array_equal(network(x)[0], make()(x)[0])
+    networks = nnx.Dict(few=Mixture("choices"), experts=Mixture("choices"), depthwise=Picture())
+    networks = Qat(rules=(("^few/experts/inner$", {"weights": "int4"}),)).structure(networks)
+    found = {path for path, layer in layer_paths(networks, KINDS).items() if layer.quantizer is not None}
+    assert found == {"few/experts/inner"}
+    np.testing.assert_array_equal(networks["experts"](X)[0], Mixture("choices")(X)[0])
+    np.testing.assert_array_equal(networks["depthwise"](PICTURE)[0], Picture()(PICTURE)[0])
     with pytest.raises(UserError, match="'experts/' matches no layer"):
         Binarize(rules=(("experts/", {"operator": "bnn"}),)).structure(Mixture("choices"))
     # An integration gathers its kernels once and multiplies with them many times.
