@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lissom.compression.quantization.allocation.candidates import Mixed, Option
 from lissom.compression.quantization.quantizers import Fake
 from lissom.compression.quantization.rules import layer_rule
 from lissom.compression.quantization.stored import Packed, Stored
 from lissom.compression.quantization.transforms import KINDS, Binarize, PackedLayers, Qat, Quantize, kernel_of
-from lissom.compression.transforms import layer_paths
+from lissom.compression.transforms import build_transforms, layer_paths
 from lissom.evaluation.measuring import imitates
 from lissom.models.biformer import BiFormer
 from lissom.models.bounds import UnsupportedForm
@@ -242,6 +243,21 @@ def test_rounded_without_training():
     want = packed(qat.values(qat.structure(Mixture("choices")), None, data))
     np.testing.assert_array_equal(rounded(X)[0], want(X)[0])
     assert rounded.experts.inner.quantizer is None and isinstance(rounded.experts.down.kernel, Packed)
+
+
+def test_candidates_of_experts():
+    """What is chosen of them is what `quantize` makes with the same rules."""
+    data = [{"inputs": np.asarray(X)}]
+    mixed = Mixed(Mixture("choices"), [Option("int4", "int8"), Option("int2")], data)
+    assert mixed.paths == ("experts/down", "experts/inner")
+    choice = mixed.choice({"experts/down": 1, "experts/inner": 0})
+    ((_, transform),) = build_transforms([mixed.entry(choice, "mine")])
+    rounded = transform.values(transform.structure(Mixture("choices")), Mixture("choices"), data)
+    close(mixed.run(choice, data[0]), rounded(X)[0])
+    close(mixed.run(mixed.choice(), data[0]), Mixture("choices")(X)[0])
+    # Codes, a float32 scale a channel and that of the activations.
+    assert mixed.sizes[0, 0] == EXPERTS * (HIDDEN * WIDTH // 2 + 4 * WIDTH) + 4
+    assert mixed.sizes[1, 1] == EXPERTS * (WIDTH * 2 * HIDDEN // 4 + 4 * 2 * HIDDEN)
 
 
 def test_layers_that_no_rule_matches_stay_as_they_are():
