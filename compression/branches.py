@@ -66,7 +66,7 @@ def _mixture(old: State, fresh: State, networks: Callable[[str], jax.Array]) -> 
 
     def value(name: str, leaf: jax.Array) -> jax.Array:
         layer, experts, kernel = name.rpartition("experts/")
-        if experts and kernel == "inner":  # gate and up, or up alone
+        if experts and kernel == "inner/kernel":  # gate and up, or up alone
             return jnp.stack([networks(f"{layer}{part}/kernel") for part in ("gate", "up")[-leaf.shape[2] :]], 2)
         if experts:
             return networks(f"{layer}down/kernel")

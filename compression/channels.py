@@ -17,7 +17,7 @@ def copy_channels(experts: Experts, layer: SwiGLU, channels: jax.Array) -> None:
     """Fills E experts of F channels each with those of `layer` that int [E, F] names."""
     gate, up, down = (part.kernel[...] for part in (layer.gate, layer.up, layer.down))
     inner = jnp.stack([gate[:, channels], up[:, channels]], 2)  # [M, E, 2, F]
-    experts.inner[...], experts.down[...] = jnp.moveaxis(inner, 1, 0), down[channels]
+    experts.inner.kernel[...], experts.down.kernel[...] = jnp.moveaxis(inner, 1, 0), down[channels]
 
 
 class Recorder(nnx.Module):

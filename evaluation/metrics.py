@@ -103,7 +103,7 @@ METRICS = {
     "operation_energy": Metric("J", "lower", "the same of its operations alone"),
     "flops": Metric("FLOP", "lower", "products and convolutions of one example's forward pass"),
     "bit_operations": Metric(
-        "1", "lower", "multiply-adds of dense layers and convolutions x bits of the wider operand"
+        "1", "lower", "multiply-adds of dense layers, convolutions and experts x bits of the wider operand"
     ),
     "rounding_operations": Metric("1", "lower", "operations of rounding in one training step of this batch"),
     "decode_p50": Metric("s", "lower", "median time of one more token of each sequence, warm", machine="measuring"),

@@ -12,7 +12,7 @@ from flax import nnx
 from lissom.models.context import Context
 from lissom.models.linear import Linear, dropout
 from lissom.models.moe.experts import Experts
-from lissom.models.moe.forms import activated
+from lissom.models.moe.forms import activated, inner_of_all
 from lissom.models.moe.routing import Choices, counts_of, domain_use, load_metrics
 from lissom.models.variables import Frozen, freeze
 
@@ -78,7 +78,7 @@ class Bricked(nnx.Module):
 
     def activity(self, x: jax.Array) -> jax.Array:
         """float32 [B, T, E]: the sum of |activation| of each brick."""
-        inner = activated(jnp.einsum("btm,emhf->btehf", x.astype(self.experts.dtype), self.experts.kernels.inner))
+        inner = activated(inner_of_all(self.experts.kernels, x.astype(self.experts.dtype)))
         return jnp.abs(inner).sum(-1).astype(jnp.float32)
 
     def __call__(self, x: jax.Array, context: Context, key: jax.Array | None = None):

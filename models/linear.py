@@ -4,13 +4,14 @@ Parameters are float32, the product is computed in `dtype`; kernels are initiali
 A layer's `quantizer`, where a transform gave it one, computes the product in its stead (`models/products.py`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.products import Convolution, Dense, Logits, multiplied
+from lissom.models.products import Convolution, Dense, Depthwise, Logits, Stacked, multiplied
 from lissom.models.variables import Param
 
 KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -51,6 +52,37 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = multiplied(Dense(), x, self.kernel, self.dtype, self.quantizer)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class StackedLinear(nnx.Module):
+    """The kernels [experts, inputs, *outputs] of as many products, biases [experts, *outputs] or None. Who brings rows
+    to experts multiplies them, rounded by `rounding` where that is not None, by `weights`."""
+
+    kernel_alone = False
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | Sequence[int],
+        *,
+        experts: int,
+        axes: tuple,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        shape = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        kernels = stacked_kernels(experts, inputs, math.prod(shape), rngs).reshape(experts, inputs, *shape)
+        self.kernel = Param(kernels, out_sharding=("experts", *axes))
+        self.bias = Param(jnp.zeros((experts, *shape)), out_sharding=("experts", *axes[1:])) if bias else None
+        self.quantizer = None
+
+    @property
+    def weights(self) -> jax.Array:
+        return self.kernel[...] if self.quantizer is None else self.quantizer.kernel(Stacked(), self.kernel)
+
+    @property
+    def rounding(self) -> Callable | None:
+        return None if self.quantizer is None else self.quantizer.rounding(Stacked())
 
 
 class Embedding(nnx.Module):
@@ -115,16 +147,12 @@ class Conv(nnx.Module):
 
 class DepthwiseConv(nnx.Module):
     """y[b, i, j, c] = sum_uv W[u, v, c] x[b, i + u - size // 2, j + v - size // 2, c]: each channel of x[B, rows,
-    columns, C] alone, 'SAME' padding, an odd `size`. Outside of the grid x is 0, or `border` [C].
-
-    Written as a sum of shifted products, which the compiler makes one loop of; a grouped convolution of as many groups
-    as channels takes a loop over the channels on a CPU.
-    """
+    columns, C] alone, 'SAME' padding, an odd `size`. Outside of the grid x is 0, or `border` [C]."""
 
     def __init__(self, channels: int, size: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         kernel = jax.random.normal(rngs.params(), (size, size, channels)) / size
         self.kernel = Param(kernel, out_sharding=(None, None, "channels"))
-        self.size, self.dtype = size, dtype
+        self.size, self.dtype, self.quantizer = size, dtype, None
 
     def __call__(self, x: jax.Array, border: jax.Array | None = None) -> jax.Array:
         reach, (rows, columns) = self.size // 2, x.shape[1:3]
@@ -133,9 +161,7 @@ class DepthwiseConv(nnx.Module):
             outside = jnp.pad(jnp.zeros((rows, columns, 1), self.dtype), ((reach, reach), (reach, reach), (0, 0)),
                               constant_values=1)  # fmt: skip
             padded += outside * border.astype(self.dtype)
-        kernel = self.kernel[...].astype(self.dtype)
-        shifts = [(u, v) for u in range(self.size) for v in range(self.size)]
-        return sum(padded[:, u : u + rows, v : v + columns] * kernel[u, v] for u, v in shifts)
+        return multiplied(Depthwise(), padded, self.kernel, self.dtype, self.quantizer)
 
 
 def needed(key: jax.Array | None, what: str) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lissom.models import ENVIRONMENT_GATES
 from lissom.models.bounds import at_least_one, shape_of
-from lissom.models.linear import stacked_kernels
+from lissom.models.linear import StackedLinear
 from lissom.models.moe.routing import counts_of, load_metrics
 from lissom.models.registry import construct
 from lissom.models.variables import Param
@@ -67,12 +67,10 @@ def blocks_of(expert: jax.Array, experts: int, rows: int) -> Blocks:
     return Blocks(source.reshape(number, rows), owner.astype(jnp.int32), place)
 
 
-class StackedLinear(nnx.Module):
-    """E products with a parameter: kernel [E, inputs, outputs], bias [E, outputs] (None where there is none)."""
+class Gathered(StackedLinear):
+    """Its kernels are gathered once, in front of an integration."""
 
-    def __init__(self, inputs: int, outputs: int, *, experts: int, axes: tuple, bias: bool = True, rngs: nnx.Rngs):
-        self.kernel = Param(stacked_kernels(experts, inputs, outputs, rngs), out_sharding=("experts", *axes))
-        self.bias = Param(jnp.zeros((experts, outputs)), out_sharding=("experts", axes[1])) if bias else None
+    kernel_alone = True
 
 
 class MixtureOfFields(nnx.Module):
@@ -118,7 +116,7 @@ class MixtureOfFields(nnx.Module):
         _, features = shape_of("mixture_of_fields", input_shape, "states, features")
         if experts > environments:
             raise ValueError(f"model.experts={experts} must be at most the number of environments, {environments}")
-        layer = partial(StackedLinear, experts=experts, rngs=rngs)
+        layer = partial(Gathered, experts=experts, rngs=rngs)
         self.first = layer(features, width, axes=("channels", "mlp"))
         self.conditioned = layer(context_size, width, axes=("channels", "mlp"), bias=False)
         self.inner = nnx.List([layer(width, width, axes=("embed", "mlp")) for _ in range(depth - 1)])

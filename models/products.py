@@ -5,12 +5,14 @@
 
 The second line is the same as one product of matrices, [rows, K] [K, N]; of a kernel `rows` and `result` need the shape
 alone, and `kernel` is the inverse of `matrix`. `x_axes` and `kernel_axes` are what is summed over; K runs over them in
-their order, so that the last one varies fastest. `multiplied` is what layers call, and `noted` lists the calls.
+their order, so that the last one varies fastest. Kernels that lie beside each other along `stack_axis`, each of which
+sees other rows, are no such product: they have neither `rows` nor `result`, and the columns of `matrix` are those of
+all. `multiplied` is what layers call, and `noted` lists the calls.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from flax import nnx
 
 class Dense:
     """x[..., in] kernel[in, *out]."""
+
+    stack_axis = None
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.tensordot(x, kernel, axes=1)
@@ -73,6 +77,7 @@ class Convolution:
     of the product."""
 
     stride: int = 1
+    stack_axis = None
 
     def __call__(self, x: jax.Array, kernel: jax.Array, outside: float = 0) -> jax.Array:
         letters = "XYZ"[: x.ndim - 2]
@@ -126,14 +131,73 @@ def _offsets(window: tuple[int, ...]) -> list[tuple[int, ...]]:
     return found
 
 
+class Depthwise:
+    """x[B, rows, columns, C] kernel[size, size, C], each channel alone, at the places whose window lies within x: what
+    is outside of a picture is part of x."""
+
+    stack_axis = -1
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        # Shifted products, which the compiler makes one loop of; a grouped convolution of as many groups as channels
+        # takes a loop over the channels on a CPU.
+        rows, columns = (n - size + 1 for n, size in zip(x.shape[1:3], kernel.shape[:2], strict=True))
+        shifts = _offsets(kernel.shape[:2])
+        return sum(x[:, u : u + rows, v : v + columns] * kernel[u, v] for u, v in shifts)
+
+    def x_axes(self, axes: int) -> tuple[int, ...]:
+        del axes
+        return (1, 2)
+
+    def kernel_axes(self, axes: int) -> tuple[int, ...]:
+        del axes
+        return (0, 1)
+
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        return kernel.reshape(-1, kernel.shape[-1])
+
+    def kernel(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return matrix.reshape(shape)
+
+
+class Stacked:
+    """x[experts, n, in] kernel[experts, in, *out]: the rows of each expert by its own kernel. Where rows lie in another
+    form, who brings them to experts multiplies (`models/moe/forms.py`); x[..., in] then."""
+
+    stack_axis = 0
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("eni,ei...->en...", x, kernel)
+
+    def x_axes(self, axes: int) -> tuple[int, ...]:
+        return (axes - 1,)
+
+    def kernel_axes(self, axes: int) -> tuple[int, ...]:
+        del axes
+        return (1,)
+
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        return jnp.moveaxis(kernel, 1, 0).reshape(kernel.shape[1], -1)
+
+    def kernel(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.moveaxis(matrix.reshape(shape[1], shape[0], *shape[2:]), 0, 1)
+
+
 class Quantizer(nnx.Module):
-    """What computes a layer's product in its stead. simulated: whether it imitates the arithmetic that it is about;
-    bits: of the wider operand, a float counts as 16."""
+    """What computes a layer's product in its stead; of a product that others compute, what rounds its operands.
+    simulated: whether it imitates the arithmetic that it is about; bits: of the wider operand, a float counts as 16."""
 
     simulated = False
     bits = 16
 
     def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+        raise NotImplementedError
+
+    def kernel(self, product: Any, kernel: Any) -> jax.Array:
+        """The kernel as it is multiplied, float32."""
+        raise NotImplementedError
+
+    def rounding(self, product: Any) -> Callable | None:
+        """x -> x as it is multiplied; None where that is x."""
         raise NotImplementedError
 
     def rounding_operations(self, call: "Call") -> int:
@@ -143,17 +207,23 @@ class Quantizer(nnx.Module):
 
 
 class Call(NamedTuple):
-    """One product of a layer: rows x K numbers by K x N, the rows those of so many examples."""
+    """One product of a layer: rows x K numbers by K x N, the rows those of so many examples, each row by one of so many
+    kernels."""
 
     rows: int
     length: int
     outputs: int
     quantizer: Any
     examples: int
+    kernels: int
 
     @property
     def multiply_adds(self) -> int:
         return self.rows * self.length * self.outputs
+
+    @property
+    def weights(self) -> int:
+        return self.kernels * self.length * self.outputs
 
 
 _noting: list[list[Call]] = []
@@ -161,7 +231,7 @@ _noting: list[list[Call]] = []
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[Call]]:
-    """The products that layers compute, or trace, inside of it."""
+    """The products that layers compute, or trace, inside of it; of experts by the rows that are brought to them."""
     _noting.append([])
     try:
         yield _noting[-1]
@@ -173,8 +243,15 @@ def multiplied(product: Any, x: jax.Array, kernel: Any, dtype: jnp.dtype, quanti
     """The product in `dtype`, of a variable `kernel`; or what a `Quantizer` makes of them."""
     x = x.astype(dtype)
     y = product(x, kernel[...].astype(dtype)) if quantizer is None else quantizer(product, x, kernel).astype(dtype)
-    for calls in _noting:
-        length = math.prod(kernel.shape[axis] for axis in product.kernel_axes(len(kernel.shape)))
-        outputs = math.prod(kernel.shape) // length
-        calls.append(Call(y.size // outputs, length, outputs, quantizer, len(x)))
+    note(product, len(x), y.size, kernel, quantizer)
     return y
+
+
+def note(product: Any, examples: int, results: int, kernel: Any, quantizer: Any) -> None:
+    """Tells `noted` of a product that has so many results, of so many examples."""
+    shape, stack = kernel.shape, product.stack_axis
+    kernels = 1 if stack is None else shape[stack]
+    length = math.prod(shape[axis] for axis in product.kernel_axes(len(shape)))
+    outputs = math.prod(shape) // (length * kernels)
+    for calls in _noting:
+        calls.append(Call(results // outputs, length, outputs, quantizer, examples, kernels))

@@ -14,7 +14,7 @@ from lissom.models.context import Context
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Linear, dropout
 from lissom.models.moe.experts import Experts
-from lissom.models.moe.forms import activated
+from lissom.models.moe.forms import activated, inner_of_all
 from lissom.models.moe.routing import Choices, counts_of, domain_use, load_metrics
 from lissom.models.transformer import Transformer
 from lissom.models.variables import Frozen
@@ -70,7 +70,7 @@ class Carved(nnx.Module):
 
     def _overlap(self, x: jax.Array, common: jax.Array) -> jax.Array:
         active = self.channels.shape[1] + self.common_channels.shape[0]
-        inner = activated(jnp.einsum("btm,emhf->btehf", x, self.experts.kernels.inner))
+        inner = activated(inner_of_all(self.experts.kernels, x))
         known = jnp.full((*x.shape[:2], self.count), -1.0).at[..., self.common_channels[...]].set(jnp.abs(common))
         # Copies of a channel drift apart once they are tuned: the most active one speaks for it.
         known = known.at[..., self.channels[...].reshape(-1)].max(jnp.abs(inner).reshape(*x.shape[:2], -1))

@@ -143,7 +143,7 @@ class Binary(Quantizer):
         of_x = {"none": 1, "learned": 2, "instance": 6, "excited": 6}[self.settings.threshold]
         of_w = 1 + 2 * (self.settings.scale != "none") + 5 * self.settings.standardized
         of_block = 0 if self.excitation is None else call.examples * self.excitation.operations
-        return call.rows * call.length * of_x + call.length * call.outputs * of_w + of_block
+        return call.rows * call.length * of_x + call.weights * of_w + of_block
 
     def moved(self, x: jax.Array) -> jax.Array:
         """x - threshold."""

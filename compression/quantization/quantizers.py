@@ -2,13 +2,16 @@
 arithmetic and with gradients.
 
     quantizer(product, x, kernel)       the product (`models/products.py`)
+    quantizer.kernel(product, kernel)   the kernel of a product that others compute,
+    quantizer.rounding(product)         and what rounds the rows that it is multiplied with
     quantizer.rows_of(table, index)     rows of an embedding
     quantizer.simulated                 whether it imitates the arithmetic that it is about
 
 What such a layer is exported as is in `stored.py`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,17 +24,20 @@ from lissom.compression.quantization.rounding import LEAST, initial_scale, with_
 from lissom.compression.quantization.rules import LayerRule
 from lissom.compression.quantization.scaling import Scaled, quantize, scale_shape, spread
 from lissom.compression.quantization.stored import Packed, Stored
-from lissom.models.products import Quantizer
+from lissom.models.products import Depthwise, Quantizer
 from lissom.models.variables import Param
 
 
 class Fake(Quantizer):
-    """Of a layer whose kernel is summed over `axes`. ValueError where groups do not divide it."""
+    """ValueError where groups do not divide the kernel, or the product has no form that the rule needs."""
 
     simulated = True
 
-    def __init__(self, rule: LayerRule, kernel: jax.Array, axes: Sequence[int]):
+    def __init__(self, rule: LayerRule, kernel: jax.Array, product: Any):
         self.rule, weights, activations = rule, rule.weights, rule.activations
+        axes = product.kernel_axes(kernel.ndim)
+        if rule.gradients is not None and product.stack_axis is not None:
+            raise ValueError("experts and depthwise convolutions take rounded weights and activations, not 'gradients'")
         if weights.operand.rotation and kernel.shape[axes[-1]] % weights.operand.rotation:
             raise ValueError(
                 f"rotation={weights.operand.rotation} does not divide axis {axes[-1]} of {list(kernel.shape)}"
@@ -40,6 +46,8 @@ class Fake(Quantizer):
         if activations is not None:
             # Channels of activations lie along the same axis.
             scale_shape(kernel.shape, activations.scheme.per, axes)
+            if isinstance(product, Depthwise) and not isinstance(activations.scheme.per, str):
+                raise ValueError("windows of a depthwise convolution cut groups of activations apart: take per='row'")
         learned = None
         if weights.range == "learned":
             turned = hadamard(kernel, axes[-1], weights.operand.rotation)
@@ -50,15 +58,30 @@ class Fake(Quantizer):
         self.range = None if dynamic else KINDS[activations.range](activations)
 
     def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
-        # What is rounded is the float32 kernel, as it is when it is stored.
-        w, axes = kernel[...], product.x_axes(x.ndim)
-        if self.range is not None and self.range.observing:
-            self.range.note(hadamard(x, axes[-1], self.rule.activations.operand.rotation))
-            return product(x, w.astype(x.dtype))
         if self.rule.gradients is not None:
+            w = kernel[...]
             y = products.product(product.rows(x, w), product.matrix(w), self.rule.three)
             return product.result(y, x, w)
-        return product(self.activations(x, axes), self.weights(w, product.kernel_axes(w.ndim)).astype(x.dtype))
+        return product(self._inputs(product, x), self.kernel(product, kernel).astype(x.dtype))
+
+    def kernel(self, product: Any, kernel: Any) -> jax.Array:
+        # What is rounded is the float32 kernel, as it is when it is stored.
+        w = kernel[...]
+        return w if self._observing else self.weights(w, product.kernel_axes(w.ndim))
+
+    def rounding(self, product: Any) -> Callable | None:
+        return None if self.rule.activations is None else functools.partial(self._inputs, product)
+
+    def _inputs(self, product: Any, x: jax.Array) -> jax.Array:
+        axes = product.x_axes(x.ndim)
+        if self._observing:
+            self.range.note(hadamard(x, axes[-1], self.rule.activations.operand.rotation))
+            return x
+        return self.activations(x, axes)
+
+    @property
+    def _observing(self) -> bool:
+        return self.range is not None and self.range.observing
 
     @property
     def bits(self) -> int:
@@ -66,7 +89,7 @@ class Fake(Quantizer):
 
     def rounding_operations(self, call: Any) -> int:
         """Of one training step: each operand of each product, rounded for it."""
-        x, w, d_y = call.rows * call.length, call.length * call.outputs, call.rows * call.outputs
+        x, w, d_y = call.rows * call.length, call.weights, call.rows * call.outputs
         of = lambda side, size: 0 if side is None else side.operand.extra_operations(size)
         rule = self.rule
         forward = of(rule.activations, x) + of(rule.weights, w)
@@ -100,7 +123,8 @@ class Fake(Quantizer):
         """What the layer is exported as: (kernel, quantizer)."""
         weights, scaled = self.rule.weights, self.scaled(kernel, product.kernel_axes(kernel.ndim))
         scale = None if self.range is None else self.range.scale
-        return Packed(scaled, weights.scheme, product, weights.operand.rotation), Stored(self.rule, scale)
+        stored = Stored(self.rule, scale, one_matrix=product.stack_axis is None)
+        return Packed(scaled, weights.scheme, product, weights.operand.rotation), stored
 
     def scaled(self, kernel: jax.Array, axes: Sequence[int]) -> Scaled:
         """Numbers and scales of the weights, as `weights` has them."""

@@ -98,7 +98,8 @@ class Learned(Range):
         return jnp.abs(x).mean()
 
     def rounded(self, x):
-        # LSQ counts the numbers of an example: the loss is a mean over the examples.
+        # LSQ counts the numbers of an example: the loss is a mean over the examples. Of rows that are sorted by expert
+        # it is those of a row.
         shared = x.size // len(x)
         return with_learned_scale(x, self.step[...].reshape((1,) * x.ndim), self.format, shared)
 

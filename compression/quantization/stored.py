@@ -1,10 +1,12 @@
 """Layers of few bits as they are exported: codes, several in a byte, and products of integers where both operands are.
+Those of experts and of depthwise convolutions are of floats, the numbers that the integers stand for.
 
 What differs from the network that was trained is rounding in float32; where that moves an activation over the middle
 between two numbers of its format, the next layer sees a step of it.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,10 +93,12 @@ class Packed(nnx.Module):
 
 
 class Stored(Quantizer):
-    """The quantizer of a layer whose kernel is `Packed`. `scale`: of activations whose range is fixed."""
+    """The quantizer of a layer whose kernel is `Packed`. `scale`: of activations whose range is fixed; `one_matrix`:
+    whether its product is one of matrices."""
 
-    def __init__(self, rule: LayerRule, scale: jax.Array | None):
+    def __init__(self, rule: LayerRule, scale: jax.Array | None, one_matrix: bool):
         self.rule, self.scale = rule, None if scale is None else Frozen(scale, out_sharding=())
+        self.one_matrix = one_matrix
 
     @property
     def hidden(self) -> int:
@@ -116,34 +120,42 @@ class Stored(Quantizer):
         """Whether both operands are integers, and the scales of activations can be taken out of the sums."""
         w, x = self.rule.weights.scheme, self.rule.activations
         both = x is not None and isinstance(w.numbers, Integer) and isinstance(x.scheme.numbers, Integer)
-        return both and isinstance(x.scheme.per, str)
+        return self.one_matrix and both and isinstance(x.scheme.per, str)
 
     def __call__(self, product: Any, x: jax.Array, kernel: Packed) -> jax.Array:
         rows = lambda x: product.rows(x, kernel)
-        activations, windows = self.rule.activations, isinstance(product, Convolution)
+        activations = self.rule.activations
         if activations is None:
-            if windows or not isinstance(kernel.scheme.numbers, Integer):
+            apart = isinstance(product, Convolution) or not self.one_matrix
+            if apart or not isinstance(kernel.scheme.numbers, Integer):
                 return product(x, kernel[...].astype(x.dtype))
             codes, bits = kernel.integers
             return product.result(quantized_matmul(rows(x), codes, kernel.scales, bits=bits), x, kernel)
         # Where the three products of training were rounded, each row of the product was.
         by_rows = self.rule.gradients is not None
         given, axes = (rows(x), (1,)) if by_rows else (x, product.x_axes(x.ndim))
-        turned = hadamard(given, axes[-1], activations.operand.rotation)
         if self._integers:
-            numbers, scale = self._numbers(turned, axes)
+            numbers, scale = self._numbers(given, axes)
             if not by_rows:
                 numbers, scale = rows(numbers), _of_rows(scale, product, x)
             y = _integer_product(numbers, scale, kernel, activations.scheme.numbers.largest > 127)
             return product.result(y, x, kernel).astype(x.dtype)
-        few = self._rounded(turned, axes)
-        if by_rows:
-            return product.result(few @ product.matrix(kernel.turned).astype(x.dtype), x, kernel)
-        return product(few, kernel.turned.astype(x.dtype))
+        few, turned = self._rounded(given, axes), self.kernel(product, kernel).astype(x.dtype)
+        return product.result(few @ product.matrix(turned), x, kernel) if by_rows else product(few, turned)
+
+    def kernel(self, product: Any, kernel: Packed) -> jax.Array:
+        del product
+        return kernel.turned
+
+    def rounding(self, product: Any) -> Callable | None:
+        return None if self.rule.activations is None else lambda x: self._rounded(x, product.x_axes(x.ndim))
+
+    def _turned(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        return hadamard(x, axes[-1], self.rule.activations.operand.rotation)
 
     def _numbers(self, x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """(numbers of the format, scale)."""
-        scheme = self.rule.activations.scheme
+        scheme, x = self.rule.activations.scheme, self._turned(x, axes)
         if self.scale is None:
             scaled = quantize(x, scheme, axes)
             return scaled.numbers, scaled.scale
@@ -152,7 +164,7 @@ class Stored(Quantizer):
         return scheme.numbers.round(jnp.where(jnp.isnan(x), 0.0, x.astype(jnp.float32)) / self.scale[...]), scale
 
     def _rounded(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        operand = self.rule.activations.operand
+        operand, x = self.rule.activations.operand, self._turned(x, axes)
         if self.scale is not None:
             return at_scale(x, self.scale[...], operand.scheme.numbers)
         return products.fake(x, operand.scheme, axes)

@@ -13,20 +13,28 @@ from lissom.compression.quantization.quantizers import Fake
 from lissom.compression.quantization.ranges import calibrate
 from lissom.compression.quantization.rules import LayerRule, layer_rule
 from lissom.compression.transforms import Transform, layer_paths, match_rules, replace_layers
-from lissom.models.linear import Conv, Embedding, Linear
-from lissom.models.products import Convolution, Dense, Logits
+from lissom.models.linear import Conv, DepthwiseConv, Embedding, Linear, StackedLinear
+from lissom.models.products import Convolution, Dense, Depthwise, Logits, Stacked
 from lissom.models.registry import check_name
 from lissom.training.errors import UserError
 
-KINDS = (Linear, Conv, Embedding)
+KINDS = (Linear, Conv, DepthwiseConv, StackedLinear, Embedding)
 TRAINED = (Fake, Binary)
 
 
 def kernel_of(layer: nnx.Module) -> tuple[str, Any]:
     """(name of the layer's kernel, its product)."""
-    if isinstance(layer, Embedding):
-        return "table", Logits()
-    return "kernel", Convolution(layer.stride) if isinstance(layer, Conv) else Dense()
+    match layer:
+        case Embedding():
+            return "table", Logits()
+        case Conv():
+            return "kernel", Convolution(layer.stride)
+        case DepthwiseConv():
+            return "kernel", Depthwise()
+        case StackedLinear():
+            return "kernel", Stacked()
+        case _:
+            return "kernel", Dense()
 
 
 def quantizable(module: nnx.Module) -> dict[str, Any]:
@@ -65,7 +73,7 @@ class Qat(Transform):
 
         def quantizer(path: str, kernel: jax.Array, product: Any) -> Fake | None:
             rule = parsed[matched[path]["number"]] if path in matched else None
-            return None if rule is None else Fake(rule, kernel, product.kernel_axes(kernel.ndim))
+            return None if rule is None else Fake(rule, kernel, product)
 
         return _with_quantizers(module, KINDS, quantizer, self.name)
 

@@ -31,13 +31,18 @@ from lissom.ops.grouped_matmul import permutation, permute, unpermute
 
 
 def over_devices(kernels: Kernels, x: jax.Array, routing: Choices | Everyone, buffer: float) -> jax.Array:
-    """x [B, T, M] -> [B, T, M] on the mesh in force. UnsupportedForm for experts that it does not divide."""
+    """x [B, T, M] -> [B, T, M] on the mesh in force. UnsupportedForm for experts that it does not divide, and where
+    their activations are rounded: a device has no range of what others see."""
     form = dropless if isinstance(routing, Choices) else everyone
     mesh = jax.sharding.get_abstract_mesh()
     free = () if mesh.empty else tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
     split = {name: mesh.shape[name] for name in (*BATCH, "tensor") if name in free and mesh.shape[name] > 1}
     if not split:
         return form(kernels, x, routing)
+    if kernels.rounding is not None or kernels.hidden_rounding is not None:
+        raise UnsupportedForm(
+            "experts whose activations are rounded are on one device: a mesh of several takes a rule of weights alone"
+        )
     experts, hidden, _ = kernels.down.shape
     devices = split.get("expert", 1)
     if experts % devices:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.linear import stacked_kernels
+from lissom.models.linear import StackedLinear
 from lissom.models.moe.devices import over_devices
 from lissom.models.moe.forms import Kernels, mixed, picked
-from lissom.models.moe.routing import Choices, Everyone, Picks, Routing
-from lissom.models.variables import Param
+from lissom.models.moe.routing import Choices, Everyone, Picks, Routing, rows_of
+from lissom.models.products import Stacked, note
 
 
 class Experts(nnx.Module):
@@ -28,17 +28,15 @@ class Experts(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        def stacked(inputs: int, outputs: tuple[int, ...], axes: tuple) -> Param:
-            kernels = stacked_kernels(experts, inputs, math.prod(outputs), rngs)
-            return Param(kernels.reshape(experts, inputs, *outputs), out_sharding=("experts", *axes))
-
-        self.inner = stacked(width, (2 if gated else 1, hidden), ("embed", None, "mlp"))
-        self.down = stacked(hidden, (width,), ("mlp", "embed"))
+        kinds = {"experts": experts, "bias": False, "rngs": rngs}
+        self.inner = StackedLinear(width, (2 if gated else 1, hidden), axes=("embed", None, "mlp"), **kinds)
+        self.down = StackedLinear(hidden, width, axes=("mlp", "embed"), **kinds)
         self.buffer, self.dtype = buffer, dtype
 
     @property
     def kernels(self) -> Kernels:
-        return Kernels(self.inner[...].astype(self.dtype), self.down[...].astype(self.dtype))
+        inner, down = self.inner, self.down
+        return Kernels(inner.weights.astype(self.dtype), down.weights.astype(self.dtype), inner.rounding, down.rounding)
 
     def __call__(
         self, x: jax.Array, routing: Routing, capacity: float | None, priority: bool = False
@@ -48,6 +46,9 @@ class Experts(nnx.Module):
         x, kernels, dropped = x.astype(self.dtype), self.kernels, jnp.zeros(())
         if isinstance(routing, Choices) and capacity is not None:
             routing, dropped = with_capacity(routing, len(kernels.down), capacity, priority)
+        for layer in (self.inner, self.down):
+            results = rows_of(routing) * math.prod(layer.kernel.shape[2:])
+            note(Stacked(), len(x), results, layer.kernel, layer.quantizer)
         if isinstance(routing, Choices | Everyone):
             y = over_devices(kernels, x, routing, self.buffer)
         else:

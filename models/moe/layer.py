@@ -98,7 +98,7 @@ class MoE(nnx.Module):
             if context.train:
                 self.search.step()
         chosen = routing if self.search is None else self.search.hard(routing)
-        metrics |= domain_use(context, chosen, x.shape[:2], len(self.experts.down[...]))
+        metrics |= domain_use(context, chosen, x.shape[:2], self.experts.down.kernel.shape[0])
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         y = dropped_out(y, self.dropout, drop_key, context.train)

@@ -44,6 +44,19 @@ class Slots(NamedTuple):
 Routing = Choices | Everyone | Picks | Slots
 
 
+def rows_of(routing: Routing) -> int:
+    """How many rows are brought to all experts together; choices that name no expert count."""
+    match routing:
+        case Choices(experts, _):
+            return experts.size
+        case Everyone(weights):
+            return weights.size
+        case Picks(tokens, _):
+            return tokens.size
+        case Slots(tokens, dispatch, _):
+            return dispatch.size // tokens.shape[1]
+
+
 def counts_of(experts: jax.Array, count: int) -> jax.Array:
     """float32 [count]: how often each expert stands in `experts`."""
     return (experts.reshape(-1, 1) == jnp.arange(count)).sum(0, dtype=jnp.float32)

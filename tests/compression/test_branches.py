@@ -111,9 +111,9 @@ def test_experts_are_the_branches_and_the_rest_is_their_mean():
     new, old = (flatten(split(m).params) for m in (filled(mixed, module, fresh), module))
     for number in range(3):
         ffn = {part: old[f"network/blocks/1/ffn/{part}/kernel"][number] for part in ("gate", "up", "down")}
-        np.testing.assert_array_equal(new["blocks/1/ffn/experts/inner"][number, :, 0], ffn["gate"])
-        np.testing.assert_array_equal(new["blocks/1/ffn/experts/inner"][number, :, 1], ffn["up"])
-        np.testing.assert_array_equal(new["blocks/1/ffn/experts/down"][number], ffn["down"])
+        np.testing.assert_array_equal(new["blocks/1/ffn/experts/inner/kernel"][number, :, 0], ffn["gate"])
+        np.testing.assert_array_equal(new["blocks/1/ffn/experts/inner/kernel"][number, :, 1], ffn["up"])
+        np.testing.assert_array_equal(new["blocks/1/ffn/experts/down/kernel"][number], ffn["down"])
     name = "blocks/1/ffn/gate/router/kernel"
     np.testing.assert_array_equal(new[name], flatten(split(fresh).params)[name])
     rest = [name for name in new if "/ffn/" not in name]

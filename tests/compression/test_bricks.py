@@ -98,7 +98,7 @@ def test_routers_do_not_learn():
     module = bricked()
     trained = flatten(split(module).params)
     assert trained and not any("learned" in name for name in trained)
-    assert isinstance(module.blocks[0].ffn.experts.inner, Param)
+    assert isinstance(module.blocks[0].ffn.experts.inner.kernel, Param)
 
 
 def test_decoding_goes_on_where_reading_ended():

@@ -55,9 +55,13 @@ def test_channels_are_those_that_a_domain_makes_active():
         own = [c for c in np.argsort(-share[domain]) if c not in common][:8]
         assert set(carved.channels[...][domain].tolist()) == set(own)
         order = carved.channels[...][domain]
-        np.testing.assert_array_equal(carved.experts.inner[...][domain, :, 0], block.ffn.gate.kernel[...][:, order])
-        np.testing.assert_array_equal(carved.experts.inner[...][domain, :, 1], block.ffn.up.kernel[...][:, order])
-        np.testing.assert_array_equal(carved.experts.down[...][domain], block.ffn.down.kernel[...][order])
+        np.testing.assert_array_equal(
+            carved.experts.inner.kernel[...][domain, :, 0], block.ffn.gate.kernel[...][:, order]
+        )
+        np.testing.assert_array_equal(
+            carved.experts.inner.kernel[...][domain, :, 1], block.ffn.up.kernel[...][:, order]
+        )
+        np.testing.assert_array_equal(carved.experts.down.kernel[...][domain], block.ffn.down.kernel[...][order])
 
 
 def test_all_channels_active_is_the_dense_network():

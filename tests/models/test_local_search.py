@@ -53,7 +53,7 @@ def test_every_gate_searches_and_then_keeps_the_order(name):
     """With P an exact permutation s the layer is that whose expert s(i) stands at i, searching or not."""
     order = [2, 0, 3, 1]
     plain, moe = layer(name), layer(name, search=2, search_temperatures=(0.01, 0.01))
-    for kernel in (plain.experts.inner, plain.experts.down):
+    for kernel in (plain.experts.inner.kernel, plain.experts.down.kernel):
         kernel[...] = kernel[...][jnp.array(order)]
     moe.search.weights[...] = jax.nn.one_hot(jnp.array(order), EXPERTS)
     for train in (True, True, True, False):  # two batches of search, one after it, one at inference
@@ -90,7 +90,7 @@ def test_while_it_searches_an_output_is_a_mixture_and_has_a_gradient():
     _, (y, _, p) = run(parts.params, 0)
     routing, _ = moe.gate(X, CONTEXT(train=True), KEY)
     weights = (jax.nn.one_hot(routing.experts, EXPERTS) * routing.weights[..., None]).sum(2) @ p
-    inner, down = moe.experts.kernels
+    inner, down = moe.experts.kernels[:2]
     alone = lambda e: (jax.nn.silu(X @ inner[e, :, 0]) * (X @ inner[e, :, 1])) @ down[e]
     close(y, sum(weights[..., e, None] * alone(e) for e in range(EXPERTS)), 1e-4)
 

@@ -35,7 +35,7 @@ def layer(gate="top_k", settings=None, **others):
 
 def alone(experts: Experts, number: int, x):
     """Expert `number` on x [..., M], by the equation of SwiGLU or of an MLP."""
-    inner, down = (kernel[number] for kernel in experts.kernels)
+    inner, down = (kernel[number] for kernel in experts.kernels[:2])
     first, *second = (x @ inner[:, h] for h in range(inner.shape[1]))
     return (jax.nn.silu(first) * second[0] if second else jax.nn.gelu(first)) @ down
 
@@ -124,7 +124,7 @@ def test_a_shared_expert_is_added_for_every_token():
     moe = layer(shared=2)
     routing, _ = routed(moe.gate)
     gate, up, down = (getattr(moe.shared, name).kernel[...] for name in ("gate", "up", "down"))
-    assert up.shape[1] == 2 * moe.experts.down.shape[1]
+    assert up.shape[1] == 2 * moe.experts.down.kernel.shape[1]
     always = (jax.nn.silu(X @ gate) * (X @ up)) @ down
     close(moe(X, CAUSAL())[0], by_hand(moe.experts, dense(routing)) + always)
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from lissom.compression.quantization.quantizers import Fake
-from lissom.compression.quantization.ranges import calibrate
+from lissom.compression.quantization.ranges import Range, calibrate
 from lissom.compression.quantization.rules import layer_rule
 from lissom.compression.quantization.transforms import kernel_of, quantizable
 from lissom.models.products import Quantizer
@@ -56,32 +56,65 @@ class Candidates(Quantizer):
         self.chosen = Frozen(jnp.asarray(EXACT, jnp.int32), out_sharding=())
 
     def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
-        exact = lambda: product(x, kernel[...].astype(x.dtype))
-        ranges = [fake.range for fake in self.fakes if fake.range is not None]
-        if any(range.observing for range in ranges):
-            for range in ranges:
-                range.note(x)
-            return exact()
-        ways = [exact, *(lambda fake=fake: fake(product, x, kernel).astype(x.dtype) for fake in self.fakes)]
-        return jax.lax.switch(self.chosen[...] + 1, ways)
+        return product(self._inputs(product, x), self.kernel(product, kernel).astype(x.dtype))
+
+    def kernel(self, product: Any, kernel: Any) -> jax.Array:
+        if self._observing:
+            return kernel[...]
+        return self._chosen(lambda: kernel[...], lambda fake: fake.kernel(product, kernel))
+
+    def rounding(self, product: Any) -> Callable:
+        return functools.partial(self._inputs, product)
 
     def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
-        rows = [lambda: table[...][index], *(lambda fake=fake: fake.rows_of(table, index) for fake in self.fakes)]
-        return jax.lax.switch(self.chosen[...] + 1, rows)
+        return self._chosen(lambda: table[...][index], lambda fake: fake.rows_of(table, index))
+
+    def _inputs(self, product: Any, x: jax.Array) -> jax.Array:
+        for range in self._observing:
+            range.note(x)
+        if self._observing:
+            return x
+        return self._chosen(lambda: x, lambda fake: fake.activations(x, product.x_axes(x.ndim)))
+
+    @property
+    def _observing(self) -> list[Range]:
+        return [fake.range for fake in self.fakes if fake.range is not None and fake.range.observing]
+
+    def _chosen(self, exact: Callable, rounded: Callable) -> jax.Array:
+        ways = [exact, *(functools.partial(rounded, fake) for fake in self.fakes)]
+        return jax.lax.switch(self.chosen[...] + 1, ways)
 
 
-class Recorder(Quantizer):
-    """Computes the product as it is, and tells `note` of what it is given."""
+class Seen(Quantizer):
+    """Computes the product as it is, of what `seen` makes of x."""
+
+    def seen(self, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+        return product(self.seen(x), kernel[...].astype(x.dtype))
+
+    def kernel(self, product: Any, kernel: Any) -> jax.Array:
+        del product
+        return kernel[...]
+
+    def rounding(self, product: Any) -> Callable:
+        del product
+        return self.seen
+
+    def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
+        return table[...][index]
+
+
+class Recorder(Seen):
+    """Tells `note` of x, and leaves it as it is."""
 
     def __init__(self, note: Callable[[jax.Array], None]):
         self.note = note
 
-    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
+    def seen(self, x: jax.Array) -> jax.Array:
         self.note(x)
-        return product(x, kernel[...].astype(x.dtype))
-
-    def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
-        return table[...][index]
+        return x
 
 
 def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -118,8 +151,7 @@ class Mixed:
         for (_, layer), rules in zip(quantizable(copy).items(), self.settings, strict=True):
             name, product = kernel_of(layer)
             kernel = getattr(layer, name)[...]
-            axes = product.kernel_axes(kernel.ndim)
-            layer.quantizer = nnx.data(Candidates([Fake(layer_rule(rule), kernel, axes) for rule in rules]))
+            layer.quantizer = nnx.data(Candidates([Fake(layer_rule(rule), kernel, product) for rule in rules]))
         self.parts, self.passes = split(calibrate(copy, self.batches, len(self.batches))), 0
         self._run = jax.jit(self._outputs)
         self.sizes = self._sizes()

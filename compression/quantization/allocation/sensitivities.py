@@ -18,27 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lissom.compression.quantization.allocation.candidates import Mixed, given, recorded
+from lissom.compression.quantization.allocation.candidates import Mixed, Seen, given, recorded
 from lissom.compression.quantization.allocation.hessians import estimator, traces
 from lissom.compression.quantization.transforms import kernel_of, quantizable
-from lissom.models.products import Quantizer
 from lissom.models.variables import Parts, merge
 
 Loss = Callable[[nnx.Module, Mapping[str, Any]], jax.Array]
 """(network, batch) -> its mean loss."""
 
 
-class Offset(Quantizer):
+class Offset(Seen):
     """Adds to what a layer multiplies: what one differentiates by to know how it minds its input."""
 
     def __init__(self, offset: jax.Array):
         self.offset = offset
 
-    def __call__(self, product: Any, x: jax.Array, kernel: Any) -> jax.Array:
-        return product(x + self.offset.astype(x.dtype), kernel[...].astype(x.dtype))
-
-    def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
-        return table[...][index]
+    def seen(self, x: jax.Array) -> jax.Array:
+        return x + self.offset.astype(x.dtype)
 
 
 def curvature(
