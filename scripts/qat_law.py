@@ -1,12 +1,12 @@
 """Which share of training should be quantization-aware, from a grid of small runs, and the laws fitted to them.
 
     uv run scripts/qat_law.py [--widths=16,32] [--bits=int2,int4] [--per_byte=10,30,100,300,1000]
-        [--shares=0.1,0.25,0.5,0.75,0.9,1] [--fused] [--seeds=1] [--longest=8000] [--workdir=runs/qat_law]
+        [--shares=0.1,0.25,0.5,0.75,0.9,1] [--fused=16] [--seeds=1] [--longest=8000] [--workdir=runs/qat_law]
         [--shard=0/2 | --merge] [--out=results/qat_law] [--config.FIELD=VALUE]
 
 Each run is the decoder of configs/language/qat_schedule.py with a width of --widths (one layer of 16, two of others),
-so many tokens per byte of its parameters as --per_byte says, and of them the share with weights of --bits. --fused
-trains each with the fused cooldown too. Cells of less than 40 or more than --longest steps are left out, and told. What
+so many tokens per byte of its parameters as --per_byte says, and of them the share with weights of --bits. those of
+the widths --fused are trained with the fused cooldown too. Cells of less than 40 or more than --longest steps are left out, and told. What
 is finished in --workdir is not trained again; a --shard trains its part and measures nothing; --merge trains nothing.
 
 Printed and written: the test loss of every run; the best share of each cell, and a of f = exp(-a / ln S) fitted to them
@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPE = "configs/language/qat_schedule.py"
 OUT = ROOT / "results" / "qat_law"
 LEAST_STEPS = 40
+COOLDOWNS = ("separate", "fused")
 
 
 class Run(NamedTuple):
@@ -65,7 +66,7 @@ class Asked(NamedTuple):
     bits: Sequence[str]
     per_byte: Sequence[float]
     shares: Sequence[float]
-    cooldowns: Sequence[str]
+    fused: Sequence[int]
     seeds: int
     longest: int
     pairs: Sequence[tuple[str, str]] = ()
@@ -82,16 +83,16 @@ def grid(asked: Asked, say=print) -> list[Run]:
     facts = {**dataset.info, "kind": dataset.kind}
     a_step = base.data.batch_size * base.data.kwargs.stdlib_text.length
     found = []
-    axes = (range(asked.seeds), asked.widths, asked.bits, asked.per_byte, asked.shares, asked.cooldowns)
+    axes = (range(asked.seeds), asked.widths, asked.bits, asked.per_byte, asked.shares, COOLDOWNS)
     for seed, width, bits, per_byte, share, cooldown in itertools.product(*axes):
-        if cooldown == "fused" and share == 1:
-            continue  # there is no float stage
+        if cooldown == "fused" and (share == 1 or width not in asked.fused):
+            continue  # a share of 1 has no float stage
         depth = 1 if width <= 16 else 2
         sized = overridden(base, [("model.width", width), ("model.depth", depth), ("seed", seed)])
         parameters = parameters_of(sized, facts)
         steps = round(per_byte * parameters * int(bits.removeprefix("int")) / 8 / a_step)
         if not LEAST_STEPS <= steps <= asked.longest:
-            if share == asked.shares[0] and seed == 0 and cooldown == asked.cooldowns[0]:
+            if share == asked.shares[0] and seed == 0 and cooldown == COOLDOWNS[0]:
                 say(f"left out: {parameters:,} parameters, {bits}, {per_byte:g} tokens per byte take {steps} steps")
             continue
         stages = qat_schedule.stages(share, bits, fused=cooldown == "fused")
@@ -172,9 +173,10 @@ def fitted(found: Sequence) -> tuple[str, list]:
     lines = ["| parameters | bits | tokens per byte | best share |", "|---|---|---|---|"]
     lines += [f"| {n:,} | {bits} | {per_byte[n, bits, d]:.3g} | {best[n, bits, d]:.2f} |" for n, bits, d in best]
     told = []
-    if best:
-        a, error = qat_law.fit_share(list(per_byte.values()), list(best.values()))
-        of_paper = [qat_law.share_law(s, qat_law.PAPER_A) - best[cell] for cell, s in per_byte.items()]
+    above_one = [cell for cell in best if per_byte[cell] > 1]  # of the others the law says nothing
+    if above_one:
+        a, error = qat_law.fit_share([per_byte[cell] for cell in above_one], [best[cell] for cell in above_one])
+        of_paper = [qat_law.share_law(per_byte[cell], qat_law.PAPER_A) - best[cell] for cell in above_one]
         error_of_paper = (sum(x * x for x in of_paper) / len(of_paper)) ** 0.5
         lines += ["", f"f = exp(-a / ln S): a = {a:.3f}, root mean square error of f {error:.3f}; with the paper's "
                   f"a = {qat_law.PAPER_A} {error_of_paper:.3f}"]  # fmt: skip
@@ -246,12 +248,12 @@ def curves(runs: Sequence[Run], rows: Sequence, place: pathlib.Path) -> None:
 def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
     """What the flags say, or a UserError."""
     numbers = {}
-    for flag, kind in (("widths", int), ("per_byte", float), ("shares", float)):
+    for flag, kind in (("widths", int), ("per_byte", float), ("shares", float), ("fused", int)):
         try:
             numbers[flag] = [kind(text) for text in given[flag].value]
         except ValueError:
             raise UserError(f"--{flag}={','.join(given[flag].value)} must be numbers") from None
-        if not numbers[flag] or min(numbers[flag]) <= 0:
+        if flag != "fused" and not numbers[flag] or min(numbers[flag], default=1) <= 0:
             raise UserError(f"--{flag} must be numbers above 0")
     if max(numbers["shares"]) > 1:
         raise UserError("--shares are at most 1")
@@ -262,8 +264,7 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
         raise UserError(f"--seeds={given.seeds} must be at least 1")
     if any(not key for key, _ in pairs):
         raise UserError(f"the recipe is {RECIPE}: --config.FIELD=VALUE changes it")
-    cooldowns = ("separate", "fused") if given.fused else ("separate",)
-    grids = (numbers["widths"], given.bits, numbers["per_byte"], numbers["shares"], cooldowns)
+    grids = (numbers["widths"], given.bits, numbers["per_byte"], numbers["shares"], numbers["fused"])
     return Asked(*grids, given.seeds, given.longest, tuple(pairs))
 
 
@@ -273,7 +274,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("bits", ["int2", "int4"], "formats of the weights")
     flags.DEFINE_list("per_byte", ["10", "30", "100", "300", "1000"], "tokens per byte of the parameters")
     flags.DEFINE_list("shares", ["0.1", "0.25", "0.5", "0.75", "0.9", "1"], "of the tokens, with few bits")
-    flags.DEFINE_bool("fused", False, "with the fused cooldown too")
+    flags.DEFINE_list("fused", [], "widths that are trained with the fused cooldown too")
     flags.DEFINE_integer("seeds", 1, "seeds a run")
     flags.DEFINE_integer("longest", 8000, "steps of the longest run")
     flags.DEFINE_string("workdir", "runs/qat_law", "where the runs lie")
