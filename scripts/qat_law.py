@@ -5,9 +5,10 @@
         [--shard=0/2 | --merge] [--out=results/qat_law] [--config.FIELD=VALUE]
 
 Each run is the decoder of configs/language/qat_schedule.py with a width of --widths (one layer of 16, two of others),
-so many tokens per byte of its parameters as --per_byte says, and of them the share with weights of --bits. those of
-the widths --fused are trained with the fused cooldown too. Cells of less than 40 or more than --longest steps are left out, and told. What
-is finished in --workdir is not trained again; a --shard trains its part and measures nothing; --merge trains nothing.
+so many tokens per byte of its parameters as --per_byte says, and of them the share with weights of --bits. Those of the
+widths --fused are trained with the fused cooldown too. Cells of less than 40 or more than --longest steps are left out,
+and told. What is finished in --workdir is not trained again; a --shard trains its part and measures nothing; --merge
+trains nothing.
 
 Printed and written: the test loss of every run; the best share of each cell, and a of f = exp(-a / ln S) fitted to them
 (evaluation/qat_law.py has the laws); the loss law, fitted without the cells of most tokens per byte of each width and
@@ -253,7 +254,7 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
             numbers[flag] = [kind(text) for text in given[flag].value]
         except ValueError:
             raise UserError(f"--{flag}={','.join(given[flag].value)} must be numbers") from None
-        if flag != "fused" and not numbers[flag] or min(numbers[flag], default=1) <= 0:
+        if (flag != "fused" and not numbers[flag]) or min(numbers[flag], default=1) <= 0:
             raise UserError(f"--{flag} must be numbers above 0")
     if max(numbers["shares"]) > 1:
         raise UserError("--shares are at most 1")
