@@ -1,14 +1,16 @@
 """Bits for each layer of trained networks within so many bytes, and the rows of the networks that are rounded so.
 
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --bytes=30000 [--method=hessian,uniform,random]
-        [--options=int2,int4,int8] [--activations=int8] [--examples=512] [--batch=64] [--samples=16] [--out=FOLDER]
+        [--options=int2,int4,int8] [--activations=int8] [--examples=512] [--batch=64] [--samples=16]
+        [--domains=python,english] [--out=FOLDER]
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --accuracy=0.99 --options=int4,int8 --method=hessian,random
 
 Finished runs of networks that were not trained with transforms. `--bytes`: of the network's codes, scales, ranges and
 what stays float32 (its rows call it parameter bytes), one number or several; what is told without it is what the
 options take for all layers alike. `--accuracy`: instead of that, a share of the exact network's accuracy on the
 examples, for bisection between two options. `--method`: compression/quantization/allocation/methods.py lists them.
-`--activations`: their format ("weights": that of the weights; "none": they stay as they are).
+`--domains`: the two kinds of text whose losses `decoupled` holds apart. `--activations`: their format ("weights": that
+of the weights; "none": they stay as they are).
 
 Sensitivities are taken of `--examples` training examples, drawn by the run's seed, on which ranges of activations are
 measured too; the rows are of the test set, of each network stored and read again, beside the trained one. An allocation
@@ -42,6 +44,7 @@ class Asked(NamedTuple):
     examples: int
     batch: int
     samples: int
+    domains: Sequence[str] = ()
 
 
 def allocations(run: pathlib.Path, asked: Asked) -> dict[str, tuple[dict[str, Any], Any]]:
@@ -89,8 +92,12 @@ def problem_of(run: pathlib.Path, asked: Asked):
     if len(dataset.train) < asked.examples:
         raise UserError(f"--examples={asked.examples}: {run} has {len(dataset.train)} training examples")
     drawn = np.random.default_rng(config.seed).choice(len(dataset.train), asked.examples, replace=False)
-    some = dataclasses.replace(dataset, test=Some(dataset.train, drawn))
-    batches = list(data.eval_batches(some, batch_size=min(asked.batch, asked.examples)))
+
+    def batches_of(rows) -> list:
+        some = dataclasses.replace(dataset, test=Some(dataset.train, rows))
+        return list(data.eval_batches(some, batch_size=min(asked.batch, len(rows))))
+
+    batches = batches_of(drawn)
     activations = {"weights": None, "none": ""}.get(asked.activations, asked.activations)
     options = [Option(name, name if activations is None else activations) for name in asked.options]
     try:
@@ -106,7 +113,21 @@ def problem_of(run: pathlib.Path, asked: Asked):
         seed=config.seed,
         samples=asked.samples,
         input_statistics=(float(inputs.mean()), float(inputs.std())),
+        kinds=[batches_of(rows) for rows in rows_of_domains(dataset, drawn, asked.domains)],
     )
+
+
+def rows_of_domains(dataset, rows, domains: Sequence[str]) -> list:
+    """Those of the rows whose text is of each of the domains; UserError for one that there is not."""
+    known = dataset.info.get("domains", [])
+    for name in domains:
+        if name not in known:
+            raise UserError(f"--domains: {dataset.name!r} has no {name!r}, but {', '.join(known) or 'none'}")
+    kinds = [int(dataset.train[int(row)]["domains"].argmax()) for row in rows] if domains else []
+    found = [[row for row, kind in zip(rows, kinds) if kind == known.index(name)] for name in domains]
+    if not all(found):
+        raise UserError(f"--domains={','.join(domains)}: of one there is no example among --examples={len(rows)}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +198,13 @@ def read(given: flags.FlagValues) -> Asked:
             raise UserError(f"--{flag}={given[flag].value} must be at least 1")
     if given.samples < 2 or not 0 <= given.accuracy <= 1:
         raise UserError(f"--samples={given.samples} must be at least 2, and --accuracy={given.accuracy} a share")
+    if ("decoupled" in given.method) != bool(given.domains) or len(given.domains) not in (0, 2):
+        raise UserError("the method 'decoupled' takes two --domains, and no other method takes any")
     if not given.run:
         raise UserError("--run=DIRECTORY is missing, for example --run=runs/digits_resnet")
     budgets = [int(text) for text in given.bytes]
     fields = (given.method, given.options, given.activations, budgets, given.accuracy)
-    return Asked(*fields, given.examples, given.batch, given.samples)
+    return Asked(*fields, given.examples, given.batch, given.samples, given.domains)
 
 
 def main(argv: list[str]) -> None:
@@ -195,6 +218,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("examples", 512, "training examples that sensitivities and ranges are measured on")
     flags.DEFINE_integer("batch", 64, "of them at a time")
     flags.DEFINE_integer("samples", 16, "random vectors for the traces of the Hessian")
+    flags.DEFINE_list("domains", [], "the two kinds of text of the method 'decoupled'")
     flags.DEFINE_string("out", None, "write rows.jsonl, table.md, table.csv and pareto.png there")
     with one_sentence():
         from lissom.eval import check_writable, find_runs

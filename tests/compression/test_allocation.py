@@ -50,6 +50,23 @@ def test_uniform_and_random_fit():
     assert all(sum(size[i, c] for i, c in enumerate(choice)) <= budget for choice in drawn)
 
 
+def test_decoupled_divides_the_budget_by_what_it_is_worth():
+    """Two layers matter to one metric, two to the other; the second metric counts ten times as much."""
+    size = np.tile([1, 4], (4, 1))
+    tables = np.zeros((2, 4, 2))
+    tables[0, :2, 0], tables[1, 2:, 0] = 1.0, 1.0
+    value = lambda choice: sum((1, 1, 10, 10)[layer] for layer, option in enumerate(choice) if option == 0)
+    assert solvers.decoupled(tables, size, 10, value) == (0, 0, 1, 1)
+    assert solvers.decoupled(tables, size, 10, lambda choice: -value(choice)) == (1, 1, 0, 0)
+    assert solvers.decoupled(tables, size, 16, value) == (1, 1, 1, 1)
+    for budget in range(4, 17):
+        choice = solvers.decoupled(tables, size, budget, value)
+        assert size[range(4), choice].sum() <= budget
+    # All layers matter more to the first metric: the second one has none.
+    alone = solvers.decoupled(np.stack([tables.sum(0), np.zeros((4, 2))]), size, 10, value)
+    assert size[range(4), alone].sum() == 10
+
+
 def test_bisection_finds_the_last_layer_that_keeps_the_bound():
     order, minds = [2, 0, 3, 1], [0.02, 0.5, 0.01, 0.1]
     asked = []
@@ -71,6 +88,8 @@ def test_bisection_finds_the_last_layer_that_keeps_the_bound():
         (lambda: solvers.integer(np.ones((2, 1)), np.full((2, 1), 3), 5), "a budget of 5 is below"),
         (lambda: solvers.uniform(np.full((2, 1), 3), 5), "the smallest uniform choice, 6"),
         (lambda: solvers.random(np.full((2, 1), 3), 5, np.random.default_rng(0)), "a budget of 5"),
+        (lambda: solvers.decoupled(np.ones((3, 2, 2)), np.ones((2, 2)), 4, len), "two metrics, not of 3"),
+        (lambda: solvers.decoupled(np.ones((2, 2, 1)), np.full((2, 1), 3), 5, len), "below the smallest choice, 6"),
         (lambda: solvers.pareto([[1.0]], [[1, 2]]), r"must both be \[layers, options\]"),
         (lambda: solvers.pareto([[np.nan]], [[1]]), "losses must be finite"),
         (lambda: solvers.pareto([[1.0]], [[1.5]]), "sizes must be whole numbers"),

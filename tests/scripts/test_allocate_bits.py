@@ -53,6 +53,19 @@ def test_a_text_network_is_allotted_too(tiny_run):
     assert problem.value("loss")(problem.mixed.choice()) > 0
 
 
+def test_domains_are_held_apart(tiny_run):
+    _, path = tiny_run("language/domains_moe", **{"model.ffn": "swiglu"})
+    asked = ASKED._replace(methods=("decoupled",), examples=64, batch=32, domains=("python", "english"))
+    problem = allocate_bits.problem_of(path, asked)
+    domains = [batch["domains"].argmax(-1) for kind in problem.kinds for batch in kind]
+    assert len(problem.kinds) == 2 and {int(value) for values in domains for value in values} == {0, 2}
+    budget = int(problem.mixed.sizes.sum(0).mean()) + problem.mixed.fixed
+    ((_, allocation),) = allocate_bits.allocations(path, asked._replace(budgets=(budget,))).values()
+    assert 0 < sum(allocation.choice) < len(allocation.choice)
+    with pytest.raises(UserError, match="'domain_text' has no 'latin', but python, c"):
+        allocate_bits.problem_of(path, asked._replace(domains=("latin", "python")))
+
+
 def test_mistakes_are_one_sentence(tiny_run):
     _, path = tiny_run("vision/digits_resnet")
     with pytest.raises(
@@ -82,6 +95,8 @@ def test_mistakes_are_one_sentence(tiny_run):
         (["--run=x", "--bytes=10", "--accuracy=0.9"], "are two questions"),
         (["--run=x", "--accuracy=0.9"], "chooses between two --options"),
         (["--run=x", "--accuracy=0.9", "--method=uniform"], "--method: 'uniform' must be one of random"),
+        (["--run=x", "--method=decoupled"], "takes two --domains"),
+        (["--run=x", "--domains=a,b"], "no other method takes any"),
         (["--run=x", "--samples=1"], "--samples=1 must be at least 2"),
         (["--run=x", "--examples=0"], "--examples=0 must be at least 1"),
         (["--run=nowhere", "--bytes=10"], "matches nothing"),

@@ -6,6 +6,9 @@
     divergence   KL of each layer rounded alone, on training examples, and the front
     distilled    ZeroQ: the same on examples made of BatchNorm's statistics, without data
     inter_layer  the curvature augmented by what pairs of layers lose together, and an integer program
+    decoupled    MixDQ (Zhao et al. 2024, arXiv:2405.17873): two metrics, here KL on the examples of two kinds, each
+                 with a table, a group of layers and an integer program of its own. The paper's metrics are of pictures
+                 and its groups of kinds of layers; ours are of what the tables say
 
 `allocate` says besides what the choice took: seconds, and passes over the examples (a product with the Hessian is one).
 `lowest` is the other question: the fewest bits that keep an accuracy, by bisection over the layers in the order of a
@@ -28,14 +31,14 @@ from lissom.models.registry import nearest
 from lissom.models.variables import merge
 
 SENSITIVITIES = ("hessian", "divergence", "distilled", "inter_layer")
-METHODS = ("uniform", "random", *SENSITIVITIES)
+METHODS = ("uniform", "random", *SENSITIVITIES, "decoupled")
 
 
 @dataclass(frozen=True)
 class Problem:
     """mixed: the network; judge: (network, batch, key) -> {name: (sum, count)}, in which `quality` is what bisection
     keeps; batches: of training examples, which sensitivities are taken of; input_statistics: mean and standard
-    deviation of inputs, as distillation aims at."""
+    deviation of inputs, as distillation aims at; kinds: batches of two kinds of examples, for "decoupled"."""
 
     mixed: Mixed
     judge: Callable
@@ -44,6 +47,7 @@ class Problem:
     seed: int = 0
     samples: int = 16
     input_statistics: tuple[float, float] = (0.0, 1.0)
+    kinds: Sequence[Sequence[Mapping[str, Any]]] = ()
 
     def loss(self, network: Any, batch: Mapping[str, Any]) -> jax.Array:
         total, count = self.judge(network, batch, jax.random.key(0))["loss"]
@@ -119,16 +123,29 @@ def allocate(method: str, sensitivity: Sensitivity, budget: float) -> Allocation
     if method == "random":
         choice = solvers.random(sizes, budget, np.random.default_rng(problem.seed))
         return Allocation(choice, time.perf_counter() - start, 0)
+    if method == "decoupled":
+        return _decoupled(problem, budget)
     table, seconds, passes = sensitivity(method)
     start = time.perf_counter()
-    solve = (
-        solvers.integer
-        if method == "inter_layer"
-        else lambda *given: solvers.within(solvers.pareto(*given[:2]), given[2])
-    )
-    choice = solve(table, sizes, budget)
+    if method == "inter_layer":
+        choice = solvers.integer(table, sizes, budget)
+    else:
+        choice = solvers.within(solvers.pareto(table, sizes), budget)
     loss = float(sum(table[layer, option] for layer, option in enumerate(choice)))
     return Allocation(choice, seconds + time.perf_counter() - start, passes, loss)
+
+
+def _decoupled(problem: Problem, budget: float) -> Allocation:
+    if len(problem.kinds) != 2:
+        raise ValueError(f"'decoupled' takes examples of two kinds, and there are {len(problem.kinds)}")
+    mixed, start, before = problem.mixed, time.perf_counter(), problem.mixed.passes
+    tables = np.stack([sensitivities.divergence(mixed, batches) for batches in problem.kinds])
+    # Of each metric what a choice loses, in units of what all layers lose of it alone at their worst.
+    units = [table.max(1).sum() or 1.0 for table in tables]
+    lost = [sensitivities.divergence_of(mixed, batches) for batches in problem.kinds]
+    value = lambda choice: sum(of(np.asarray(choice, np.int32)) / unit for of, unit in zip(lost, units, strict=True))
+    choice = solvers.decoupled(tables, mixed.sizes, budget, value)
+    return Allocation(choice, time.perf_counter() - start, mixed.passes - before)
 
 
 def lowest(method: str, sensitivity: Sensitivity, least: float) -> Allocation:

@@ -131,15 +131,24 @@ def _activation_errors(mixed: Mixed, state: tuple, inputs: Mapping[str, Any]) ->
 
 def divergence(mixed: Mixed, batches: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """mean KL(p || p_ib) in nats, p the network's softmax and p_ib that with layer i rounded by option b alone."""
-    exact = [jax.nn.log_softmax(mixed.run(mixed.choice(), batch).astype(jnp.float32)) for batch in batches]
-    table = np.zeros((len(mixed.paths), len(mixed.options)))
+    table, of = np.zeros((len(mixed.paths), len(mixed.options))), divergence_of(mixed, batches)
     for layer, option in np.ndindex(*table.shape):
-        choice = mixed.single(layer, option)
+        table[layer, option] = of(mixed.single(layer, option))
+    return table
+
+
+def divergence_of(mixed: Mixed, batches: Sequence[Mapping[str, Any]]) -> Callable[[np.ndarray], float]:
+    """choice -> mean KL of the network from the one that is rounded so; a pass each, and one for the network."""
+    exact = [jax.nn.log_softmax(mixed.run(mixed.choice(), batch).astype(jnp.float32)) for batch in batches]
+    mixed.passes += 1
+
+    def of(choice: np.ndarray) -> float:
+        mixed.passes += 1
         found = [float(_divergence(p, mixed.run(choice, batch))) for p, batch in zip(exact, batches, strict=True)]
         # A KL is not below 0; what rounding in float32 makes so is none.
-        table[layer, option] = max(sum(found) / len(found), 0.0)
-    mixed.passes += 1 + table.size
-    return table
+        return max(sum(found) / len(found), 0.0)
+
+    return of
 
 
 @jax.jit

@@ -9,6 +9,8 @@ up, which is what all of these methods assume of their sensitivities.
                 arXiv:1911.03852; ZeroQ, Cai et al. 2020, arXiv:2001.00281, as dynamic programming): exact, and gives
                 all budgets at once
     integer     an integer program (MixDQ, Zhao et al. 2024, arXiv:2405.17873), by scipy's `milp`
+    decoupled   two metrics, each with sensitivities of its own (MixDQ): layers belong to the metric that they matter
+                more to, an integer program for each group, and the division of the budget that does best of those tried
     bisection   no budget but a bound on the accuracy: layers in the order of what they mind, and the most of them at
                 the fewer bits that keep it (Schaefer et al. 2023, arXiv:2306.04879)
     uniform     the same option for all; random    options drawn until the budget is full: what the others are compared
@@ -63,6 +65,34 @@ def integer(loss: np.ndarray, size: np.ndarray, budget: float) -> tuple[int, ...
     if not found.success:
         raise ValueError(f"the integer program has no solution: {found.message}")
     return tuple(int(number) for number in found.x.reshape(layers, options).argmax(1))
+
+
+def decoupled(
+    losses: np.ndarray, size: np.ndarray, budget: float, value: Callable[[tuple[int, ...]], float], divisions: int = 11
+) -> tuple[int, ...]:
+    """losses [2, layers, options], one table a metric. Of the bytes above the smallest choice the first group gets a
+    share of 0 ... 1, and the second what the first one leaves; `value` of a whole choice is what is to be least. Which
+    metric a layer matters more to: at its worst option, as a share of what all layers lose of that metric."""
+    tables = [_checked(loss, size)[0] for loss in losses]
+    size = np.asarray(size)
+    if len(tables) != 2:
+        raise ValueError(f"losses are of two metrics, not of {len(tables)}")
+    worst = np.stack([table.max(1) / (table.max(1).sum() or 1.0) for table in tables])
+    groups = [np.flatnonzero(worst.argmax(0) == metric) for metric in (0, 1)]
+    least = size.min(1)
+    if least.sum() > budget:
+        raise ValueError(f"a budget of {budget} is below the smallest choice, {least.sum()}")
+    found: dict[tuple[int, ...], float] = {}
+    for share in np.linspace(0, 1, divisions):
+        choice, left = np.zeros(len(size), int), budget - least.sum()
+        for table, group, part in zip(tables, groups, (share, 1.0), strict=True):
+            if len(group):
+                room = least[group].sum() + part * left
+                choice[group] = integer(table[group], size[group], room)
+                left -= size[group, choice[group]].sum() - least[group].sum()
+        if (whole := tuple(int(option) for option in choice)) not in found:
+            found[whole] = value(whole)
+    return min(found, key=found.get)
 
 
 def bisection(
