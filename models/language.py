@@ -10,6 +10,7 @@ from flax import nnx
 from lissom.models.bounds import UnsupportedForm, at_least_one
 from lissom.models.context import Context
 from lissom.models.linear import Embedding, Linear
+from lissom.models.products import placed
 from lissom.models.transformer import Transformer
 from lissom.ops.attention import masks
 
@@ -126,6 +127,8 @@ class LanguageModel(Transformer):
         and cannot be seen under jit: `inference/` checks it before it compiles."""
         length = cache["length"]
         positions = length[:, None] + jnp.arange(inputs.shape[1])
-        x = self._embedded(inputs, positions, meta)
-        x, layers = self.continued(x, cache["layers"], length, meta, inputs, expert)
-        return self.logits(x), {"layers": layers, "length": length + inputs.shape[1]}
+        with placed(positions):
+            x = self._embedded(inputs, positions, meta)
+            x, layers = self.continued(x, cache["layers"], length, meta, inputs, expert)
+            logits = self.logits(x)
+        return logits, {"layers": layers, "length": length + inputs.shape[1]}

@@ -182,6 +182,35 @@ class Stacked:
         return jnp.moveaxis(matrix.reshape(shape[1], shape[0], *shape[2:]), 0, 1)
 
 
+_places: list[jax.Array] = []
+
+
+@contextlib.contextmanager
+def placed(positions: jax.Array) -> Iterator[None]:
+    """Inside of it the tokens that layers see, x[B, T, ...], stand at `positions` int [B, T]; else at 0 .. T - 1."""
+    _places.append(positions)
+    try:
+        yield
+    finally:
+        _places.pop()
+
+
+def is_continued() -> bool:
+    """Whether tokens stand behind others that layers do not see."""
+    return bool(_places)
+
+
+def leading(x: jax.Array, count: int) -> jax.Array:
+    """bool [B or 1, T, 1, ...]: which of the tokens x[B, T, ...] are the first `count` of their sequence. ValueError
+    where x has no axis of tokens, or those of another network's positions."""
+    if x.ndim < 3:
+        raise ValueError(f"the first tokens of a sequence are those of x [B, T, ...], and this one is {list(x.shape)}")
+    positions = _places[-1] if _places else jnp.arange(x.shape[1])[None]
+    if positions.shape[1] != x.shape[1]:
+        raise ValueError(f"{x.shape[1]} rows stand where {positions.shape[1]} tokens are continued")
+    return (positions < count).reshape(*positions.shape, *(1,) * (x.ndim - 2))
+
+
 class Quantizer(nnx.Module):
     """What computes a layer's product in its stead; of a product that others compute, what rounds its operands.
     simulated: whether it imitates the arithmetic that it is about; bits: of the wider operand, a float counts as 16."""

@@ -24,7 +24,7 @@ from lissom.compression.quantization.rounding import LEAST, initial_scale, with_
 from lissom.compression.quantization.rules import LayerRule
 from lissom.compression.quantization.scaling import Scaled, quantize, scale_shape, spread
 from lissom.compression.quantization.stored import Packed, Stored
-from lissom.models.products import Depthwise, Quantizer
+from lissom.models.products import Dense, Depthwise, Quantizer, leading
 from lissom.models.variables import Param
 
 
@@ -46,6 +46,8 @@ class Fake(Quantizer):
         if activations is not None:
             # Channels of activations lie along the same axis.
             scale_shape(kernel.shape, activations.scheme.per, axes)
+            if activations.exact_first and not isinstance(product, Dense):
+                raise ValueError("exact_first is of tokens [B, T, ...]: of dense layers, and no others")
             if isinstance(product, Depthwise) and not isinstance(activations.scheme.per, str):
                 raise ValueError("windows of a depthwise convolution cut groups of activations apart: take per='row'")
         learned = None
@@ -75,7 +77,7 @@ class Fake(Quantizer):
     def _inputs(self, product: Any, x: jax.Array) -> jax.Array:
         axes = product.x_axes(x.ndim)
         if self._observing:
-            self.range.note(hadamard(x, axes[-1], self.rule.activations.operand.rotation))
+            self.range.note(self._later(hadamard(x, axes[-1], self.rule.activations.operand.rotation)))
             return x
         return self.activations(x, axes)
 
@@ -107,9 +109,18 @@ class Fake(Quantizer):
         """The same."""
         if self.rule.activations is None:
             return x
+        turned = hadamard(x, axes[-1], self.rule.activations.operand.rotation)
         if self.range is None:
-            return products.rounded(x, self.rule.activations.operand, axes, None)
-        return self.range.rounded(hadamard(x, axes[-1], self.rule.activations.operand.rotation))
+            few = products.rounded(x, self.rule.activations.operand, axes, None)
+        else:
+            few = self.range.rounded(self._later(turned))
+        exact = self.rule.activations.exact_first
+        return jnp.where(leading(x, exact), turned, few) if exact else few
+
+    def _later(self, x: jax.Array) -> jax.Array:
+        """x without the tokens that stay exact: zeros, which no range minds."""
+        exact = self.rule.activations.exact_first
+        return jnp.where(leading(x, exact), 0, x) if exact else x
 
     def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
         """Rows of a table, which are summed over in a product: rounded as they would be there, but not turned."""

@@ -28,12 +28,14 @@ OF_OPERAND = ("stochastic", "through_scale", "gradient")
 @dataclass(frozen=True)
 class Rounding:
     """Of one side of a layer: how it is rounded, and where its range comes from. warm_up: calls of training in which a
-    "frozen" range is measured; initial: what a "clipped" one begins with."""
+    "frozen" range is measured; initial: what a "clipped" one begins with; exact_first: so many tokens at the beginning
+    of a sequence stay as they are, and out of the range."""
 
     operand: Operand
     range: str
     warm_up: int = 0
     initial: float = 6.0
+    exact_first: int = 0
 
     @property
     def scheme(self) -> Scheme:
@@ -83,13 +85,15 @@ def layer_rule(settings: Mapping[str, Any]) -> LayerRule:
     anew = all(sides[name].range in ("absmax", "dynamic") for name in ("weights", "activations") if name in sides)
     if "gradients" in sides and not anew:
         raise ValueError("gradients go with ranges that are taken anew: weights 'absmax', activations 'dynamic'")
+    if "gradients" in sides and sides.get("activations") and sides["activations"].exact_first:
+        raise ValueError("gradients round all rows of a product: exact_first goes without them")
     return LayerRule(**sides)
 
 
 def _rounding(side: str, given: str | Mapping[str, Any], rotation: int) -> Rounding:
     given = {"format": given} if isinstance(given, str) else dict(given)
     options = ("stochastic",) if side == "gradients" else OF_OPERAND
-    known = (*OF_SCHEME, *options, "range", *(("warm_up", "initial") if side == "activations" else ()))
+    known = (*OF_SCHEME, *options, "range", *(("warm_up", "initial", "exact_first") if side == "activations" else ()))
     for name in given:
         if name not in known:
             raise ValueError(f"{side} have no {name!r}: known are {', '.join(known)}{nearest(name, known)}")
@@ -124,6 +128,9 @@ def _checked(side: str, given: dict[str, Any], rotation: int) -> Rounding:
         raise ValueError(f"warm_up={warm_up} is of range='frozen', not of {found!r}")
     if type(warm_up) is not int or warm_up < 0:
         raise ValueError(f"warm_up={warm_up} must be a whole number, at least 0")
+    exact_first = given.pop("exact_first", 0)
+    if type(exact_first) is not int or exact_first < 0:
+        raise ValueError(f"exact_first={exact_first} must be a whole number, at least 0")
     if not initial > 0:
         raise ValueError(f"initial={initial} must be above 0")
     options = {name: given.pop(name) for name in OF_OPERAND if name in given}
@@ -145,4 +152,4 @@ def _checked(side: str, given: dict[str, Any], rotation: int) -> Rounding:
         raise ValueError(f"range={found!r} goes without clip, through_scale and gradient")
     if found == "frozen" and options.get("through_scale"):
         raise ValueError("through_scale=True is for a range that is taken of what is rounded, not for a frozen one")
-    return Rounding(Operand(scheme, rotation=rotation, **options), found, warm_up, float(initial))
+    return Rounding(Operand(scheme, rotation=rotation, **options), found, warm_up, float(initial), exact_first)

@@ -20,7 +20,7 @@ from lissom.compression.quantization.products import hadamard
 from lissom.compression.quantization.rounding import at_scale
 from lissom.compression.quantization.rules import LayerRule
 from lissom.compression.quantization.scaling import Scaled, Scheme, quantize
-from lissom.models.products import Convolution, Quantizer
+from lissom.models.products import Convolution, Quantizer, is_continued, leading
 from lissom.models.variables import Frozen
 from lissom.ops.quantized_matmul import quantized_matmul
 
@@ -139,9 +139,20 @@ class Stored(Quantizer):
             if not by_rows:
                 numbers, scale = rows(numbers), _of_rows(scale, product, x)
             y = _integer_product(numbers, scale, kernel, activations.scheme.numbers.largest > 127)
-            return product.result(y, x, kernel).astype(x.dtype)
+            y = product.result(y, x, kernel).astype(x.dtype)
+            return self._with_exact(y, product, x, kernel) if activations.exact_first else y
         few, turned = self._rounded(given, axes), self.kernel(product, kernel).astype(x.dtype)
         return product.result(few @ product.matrix(turned), x, kernel) if by_rows else product(few, turned)
+
+    def _with_exact(self, y: jax.Array, product: Any, x: jax.Array, kernel: Packed) -> jax.Array:
+        """y, but of the first tokens the product in floats. Where a sequence is continued, that is computed only if one
+        of them is there."""
+        count, w = self.rule.activations.exact_first, lambda: kernel[...].astype(x.dtype)
+        first = leading(x, count)
+        if not is_continued():
+            return jnp.concatenate([product(x[:, :count], w()), y[:, count:]], 1)
+        of_y = first.reshape(*first.shape[:2], *(1,) * (y.ndim - 2))
+        return jax.lax.cond(first.any(), lambda: jnp.where(of_y, product(x, w()), y), lambda: y)
 
     def kernel(self, product: Any, kernel: Packed) -> jax.Array:
         del product
@@ -166,8 +177,11 @@ class Stored(Quantizer):
     def _rounded(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         operand, x = self.rule.activations.operand, self._turned(x, axes)
         if self.scale is not None:
-            return at_scale(x, self.scale[...], operand.scheme.numbers)
-        return products.fake(x, operand.scheme, axes)
+            few = at_scale(x, self.scale[...], operand.scheme.numbers)
+        else:
+            few = products.fake(x, operand.scheme, axes)
+        exact = self.rule.activations.exact_first
+        return jnp.where(leading(x, exact), x, few) if exact else few
 
     def rows_of(self, table: Packed, index: jax.Array) -> jax.Array:
         rows = table.rows(index)

@@ -23,7 +23,7 @@ from lissom.evaluation.memory import artefact_bytes
 from lissom.models.cnn import ConvNet
 from lissom.models.language import LanguageModel
 from lissom.models.linear import Conv, Embedding, Linear
-from lissom.models.products import Convolution, Dense, Logits, noted
+from lissom.models.products import Convolution, Dense, Logits, noted, placed
 from lissom.models.resnet import ResNet
 from lissom.models.variables import flatten, merge, split, stats_of
 from lissom.train import train
@@ -201,6 +201,59 @@ def test_products_are_noted():
     assert len(sizes) == 4 + 3 + 1
 
 
+EXACT = {
+    "int8": {"weights": "int8", "activations": {"format": "int8", "exact_first": 1}},
+    "two tokens, by rows": {"weights": "int4", "activations": {"format": "int8", "per": "row", "exact_first": 2}},
+    "fp8": {"weights": "fp8_e4m3", "activations": {"format": "fp8_e4m3", "exact_first": 1}},
+    "turned": {"weights": "int8", "activations": {"format": "int8", "exact_first": 1}, "rotation": 8},
+}
+
+
+@pytest.mark.parametrize("rule", EXACT)
+def test_first_tokens_stay_exact(rule):
+    """Of one layer: their products are those of the unrounded activations, others are rounded, in a range that has not
+    seen them; the stored network does the same, and a token that is continued is not the first."""
+    settings = layer_rule(EXACT[rule])
+    count = settings.activations.exact_first
+    kernel = jax.random.normal(jax.random.key(0), (8, 6))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8)).at[:, :count].mul(1000)
+    layer = Linear(8, 6, axes=(None, None), bias=False, rngs=nnx.Rngs(0))
+    layer.kernel[...] = kernel
+    fake = Fake(settings, kernel, Dense())
+    layer.quantizer = nnx.data(fake)
+    if fake.range is not None:
+        fake.range.observing = True
+        layer(x)
+        fake.range.observing = False
+        fake.range.settle()
+        assert float(fake.range.seen[...]) < 50  # of the later tokens
+    y, weights = layer(x), jnp.asarray(fake.stored(kernel, Dense())[0][...])
+    np.testing.assert_allclose(y[:, :count], x[:, :count] @ weights, rtol=1e-3, atol=1e-2)
+    later = x[:, count:] @ weights
+    assert 1e-4 < float(jnp.abs(y[:, count:] - later).max()) < 0.5
+    packed, stored = fake.stored(kernel, Dense())
+    np.testing.assert_allclose(stored(Dense(), x, packed), y, rtol=1e-4, atol=1e-4)
+    for places in (jnp.array([[4], [4]]), jnp.array([[0], [4]])):
+        token = x[:, count : count + 1]
+        with placed(places):
+            trained, exported = layer(token), jax.jit(lambda x: stored(Dense(), x, packed))(token)
+        np.testing.assert_allclose(exported, trained, rtol=1e-4, atol=1e-4)
+        exact = np.abs(trained - token @ weights).max((1, 2)) < 1e-4
+        assert exact.tolist() == [bool(place < count) for place in places[:, 0]]
+
+
+def test_decoding_goes_on_behind_the_exact_tokens():
+    rule = {"weights": "int8", "activations": {"format": "int8", "exact_first": 1}}
+    module = structured(quantized("language", rule), [("packed", PackedLayers())])
+    tokens = inputs("language")
+    whole = module(tokens)[0]
+    cache, found = module.init_cache(4, 12), []
+    for some in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:]):
+        logits, cache = module.extend(some, cache)
+        found.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(found, 1), whole, rtol=2e-4, atol=2e-4)
+
+
 def test_embedding_rows_are_those_of_the_rounded_table():
     for rule in ("int4", "weights alone", "fp4", "int2, a scale a tensor", "learned"):
         network = quantized("language", RULES[rule])
@@ -299,6 +352,15 @@ def test_exported_and_reloaded(tiny_run):
         ({"weights": "int4", "skip": False}, "skip=True stands alone"),
         ({"weights": "int4", "activations": "int8", "gradients": "int8"}, "activations 'dynamic'"),
         ({"weights": "int4", "activations": {"format": "int8", "warm_up": -1}}, "at least 0"),
+        ({"weights": "int8", "activations": {"format": "int8", "exact_first": -1}}, "exact_first=-1 must be a whole"),
+        (
+            {
+                "weights": "int8",
+                "activations": {"format": "int8", "per": "row", "exact_first": 1},
+                "gradients": {"format": "int8"},
+            },
+            "exact_first goes without them",
+        ),
     ],
 )
 def test_wrong_rules_are_one_sentence(settings, words):
@@ -309,6 +371,11 @@ def test_wrong_rules_are_one_sentence(settings, words):
 
 
 def test_other_mistakes_are_one_sentence():
+    ((_, transform),) = build_transforms(
+        [{"name": "qat", "rules": ((".*", {"weights": "int8", "activations": EXACT["int8"]["activations"]}),)}]
+    )
+    with pytest.raises(UserError, match=r"convs/0: exact_first is of tokens \[B, T, \.\.\.\]: of dense layers"):
+        transform.structure(cnn())
     with pytest.raises(UserError, match="'conw/' matches no layer"):
         Qat(rules=(("conw/", RULES["int8"]), (".*", RULES["int8"]))).structure(cnn())
     with pytest.raises(UserError, match=r"convs/0: groups of 8 do not divide axis 1 of \[5, 1, 8\]"):
