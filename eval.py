@@ -510,6 +510,8 @@ def main(argv: list[str]) -> None:
         if command_line.parse(argv, recipe=False):
             raise UserError("eval.py takes no --config: every run holds its own")
         check_cost(flags.FLAGS.cost)
+        if flags.FLAGS["cost"].present and not flags.FLAGS.out:
+            raise UserError("--cost is of the picture that --out=DIRECTORY gets")
         if not flags.FLAGS.runs:
             raise UserError("--runs=PATTERN is missing, for example --runs='runs/*'")
         say = lambda text: print(text, file=sys.stderr)

@@ -47,6 +47,8 @@ class BlockTransformer(LanguageModel):
     a norm leaves it); positions are the mixers', of blocks below, and within a prefix and its block above.
     """
 
+    places_tokens = False  # of two decoders each has rows of its own
+
     def __init__(
         self,
         *,

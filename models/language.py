@@ -29,6 +29,8 @@ class LanguageModel(Transformer):
 
     period = 1  # decoding costs the same again after so many tokens
 
+    places_tokens = True  # whether layers can tell which tokens of a sequence they see
+
     def __init__(
         self,
         *,

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.models.bounds import UnsupportedForm
+
 
 class Dense:
     """x[..., in] kernel[in, *out]."""
@@ -201,13 +203,15 @@ def is_continued() -> bool:
 
 
 def leading(x: jax.Array, count: int) -> jax.Array:
-    """bool [B or 1, T, 1, ...]: which of the tokens x[B, T, ...] are the first `count` of their sequence. ValueError
-    where x has no axis of tokens, or those of another network's positions."""
+    """bool [B or 1, T, 1, ...]: which of the tokens x[B, T, ...] are the first `count` of their sequence.
+    UnsupportedForm where x has no axis of tokens, or not those that are continued."""
     if x.ndim < 3:
-        raise ValueError(f"the first tokens of a sequence are those of x [B, T, ...], and this one is {list(x.shape)}")
+        raise UnsupportedForm(
+            f"the first tokens of a sequence are those of x [B, T, ...], and this one is {list(x.shape)}"
+        )
     positions = _places[-1] if _places else jnp.arange(x.shape[1])[None]
     if positions.shape[1] != x.shape[1]:
-        raise ValueError(f"{x.shape[1]} rows stand where {positions.shape[1]} tokens are continued")
+        raise UnsupportedForm(f"{x.shape[1]} rows stand where {positions.shape[1]} tokens are continued")
     return (positions < count).reshape(*positions.shape, *(1,) * (x.ndim - 2))
 
 

@@ -1,7 +1,7 @@
 """Bits for each layer of trained networks within so many bytes, and the rows of the networks that are rounded so.
 
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --bytes=30000 [--method=hessian,uniform,random]
-        [--options=int2,int4,int8] [--activations=int8] [--examples=512] [--batch=64] [--samples=16]
+        [--options=int2,int4,int8] [--activations=int8] [--batches=8] [--samples=16]
         [--domains=python,english] [--out=FOLDER]
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --accuracy=0.99 --options=int4,int8 --method=hessian,random
 
@@ -12,9 +12,10 @@ examples, for bisection between two options. `--method`: compression/quantizatio
 `--domains`: the two kinds of text whose losses `decoupled` holds apart. `--activations`: their format ("weights": that
 of the weights; "none": they stay as they are).
 
-Sensitivities are taken of `--examples` training examples, drawn by the run's seed, on which ranges of activations are
-measured too; the rows are of the test set, of each network stored and read again, beside the trained one. An allocation
-is printed as rules, which `qat` takes as well as `quantize`: a network may be trained on with them.
+Sensitivities are taken of the run's first training batches, `--batches` of them, on which ranges of activations are
+measured too, here and where the network is stored; the rows are of the test set, of each network stored and read again,
+beside the trained one. An allocation is printed as rules, which `qat` takes as well as `quantize`: a network may be
+trained on with them.
 """
 
 import dataclasses
@@ -41,8 +42,7 @@ class Asked(NamedTuple):
     activations: str
     budgets: Sequence[int]
     accuracy: float
-    examples: int
-    batch: int
+    batches: int
     samples: int
     domains: Sequence[str] = ()
 
@@ -63,7 +63,7 @@ def allocations(run: pathlib.Path, asked: Asked) -> dict[str, tuple[dict[str, An
             for budget in asked.budgets:
                 found[f"{method} {budget}"] = methods.allocate(method, sensitivity, budget - fixed)
             if asked.accuracy:
-                least = asked.accuracy * problem.value(problem.quality)(mixed.choice())
+                least = asked.accuracy * problem.value("accuracy")(mixed.choice())
                 found[f"{method} bisection"] = methods.lowest(method, sensitivity, least)
     except ValueError as error:
         raise UserError(
@@ -76,6 +76,9 @@ def allocations(run: pathlib.Path, asked: Asked) -> dict[str, tuple[dict[str, An
 
 def problem_of(run: pathlib.Path, asked: Asked):
     """A run as the methods take it."""
+    import itertools
+
+    import jax
     import numpy as np
 
     from lissom import data
@@ -89,59 +92,52 @@ def problem_of(run: pathlib.Path, asked: Asked):
 
     config = final_config(read_config(run))
     network, dataset = merge(load_network(run, structure_of)), load_dataset(config)
-    if len(dataset.train) < asked.examples:
-        raise UserError(f"--examples={asked.examples}: {run} has {len(dataset.train)} training examples")
-    drawn = np.random.default_rng(config.seed).choice(len(dataset.train), asked.examples, replace=False)
-
-    def batches_of(rows) -> list:
-        some = dataclasses.replace(dataset, test=Some(dataset.train, rows))
-        return list(data.eval_batches(some, batch_size=min(asked.batch, len(rows))))
-
-    batches = batches_of(drawn)
+    # Those that ranges are measured on when the network is stored.
+    size = config.data.batch_size
+    stream = data.train_batches(dataset, start_step=0, batch_size=size, seed=config.seed)
+    batches = [{**batch, "mask": np.ones(size, np.float32)} for batch in itertools.islice(stream, asked.batches)]
     activations = {"weights": None, "none": ""}.get(asked.activations, asked.activations)
     options = [Option(name, name if activations is None else activations) for name in asked.options]
+    judge = build_objective(config).judge
+    if asked.accuracy and "accuracy" not in jax.eval_shape(judge, network, batches[0], jax.random.key(0)):
+        raise UserError(f"--accuracy: {run} is judged by no accuracy")
     try:
         mixed = Mixed(network, options, batches)
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
+    except jax.errors.UnexpectedTracerError as error:
+        raise UserError(f"{run}: layers within a loop of the network, or computed anew by model.remat, can't be looked "
+                        "into") from error  # fmt: skip
     inputs = np.concatenate([np.asarray(batch["inputs"], np.float32) for batch in batches])
     return Problem(
         mixed,
-        build_objective(config).judge,
+        judge,
         batches,
-        quality="token_accuracy" if dataset.kind == "tokens" else "accuracy",
         seed=config.seed,
         samples=asked.samples,
         input_statistics=(float(inputs.mean()), float(inputs.std())),
-        kinds=[batches_of(rows) for rows in rows_of_domains(dataset, drawn, asked.domains)],
+        kinds=[[kind] for kind in of_domains(batches, dataset, asked.domains)],
     )
 
 
-def rows_of_domains(dataset, rows, domains: Sequence[str]) -> list:
-    """Those of the rows whose text is of each of the domains; UserError for one that there is not."""
+def of_domains(batches: Sequence[dict], dataset, domains: Sequence[str]) -> list[dict]:
+    """Of each of the domains a batch, of the examples whose text is of it; UserError for one that there is not."""
+    import numpy as np
+
     known = dataset.info.get("domains", [])
     for name in domains:
         if name not in known:
             raise UserError(f"--domains: {dataset.name!r} has no {name!r}, but {', '.join(known) or 'none'}")
-    kinds = [int(dataset.train[int(row)]["domains"].argmax()) for row in rows] if domains else []
-    found = [[row for row, kind in zip(rows, kinds) if kind == known.index(name)] for name in domains]
-    if not all(found):
-        raise UserError(f"--domains={','.join(domains)}: of one there is no example among --examples={len(rows)}")
+    if not domains:
+        return []
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    found = []
+    for name in domains:
+        rows = np.flatnonzero(whole["domains"].argmax(-1) == known.index(name))
+        if not len(rows):
+            raise UserError(f"--domains: among the examples of --batches={len(batches)} none is of {name!r}")
+        found.append({field: values[rows] for field, values in whole.items()})
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Some:
-    """The examples `rows` of a source."""
-
-    source: Any
-    rows: Any
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[int(self.rows[index])]
 
 
 def told(label: str, mixed, allocation) -> None:
@@ -179,7 +175,7 @@ def read(given: flags.FlagValues) -> Asked:
     known = {
         "method": ("random", *SENSITIVITIES) if given.accuracy else METHODS,
         "options": weights,
-        "activations": (*FORMATS, "weights", "none"),
+        "activations": (*weights, "weights", "none"),
     }
     for flag, names in known.items():
         for name in [given[flag].value] if isinstance(given[flag].value, str) else given[flag].value:
@@ -193,9 +189,8 @@ def read(given: flags.FlagValues) -> Asked:
         )
     if not all(text.isdigit() for text in given.bytes):
         raise UserError(f"--bytes={','.join(given.bytes)} must be whole numbers")
-    for flag in ("examples", "batch"):
-        if given[flag].value < 1:
-            raise UserError(f"--{flag}={given[flag].value} must be at least 1")
+    if given.batches < 1:
+        raise UserError(f"--batches={given.batches} must be at least 1")
     if given.samples < 2 or not 0 <= given.accuracy <= 1:
         raise UserError(f"--samples={given.samples} must be at least 2, and --accuracy={given.accuracy} a share")
     if ("decoupled" in given.method) != bool(given.domains) or len(given.domains) not in (0, 2):
@@ -204,7 +199,7 @@ def read(given: flags.FlagValues) -> Asked:
         raise UserError("--run=DIRECTORY is missing, for example --run=runs/digits_resnet")
     budgets = [int(text) for text in given.bytes]
     fields = (given.method, given.options, given.activations, budgets, given.accuracy)
-    return Asked(*fields, given.examples, given.batch, given.samples, given.domains)
+    return Asked(*fields, given.batches, given.samples, given.domains)
 
 
 def main(argv: list[str]) -> None:
@@ -215,8 +210,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("options", ["int2", "int4", "int8"], "formats of weights to choose from")
     flags.DEFINE_string("activations", "int8", "their format; 'weights' (as those), 'none'")
     flags.DEFINE_float("accuracy", 0.0, "share of the exact accuracy that bisection keeps")
-    flags.DEFINE_integer("examples", 512, "training examples that sensitivities and ranges are measured on")
-    flags.DEFINE_integer("batch", 64, "of them at a time")
+    flags.DEFINE_integer("batches", 8, "training batches that sensitivities and ranges are measured on")
     flags.DEFINE_integer("samples", 16, "random vectors for the traces of the Hessian")
     flags.DEFINE_list("domains", [], "the two kinds of text of the method 'decoupled'")
     flags.DEFINE_string("out", None, "write rows.jsonl, table.md, table.csv and pareto.png there")

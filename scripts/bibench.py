@@ -33,6 +33,8 @@ def run(files: Sequence[str], *, reference: str = "float", stored: str = "packed
             rows = read_rows(file)
             tasks = dict.fromkeys(row.identity.task for row in rows)
             comparisons += [[row for row in rows if row.identity.task == task] for task in tasks]
+        if not comparisons:
+            raise UserError(f"--rows={','.join(files)}: there are no rows")
         found = scored(comparisons, reference, stored)
         text = shown_text(tables(found))
     except OSError as error:

@@ -31,6 +31,7 @@ RECIPE = "configs/language/qat_schedule.py"
 OUT = ROOT / "results" / "qat_law"
 LEAST_STEPS = 40
 COOLDOWNS = ("separate", "fused")
+SET = ("model.width", "model.depth", "seed", "stages", "data.name", "objective")
 
 
 class Run(NamedTuple):
@@ -122,10 +123,21 @@ def trained(runs: Sequence[Run], workdir: pathlib.Path) -> None:
     from lissom.train import train
 
     for number, run in enumerate(runs):
-        if not finished(workdir / run.name):
+        if finished(workdir / run.name):
+            check_same(run, workdir)
+        else:
             print(f"[{number + 1}/{len(runs)}] {run.name}", file=sys.stderr)
             if "loss" not in train(run.config, workdir / run.name):
                 raise SystemExit(0)  # it was asked to stop
+
+
+def check_same(run: Run, workdir: pathlib.Path) -> None:
+    """Raises UserError where what stands there is a run of another config, such as of other flags."""
+    from lissom.training.runs import changes
+
+    if changed := changes(workdir / run.name, run.config):
+        place = workdir / run.name
+        raise UserError(f"{place} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir")
 
 
 def rows_of(runs: Sequence[Run], workdir: pathlib.Path) -> list:
@@ -140,6 +152,7 @@ def rows_of(runs: Sequence[Run], workdir: pathlib.Path) -> list:
         place = workdir / run.name
         if not finished(place):
             raise UserError(f"--merge: the run {place} is not finished")
+        check_same(run, workdir)
         last = [entry for entry in read_metrics(place) if entry["kind"] == "test"][-1]
         identity = Identity(RECIPE, "stdlib_text", run.seed, variant=run.label)
         found = [measure("loss", last["loss"]), measure("train_tokens", run.tokens), measure("qat_share", run.share)]
@@ -199,9 +212,9 @@ def fitted(found: Sequence) -> tuple[str, list]:
         told.append(measure("law_error", outside / 100, law="whole" if whole else "plain", runs="held out"))
         told.append(measure("law_error", inside / 100, law="whole" if whole else "plain", runs="fitted"))
     lines.append(", ".join(f"{n} {v:.3g}" for n, v in zip(qat_law.NAMES, laws[True].values, strict=True)))
-    predicted = {cell: laws[True].best_share(*cell) for cell in best}
-    off = [abs(predicted[cell] - best[cell]) for cell in best]
-    lines.append(f"shares that the loss law calls best: off by {sum(off) / len(off):.2f} on average")
+    off = [abs(laws[True].best_share(*cell) - best[cell]) for cell in best]
+    if off:
+        lines.append(f"shares that the loss law calls best: off by {sum(off) / len(off):.2f} on average")
     return "\n".join(lines), told
 
 
@@ -265,6 +278,11 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
         raise UserError(f"--seeds={given.seeds} must be at least 1")
     if any(not key for key, _ in pairs):
         raise UserError(f"the recipe is {RECIPE}: --config.FIELD=VALUE changes it")
+    for key, _ in pairs:
+        if key in SET or key.startswith("train."):
+            raise UserError(f"--config.{key} is what the grid sets: give --widths, --per_byte, --shares or --seeds")
+    if other := set(numbers["fused"]) - set(numbers["widths"]):
+        raise UserError(f"--fused={min(other)} is none of the --widths")
     grids = (numbers["widths"], given.bits, numbers["per_byte"], numbers["shares"], numbers["fused"])
     return Asked(*grids, given.seeds, given.longest, tuple(pairs))
 

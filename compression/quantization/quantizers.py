@@ -118,7 +118,7 @@ class Fake(Quantizer):
         return jnp.where(leading(x, exact), turned, few) if exact else few
 
     def _later(self, x: jax.Array) -> jax.Array:
-        """x without the tokens that stay exact: zeros, which no range minds."""
+        """x without the tokens that stay exact: zeros, which no largest magnitude minds."""
         exact = self.rule.activations.exact_first
         return jnp.where(leading(x, exact), 0, x) if exact else x
 

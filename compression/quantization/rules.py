@@ -131,6 +131,8 @@ def _checked(side: str, given: dict[str, Any], rotation: int) -> Rounding:
     exact_first = given.pop("exact_first", 0)
     if type(exact_first) is not int or exact_first < 0:
         raise ValueError(f"exact_first={exact_first} must be a whole number, at least 0")
+    if exact_first and found not in ("frozen", "dynamic"):
+        raise ValueError(f"exact_first={exact_first} goes with a range of magnitudes, frozen or dynamic, not {found!r}")
     if not initial > 0:
         raise ValueError(f"initial={initial} must be above 0")
     options = {name: given.pop(name) for name in OF_OPERAND if name in given}

@@ -68,6 +68,10 @@ class Qat(Transform):
             except ValueError as error:
                 where = f"transform {self.name!r}, rules[{number}] {(pattern, dict(settings))!r}"
                 raise UserError(f"{where}: {error}") from error
+        exact = [rule for rule in parsed.values() if rule and rule.activations and rule.activations.exact_first]
+        if exact and not getattr(module, "places_tokens", False):
+            kind = type(module).__name__
+            raise UserError(f"transform {self.name!r}: exact_first is for the network 'language', and not for a {kind}")
         numbered = [(pattern, {"number": number}) for number, (pattern, _) in enumerate(self.rules)]
         matched = match_rules(numbered, quantizable(module), self.name)
 

@@ -47,7 +47,10 @@ def test_uniform_and_random_fit():
     assert solvers.uniform(size, budget) == (1,) * 5
     drawn = {solvers.random(size, budget, rng) for _ in range(50)}
     assert len(drawn) > 10
-    assert all(sum(size[i, c] for i, c in enumerate(choice)) <= budget for choice in drawn)
+    for choice in drawn:
+        left = budget - sum(size[i, c] for i, c in enumerate(choice))
+        steps = [size[i, option] - size[i, c] for i, c in enumerate(choice) for option in range(size.shape[1])]
+        assert left >= 0 and not any(0 < step <= left for step in steps)  # nothing more fits
 
 
 def test_decoupled_divides_the_budget_by_what_it_is_worth():

@@ -44,6 +44,10 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
     capsys.readouterr()
     qat_law.trained(runs, tmp_path / "runs")
     assert "parameters" not in capsys.readouterr().err  # nothing was trained again
+    other = qat_law.grid(asked._replace(pairs=(*small, ("optim.learning_rate", "0.5"))))
+    for again in (qat_law.trained, qat_law.rows_of):
+        with pytest.raises(UserError, match=r"holds a run of another config .*learning_rate"):
+            again(other, tmp_path / "runs")
     qat_law.report(runs, tmp_path / "runs", tmp_path / "out")
     *rows, laws = read_rows(tmp_path / "out" / "rows.jsonl")
     assert [row.identity.variant[-10:] for row in rows] == ["share 0.25", " share 0.5", "share 0.75"]
@@ -63,6 +67,9 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
         (["--widths=wide"], "--widths=wide must be numbers"),
         (["--per_byte=0"], "--per_byte must be numbers above 0"),
         (["--seeds=0"], "--seeds=0 must be at least 1"),
+        (["--fused=64"], "--fused=64 is none of the --widths"),
+        (["--config.model.width=64"], "--config.model.width is what the grid sets"),
+        (["--config.train.steps=7"], "--config.train.steps is what the grid sets"),
         (["--shard=2/2"], "0 <= i < n"),
         (["--config=configs/language/stdlib_lm.py"], "the recipe is configs/language/qat_schedule.py"),
         (["--config.model.mixerr=none", "--per_byte=10"], "mixerr"),

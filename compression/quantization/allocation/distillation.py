@@ -1,5 +1,4 @@
-"""Examples that a network with BatchNorm makes of its own statistics, for whom the data is not there (ZeroQ, Cai et al.
-2020, arXiv:2001.00281).
+"""Examples that a network with BatchNorm makes of its own statistics (ZeroQ, Cai et al. 2020, arXiv:2001.00281).
 
     minimize over x [N, ...]    sum_l mean_nc (mean_l[n, c] - mu_l[c])^2 + (std_l[n, c] - sigma_l[c])^2
                                 + the same of x itself, with 0 and 1 or what it is told

@@ -4,13 +4,15 @@
     random       drawn until the budget is full
     hessian      HAWQ-V2: curvature of weights and activations, and the front of all choices
     divergence   KL of each layer rounded alone, on training examples, and the front
-    distilled    ZeroQ: the same on examples made of BatchNorm's statistics, without data
+    distilled    ZeroQ: the same on examples made of BatchNorm's statistics. Ranges of activations are measured on
+                 training examples, as for all methods, so that allocations alone are compared
     inter_layer  the curvature augmented by what pairs of layers lose together, and an integer program
     decoupled    MixDQ (Zhao et al. 2024, arXiv:2405.17873): two metrics, here KL on the examples of two kinds, each
                  with a table, a group of layers and an integer program of its own. The paper's metrics are of pictures
                  and its groups of kinds of layers; ours are of what the tables say
 
-`allocate` says besides what the choice took: seconds, and passes over the examples (a product with the Hessian is one).
+`allocate` says besides what the choice took: seconds, and passes over the examples (a product with the Hessian is one;
+steps of distillation are none).
 `lowest` is the other question: the fewest bits that keep an accuracy, by bisection over the layers in the order of a
 method's sensitivities.
 """
@@ -36,14 +38,13 @@ METHODS = ("uniform", "random", *SENSITIVITIES, "decoupled")
 
 @dataclass(frozen=True)
 class Problem:
-    """mixed: the network; judge: (network, batch, key) -> {name: (sum, count)}, in which `quality` is what bisection
+    """mixed: the network; judge: (network, batch, key) -> {name: (sum, count)}, in which "accuracy" is what bisection
     keeps; batches: of training examples, which sensitivities are taken of; input_statistics: mean and standard
     deviation of inputs, as distillation aims at; kinds: batches of two kinds of examples, for "decoupled"."""
 
     mixed: Mixed
     judge: Callable
     batches: Sequence[Mapping[str, Any]]
-    quality: str = "accuracy"
     seed: int = 0
     samples: int = 16
     input_statistics: tuple[float, float] = (0.0, 1.0)
@@ -157,7 +158,7 @@ def lowest(method: str, sensitivity: Sensitivity, least: float) -> Allocation:
     if len(mixed.options) != 2:
         raise ValueError(f"bisection chooses between two options, and there are {len(mixed.options)}")
     wide, few = (int(number) for number in np.argsort(-mixed.sizes.sum(0)))
-    start, before, value = time.perf_counter(), mixed.passes, problem.value(problem.quality)
+    start, before, value = time.perf_counter(), mixed.passes, problem.value("accuracy")
     if method == "random":
         order, seconds, passes = np.random.default_rng(problem.seed).permutation(len(mixed.paths)), 0.0, 0
     else:

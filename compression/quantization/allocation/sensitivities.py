@@ -41,8 +41,8 @@ def curvature(
     mixed: Mixed, loss: Loss, batches: Sequence[Mapping[str, Any]], key: jax.Array, samples: int = 16
 ) -> np.ndarray:
     """trace(H_i) / n_i ||Q(w_i) - w_i||^2, and for activations that are rounded the same of x_i, of which trace and
-    error are means over the examples. A mean eigenvalue below 0, which rounding cannot gain from in earnest, counts
-    as 0. The constant 1/2 of the expansion is left out."""
+    error are means over the examples: batches are full, and of one size. A mean eigenvalue below 0, which rounding
+    cannot gain from in earnest, counts as 0. The constant 1/2 of the expansion is left out."""
     kernels, state = _kernels(mixed), mixed.source[1:]
     estimate = estimator(functools.partial(_of_kernels, mixed, loss))
     keys = [jax.random.fold_in(key, number) for number in range(samples)]
@@ -138,22 +138,35 @@ def divergence(mixed: Mixed, batches: Sequence[Mapping[str, Any]]) -> np.ndarray
 
 
 def divergence_of(mixed: Mixed, batches: Sequence[Mapping[str, Any]]) -> Callable[[np.ndarray], float]:
-    """choice -> mean KL of the network from the one that is rounded so; a pass each, and one for the network."""
+    """choice -> mean KL of the network from the one that is rounded so, over the examples, or the tokens, that count; a
+    pass each, and one for the network."""
     exact = [jax.nn.log_softmax(mixed.run(mixed.choice(), batch).astype(jnp.float32)) for batch in batches]
     mixed.passes += 1
 
     def of(choice: np.ndarray) -> float:
         mixed.passes += 1
-        found = [float(_divergence(p, mixed.run(choice, batch))) for p, batch in zip(exact, batches, strict=True)]
+        found = [
+            _divergence(p, mixed.run(choice, batch), _counted(batch, p.shape[:-1]))
+            for p, batch in zip(exact, batches, strict=True)
+        ]
         # A KL is not below 0; what rounding in float32 makes so is none.
-        return max(sum(found) / len(found), 0.0)
+        return max(float(sum(total for total, _ in found) / sum(count for _, count in found)), 0.0)
 
     return of
 
 
 @jax.jit
-def _divergence(p: jax.Array, outputs: jax.Array) -> jax.Array:
-    return (jnp.exp(p) * (p - jax.nn.log_softmax(outputs.astype(jnp.float32)))).sum(-1).mean()
+def _divergence(p: jax.Array, outputs: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum, count)."""
+    kl = (jnp.exp(p) * (p - jax.nn.log_softmax(outputs.astype(jnp.float32)))).sum(-1)
+    return (kl * counted).sum(), counted.sum()
+
+
+def _counted(batch: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
+    """Which outputs count: not those of rows that fill a batch up, nor of positions that do not score."""
+    mask = jnp.asarray(batch.get("mask", np.ones(shape[:1], np.float32)))
+    weights = jnp.asarray(batch["weights"]) if "weights" in batch else 1.0
+    return jnp.broadcast_to(mask.reshape(-1, *(1,) * (len(shape) - 1)) * weights, shape)
 
 
 def interactions(mixed: Mixed, value: Callable[[np.ndarray], float], option: int) -> tuple[np.ndarray, np.ndarray]:

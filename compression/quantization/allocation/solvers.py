@@ -124,7 +124,8 @@ def uniform(size: np.ndarray, budget: float) -> tuple[int, ...]:
 
 
 def random(size: np.ndarray, budget: float, rng: np.random.Generator) -> tuple[int, ...]:
-    """Layers in a random order, each with a random one of the options that leave room for the smallest of the rest."""
+    """Layers in a random order, each with a random one of the options that leave room for the smallest of the rest; and
+    then, drawn again and again, a larger option for a layer, until none fits."""
     size = np.asarray(size)
     smallest = size.min(1)
     if smallest.sum() > budget:
@@ -134,6 +135,14 @@ def random(size: np.ndarray, budget: float, rng: np.random.Generator) -> tuple[i
         fits = np.flatnonzero(size[layer] - smallest[layer] <= left)
         choice[layer] = int(rng.choice(fits))
         left -= size[layer, choice[layer]] - smallest[layer]
+    while larger := [
+        (layer, option)
+        for layer, option in np.ndindex(*size.shape)
+        if 0 < size[layer, option] - size[layer, choice[layer]] <= left
+    ]:
+        layer, option = larger[rng.integers(len(larger))]
+        left -= size[layer, option] - size[layer, choice[layer]]
+        choice[layer] = int(option)
     return tuple(choice)
 
 
