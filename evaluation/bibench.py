@@ -38,8 +38,19 @@ def scored(comparisons: Sequence[Sequence[Row]], reference: str = "float", store
     """A row for each variant that has been stored (its transform is `stored`) and each seed that the full-precision
     variant, whose label is `reference`, has too; with several comparisons, each of one task, rows over all of them for
     the variants and seeds that all have. ValueError, one sentence, where there is nothing to be scored."""
-    parts = [_scored(rows, reference, stored) for rows in comparisons]
+    parts = _told_apart([_scored(rows, reference, stored) for rows in comparisons])
     return [row for part in parts for row in part] + (_over_all(parts) if len(parts) > 1 else [])
+
+
+def _told_apart(parts: list[list[Row]]) -> list[list[Row]]:
+    """Comparisons of one task and recipe, such as of two widths, are numbered."""
+    tasks = [part[0].identity.task for part in parts]
+    if len(set(tasks)) == len(tasks):
+        return parts
+    return [
+        [dataclasses.replace(row, identity=dataclasses.replace(row.identity, task=f"{task} #{n + 1}")) for row in part]
+        for n, (task, part) in enumerate(zip(tasks, parts, strict=True))
+    ]
 
 
 def _scored(rows: Sequence[Row], reference: str, stored: str) -> list[Row]:

@@ -27,6 +27,8 @@ def run(files: Sequence[str], *, reference: str = "float", stored: str = "packed
 
     if out:
         check_writable(out, "--out")
+    if len(set(files)) < len(files):
+        raise UserError(f"--rows={','.join(files)} names one file twice")
     comparisons = []
     try:
         for file in files:

@@ -374,8 +374,13 @@ def test_other_mistakes_are_one_sentence():
     ((_, transform),) = build_transforms(
         [{"name": "qat", "rules": ((".*", {"weights": "int8", "activations": EXACT["int8"]["activations"]}),)}]
     )
-    with pytest.raises(UserError, match=r"convs/0: exact_first is of tokens \[B, T, \.\.\.\]: of dense layers"):
+    with pytest.raises(UserError, match=r"exact_first is for the network 'language', and not for a ConvNet"):
         transform.structure(cnn())
+    assert transform.structure(language()).blocks is not None
+    with pytest.raises(ValueError, match=r"exact_first is of tokens \[B, T, \.\.\.\]: of dense layers"):
+        Fake(layer_rule(EXACT["int8"]), jnp.ones((3, 2, 4)), Convolution(1))
+    with pytest.raises(ValueError, match="goes with a range of magnitudes, frozen or dynamic, not 'learned'"):
+        layer_rule({"weights": "int8", "activations": {"format": "int8", "range": "learned", "exact_first": 1}})
     with pytest.raises(UserError, match="'conw/' matches no layer"):
         Qat(rules=(("conw/", RULES["int8"]), (".*", RULES["int8"]))).structure(cnn())
     with pytest.raises(UserError, match=r"convs/0: groups of 8 do not divide axis 1 of \[5, 1, 8\]"):

@@ -140,6 +140,18 @@ def test_divergence_is_a_kl():
     np.testing.assert_allclose(one[1, 0], (p * jnp.log(p / q)).sum(-1).mean(), rtol=1e-3)
 
 
+def test_rows_that_fill_a_batch_up_do_not_count():
+    found = problem()
+    (batch,) = batches(count=1)
+    filled = {name: np.concatenate([value, value[:1]]) for name, value in batch.items()}
+    filled["mask"][-1] = 0
+    choice = found.mixed.single(1, 0)
+    whole, same = (sensitivities.divergence_of(found.mixed, [some])(choice) for some in (batch, filled))
+    assert same == pytest.approx(whole, rel=1e-5)
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 5), slice(5, 6))]
+    assert sensitivities.divergence_of(found.mixed, parts)(choice) == pytest.approx(whole, rel=1e-5)
+
+
 def test_interactions_are_what_pairs_lose_beyond_their_layers():
     mixed = problem().mixed
     own, pairs = np.array([0.1, 0.2, 0.3]), np.array([[0, 0.5, 0], [0.5, 0, -0.2], [0, -0.2, 0]])

@@ -62,7 +62,9 @@ def test_without_corrupted_test_sets_the_score_is_of_accuracy_alone_and_says_so(
 def test_over_comparisons_root_mean_squares():
     """Accuracies 3 / 4 and 1 / 4, corruption 1 / 2 and 1 / 2."""
     rows = scored([comparison(), comparison(ours=0.2)])
-    assert [r.identity.task for r in rows] == ["digits, configs/r.py"] * 2 + ["all 2 comparisons"]
+    # Of one task and recipe, as two widths are: numbered.
+    apart = ["digits, configs/r.py #1", "digits, configs/r.py #2"]
+    assert [r.identity.task for r in rows] == [*apart, "all 2 comparisons"]
     found = values(rows[2])
     assert found["relative_accuracy", None] == pytest.approx(math.sqrt(5 / 16))
     assert found["bibench_score", None] == pytest.approx(math.sqrt((5 / 16 + 1 / 4) / 2)) and len(found) == 3

@@ -23,7 +23,8 @@ def test_a_table_of_each_comparison_and_of_all(tmp_path, capsys):
         (["nowhere.jsonl"], {}, "nowhere.jsonl can't be read: No such file"),
         ([__file__], {}, "line 1, is not a row"),
         ([ROWS], {"reference": "int8"}, "no variant 'int8' to be relative to"),
-        ([ROWS, ROWS], {}, "two rows of"),
+        ([ROWS, ROWS], {}, "names one file twice"),
+        (["/dev/null"], {}, "--rows=/dev/null: there are no rows"),
     ],
 )
 def test_mistakes_are_one_sentence(files, settings, words):
