@@ -163,7 +163,17 @@ def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
             cost = (measure("allocation_seconds", allocation.seconds), measure("allocation_passes", allocation.passes))
             row = rows[number]
             rows[number] = dataclasses.replace(row, measurements=(*row.measurements, *cost))
-    return rows
+    return _short(rows)
+
+
+def _short(rows: list) -> list:
+    """Where all runs are of one recipe and its settings, its name alone is their label."""
+    variants = [row.identity for row in rows if row.identity.role == "variant"]
+    if len({identity.label for identity in variants}) > 1:
+        return rows
+    short = pathlib.Path(variants[0].recipe.partition(":")[0]).stem
+    named = lambda identity: dataclasses.replace(identity, variant=short) if identity.role == "variant" else identity
+    return [dataclasses.replace(row, identity=named(row.identity)) for row in rows]
 
 
 def read(given: flags.FlagValues) -> Asked:
