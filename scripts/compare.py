@@ -253,15 +253,6 @@ def _write_record(record: pathlib.Path, losses: Mapping[str, Mapping[str, Any]])
     os.replace(partial, record)
 
 
-def _check_same(run: pathlib.Path, config) -> None:
-    """The same label may stand for another run: other flags, another recipe."""
-    from lissom.training.runs import changes
-
-    changed = changes(run, config)
-    if changed:
-        raise UserError(f"{run} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir")
-
-
 def _halved(config) -> list[tuple[str, Any]]:
     """What makes a run half as long; stages in steps become shares of it."""
     ((name, length),) = config.train.items()
@@ -366,6 +357,7 @@ def compare(
     """Trains what is missing and returns the rows of all variants and seeds (of this shard; none where there are more
     shards than runs, or without `measure`). With `merge` nothing is trained, and a missing run is an error."""
     from lissom.training import processes
+    from lissom.training.runs import check_same
 
     check_axes(variants, seeds, match, tune)
     if processes.several():
@@ -397,7 +389,7 @@ def compare(
         if merge and not finished(run):
             raise UserError(f"--merge: the run {run} is not finished")
         if finished(run):
-            _check_same(run, final)
+            check_same(run, final)
         else:
             print(f"[{number + 1}/{len(jobs)}] {variant.label}, seed {seed}", file=sys.stderr)
             _trained(final, run)

@@ -121,23 +121,15 @@ def trained(runs: Sequence[Run], workdir: pathlib.Path) -> None:
     """Trains what is not finished."""
     from lissom.eval import finished
     from lissom.train import train
+    from lissom.training.runs import check_same
 
     for number, run in enumerate(runs):
         if finished(workdir / run.name):
-            check_same(run, workdir)
+            check_same(workdir / run.name, run.config)
         else:
             print(f"[{number + 1}/{len(runs)}] {run.name}", file=sys.stderr)
             if "loss" not in train(run.config, workdir / run.name):
                 raise SystemExit(0)  # it was asked to stop
-
-
-def check_same(run: Run, workdir: pathlib.Path) -> None:
-    """Raises UserError where what stands there is a run of another config, such as of other flags."""
-    from lissom.training.runs import changes
-
-    if changed := changes(workdir / run.name, run.config):
-        place = workdir / run.name
-        raise UserError(f"{place} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir")
 
 
 def rows_of(runs: Sequence[Run], workdir: pathlib.Path) -> list:
@@ -146,13 +138,14 @@ def rows_of(runs: Sequence[Run], workdir: pathlib.Path) -> list:
 
     from lissom.eval import finished, read_metrics
     from lissom.evaluation.rows import Identity, Row, measure, provenance_of
+    from lissom.training.runs import check_same
 
     rows = []
     for run in runs:
         place = workdir / run.name
         if not finished(place):
             raise UserError(f"--merge: the run {place} is not finished")
-        check_same(run, workdir)
+        check_same(place, run.config)
         last = [entry for entry in read_metrics(place) if entry["kind"] == "test"][-1]
         identity = Identity(RECIPE, "stdlib_text", run.seed, variant=run.label)
         found = [measure("loss", last["loss"]), measure("train_tokens", run.tokens), measure("qat_share", run.share)]
@@ -166,15 +159,12 @@ def points(runs: Sequence[Run], rows: Sequence, cooldown: str) -> list:
     """Of one kind of cooldown, losses averaged over the seeds."""
     from lissom.evaluation.qat_law import Point
 
-    losses: dict[Run, list[float]] = {}
+    losses: dict[tuple, list[float]] = {}
     for run, row in zip(runs, rows, strict=True):
         if run.cooldown == cooldown:
-            key = run._replace(seed=0, config=None)
-            losses.setdefault((key, run.tokens), []).append(row.measurements[0].value)
-    return [
-        Point(run.parameters, int(run.bits[3:]), tokens, run.share, sum(found) / len(found))
-        for (run, tokens), found in losses.items()
-    ]
+            key = (run.parameters, int(run.bits.removeprefix("int")), run.tokens, run.share)
+            losses.setdefault(key, []).append(row.measurements[0].value)
+    return [Point(*key, sum(found) / len(found)) for key, found in losses.items()]
 
 
 def fitted(found: Sequence) -> tuple[str, list]:
@@ -183,7 +173,7 @@ def fitted(found: Sequence) -> tuple[str, list]:
     from lissom.evaluation.rows import measure
 
     best = qat_law.best_shares(found)
-    per_byte = {cell: 8 * cell[2] / (cell[0] * cell[1]) for cell in best}
+    per_byte = {point.cell: point.per_byte for point in found if point.cell in best}
     lines = ["| parameters | bits | tokens per byte | best share |", "|---|---|---|---|"]
     lines += [f"| {n:,} | {bits} | {per_byte[n, bits, d]:.3g} | {best[n, bits, d]:.2f} |" for n, bits, d in best]
     told = []

@@ -61,6 +61,12 @@ def changes(path: pathlib.Path, config) -> list[str]:
     return [line for line in found if not line.startswith(WATCHING)]
 
 
+def check_same(path: pathlib.Path, config) -> None:
+    """Raises UserError where a run of another config stands, such as of other flags or of another recipe."""
+    if changed := changes(path, config):
+        raise UserError(f"{path} holds a run of another config ({'; '.join(changed[:3])}): give another --workdir")
+
+
 def stands(workdir: pathlib.Path, config, overwrite: bool) -> bool:
     """Whether a run of the same config stands in `workdir`, to be resumed. One of another config is an error unless it
     may be overwritten. Changes nothing."""

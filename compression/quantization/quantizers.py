@@ -109,13 +109,12 @@ class Fake(Quantizer):
         """The same."""
         if self.rule.activations is None:
             return x
-        turned = hadamard(x, axes[-1], self.rule.activations.operand.rotation)
+        operand, exact = self.rule.activations.operand, self.rule.activations.exact_first
         if self.range is None:
-            few = products.rounded(x, self.rule.activations.operand, axes, None)
+            few = products.rounded(x, operand, axes, None)
         else:
-            few = self.range.rounded(self._later(turned))
-        exact = self.rule.activations.exact_first
-        return jnp.where(leading(x, exact), turned, few) if exact else few
+            few = self.range.rounded(self._later(hadamard(x, axes[-1], operand.rotation)))
+        return jnp.where(leading(x, exact), hadamard(x, axes[-1], operand.rotation), few) if exact else few
 
     def _later(self, x: jax.Array) -> jax.Array:
         """x without the tokens that stay exact: zeros, which no largest magnitude minds."""

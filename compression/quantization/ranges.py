@@ -12,8 +12,9 @@ a range works unrounded and notes what it sees.
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,11 @@ class Clipped(Range):
 KINDS = {"frozen": Frozen, "learned": Learned, "clipped": Clipped}
 
 
+def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What a network is called with."""
+    return {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
+
+
 def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Module:
     """Settles every range of the network on what it sees, unrounded, of so many batches; in place. ValueError where
     there is none."""
@@ -145,15 +151,14 @@ def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Mo
     parts, seen = split(network), 0
 
     @jax.jit
-    def stats(stats, params, frozen, given):
+    def stats(stats, params, frozen, inputs):
         copy = merge(Parts(parts.graph, params, stats, frozen))
-        copy(**given)
+        copy(**inputs)
         return stats_of(copy)
 
     now = parts.stats
     for batch in islice(data, batches):
-        given = {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
-        now, seen = stats(now, parts.params, parts.frozen, given), seen + 1
+        now, seen = stats(now, parts.params, parts.frozen, given(batch)), seen + 1
     if not seen:
         raise ValueError("ranges of activations are measured on batches of the training data, and there are none")
     nnx.update(network, now)

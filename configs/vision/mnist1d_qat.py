@@ -9,6 +9,8 @@ Paper: Abdolrashidi et al. 2021, arXiv:2105.03536; Esser et al. 2020, arXiv:1902
     arXiv:2011.14439 (the data).
 Command: uv run scripts/compare.py --config=configs/vision/mnist1d_qat.py \
     --vary=mode=float,int8,int4,int2,int2_learned --tune=optim.learning_rate=3e-3,1e-2,3e-2 --seeds=3
+results/mnist1d_fp4: with --vary=mode=fp4,fp4_rotation,fp4_tensor_scale,fp4_stochastic,fp4_e8m0,fp4_ue5m3,\
+    fp4_differentiable,fp4_through_scale,fp4_all,fp4_forward
 Time: half a minute a run on one CPU core, of fp4 three times as long. Result: (results/mnist1d_qat, three seeds) float
     93.5 ± 0.3 %, int8 93.5 ± 1.0, int4 93.4 ± 0.1, int2 63.3 ± 4.6, with learned scales 86.5 ± 0.3; rounded without
     training 93.4, 90.9 and 20.9. (results/mnist1d_fp4) fp4 93.0 ± 0.6, with rotation, tensor scales and random

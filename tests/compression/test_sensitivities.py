@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from lissom.compression.quantization.allocation import methods, sensitivities
-from lissom.compression.quantization.allocation.candidates import EXACT, Mixed, Option, recorded
+from lissom.compression.quantization.allocation.candidates import Mixed, Option, recorded
 from lissom.compression.quantization.allocation.distillation import distilled
 from lissom.compression.quantization.allocation.hessians import estimator, traces
-from lissom.compression.quantization.transforms import Quantize, kernel_of, quantizable
+from lissom.compression.quantization.transforms import Quantize, quantizable
 from lissom.compression.transforms import applied
 from lissom.models.cnn import ConvNet
 from lissom.models.language import LanguageModel
@@ -227,5 +227,6 @@ def test_nothing_to_choose_is_a_sentence():
     for options, given in (((), batches()), (OPTIONS, [])):
         with pytest.raises(ValueError, match="needs layers, options and batches"):
             Mixed(cnn(), options, given)
-    assert EXACT not in range(len(OPTIONS))
-    assert kernel_of(cnn().head)[0] == "kernel"
+    quantized = merge(problem().mixed.parts)
+    with pytest.raises(ValueError, match="is quantized already"):
+        Mixed(quantized, OPTIONS, batches())

@@ -23,14 +23,13 @@ import numpy as np
 from flax import nnx
 
 from lissom.compression.quantization.quantizers import Fake
-from lissom.compression.quantization.ranges import Range, calibrate
+from lissom.compression.quantization.ranges import Range, calibrate, given
 from lissom.compression.quantization.rules import layer_rule
 from lissom.compression.quantization.transforms import kernel_of, quantizable
 from lissom.models.products import Quantizer
 from lissom.models.variables import Frozen, Parts, merge, split
 
 EXACT = -1
-FIELDS = ("inputs", "meta", "environment")
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,6 @@ class Recorder(Seen):
         return x
 
 
-def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What a network is called with."""
-    return {name: jnp.asarray(batch[name]) for name in FIELDS if name in batch}
-
-
 def recorded(network: nnx.Module, function: Callable[[str, jax.Array], Any], inputs: Mapping[str, Any]) -> dict:
     """{path: function(path, x)} of what each layer multiplies; of one that is called several times the last counts.
     Changes the network: call it within the trace in which that was merged."""
@@ -161,18 +155,17 @@ class Mixed:
         """Of each layer the rule of each option."""
         return [[option.settings(signed) for option in self.options] for signed in self.signed]
 
-    def choice(self, chosen: Mapping[str, int] | int = EXACT) -> np.ndarray:
-        """An option for all of them, or for those that are named; the others stay exact."""
-        if isinstance(chosen, int):
-            return np.full(len(self.paths), chosen, np.int32)
-        return np.asarray([chosen.get(path, EXACT) for path in self.paths], np.int32)
+    def choice(self, chosen: Mapping[str, int] | None = None) -> np.ndarray:
+        """An option for each layer that is named, by its path; the others stay exact."""
+        return np.asarray([(chosen or {}).get(path, EXACT) for path in self.paths], np.int32)
 
     def single(self, layer: int, option: int) -> np.ndarray:
         return self.choice({self.paths[layer]: option})
 
-    def at(self, choice: jax.Array, parts: Parts | None = None) -> nnx.Module:
-        """The network of a choice, to be called within a trace."""
-        network = merge(parts or self.parts)
+    def at(self, choice: jax.Array, state: tuple) -> nnx.Module:
+        """The network of a choice, to be called within a trace. state: parameters, statistics and what is frozen, of
+        `parts`."""
+        network = merge(Parts(self.parts.graph, *state))
         for number, layer in enumerate(quantizable(network).values()):
             layer.quantizer.chosen[...] = choice[number]
         return network
@@ -181,7 +174,7 @@ class Mixed:
         return self._run(jnp.asarray(choice), self.parts[1:], given(batch))
 
     def _outputs(self, choice: jax.Array, state: tuple, inputs: dict) -> jax.Array:
-        return self.at(choice, Parts(self.parts.graph, *state))(**inputs)[0]
+        return self.at(choice, state)(**inputs)[0]
 
     def _sizes(self) -> np.ndarray:
         """Codes, scales and ranges, int64 [layers, options]."""

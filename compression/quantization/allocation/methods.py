@@ -56,15 +56,15 @@ class Problem:
 
     def value(self, name: str) -> Callable[[np.ndarray], float]:
         """choice -> the mean of what the judge calls `name` over the batches; a pass each."""
-        mixed, parts = self.mixed, self.mixed.parts
+        mixed, state = self.mixed, self.mixed.parts[1:]
 
         @jax.jit
         def judged(choice, state, batch):
-            return self.judge(mixed.at(choice, type(parts)(parts.graph, *state)), batch, jax.random.key(0))[name]
+            return self.judge(mixed.at(choice, state), batch, jax.random.key(0))[name]
 
         def mean(choice: np.ndarray) -> float:
             mixed.passes += 1
-            found = [judged(jnp.asarray(choice), parts[1:], dict(batch)) for batch in self.batches]
+            found = [judged(jnp.asarray(choice), state, dict(batch)) for batch in self.batches]
             return float(sum(total for total, _ in found) / sum(count for _, count in found))
 
         return mean
@@ -72,12 +72,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Allocation:
-    """An option of each layer; what it took, and what the method thinks that it loses (None: it has no opinion)."""
+    """An option of each layer, and what it took."""
 
     choice: tuple[int, ...]
     seconds: float
     passes: int
-    loss: float | None = None
 
 
 class Sensitivity:
@@ -132,8 +131,7 @@ def allocate(method: str, sensitivity: Sensitivity, budget: float) -> Allocation
         choice = solvers.integer(table, sizes, budget)
     else:
         choice = solvers.within(solvers.pareto(table, sizes), budget)
-    loss = float(sum(table[layer, option] for layer, option in enumerate(choice)))
-    return Allocation(choice, seconds + time.perf_counter() - start, passes, loss)
+    return Allocation(choice, seconds + time.perf_counter() - start, passes)
 
 
 def _decoupled(problem: Problem, budget: float) -> Allocation:

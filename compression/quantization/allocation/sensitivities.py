@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lissom.compression.quantization.allocation.candidates import Mixed, Seen, given, recorded
+from lissom.compression.quantization.allocation.candidates import Mixed, Seen, recorded
 from lissom.compression.quantization.allocation.hessians import estimator, traces
+from lissom.compression.quantization.ranges import given
 from lissom.compression.quantization.transforms import kernel_of, quantizable
 from lissom.models.variables import Parts, merge
 
