@@ -23,7 +23,7 @@ from lissom.training import flags as command_line
 from lissom.training.errors import UserError, one_sentence
 
 
-def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
+def find_runs(patterns: Iterable[str], say=print, flag: str = "--runs") -> list[pathlib.Path]:
     """Every finished run at or under what the patterns match; those skipped are said; none at all is an error."""
     from lissom.training.runs import is_run
 
@@ -49,9 +49,9 @@ def find_runs(patterns: Iterable[str], say=print) -> list[pathlib.Path]:
                 elif path not in found:
                     found.append(path)
     if not matched:
-        raise UserError(f"--runs={','.join(patterns)} matches nothing")
+        raise UserError(f"{flag}={','.join(patterns)} matches nothing")
     if not found:
-        raise UserError(f"--runs={','.join(patterns)} matches no directory with a finished run")
+        raise UserError(f"{flag}={','.join(patterns)} matches no directory with a finished run")
     return found
 
 

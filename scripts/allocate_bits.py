@@ -232,7 +232,7 @@ def main(argv: list[str]) -> None:
         if command_line.parse(argv, recipe=False):
             raise UserError("allocate_bits.py takes no --config: every run holds its own")
         asked = read(flags.FLAGS)
-        runs = find_runs(flags.FLAGS.run, lambda text: print(text, file=sys.stderr))
+        runs = find_runs(flags.FLAGS.run, lambda text: print(text, file=sys.stderr), "--run")
         if flags.FLAGS.out:
             check_writable(flags.FLAGS.out, "--out")
         rows = rows_of(runs, asked)

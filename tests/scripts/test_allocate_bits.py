@@ -115,7 +115,7 @@ def test_mistakes_are_one_sentence(tiny_run):
         (["--run=x", "--samples=1"], "--samples=1 must be at least 2"),
         (["--run=x", "--batches=0"], "--batches=0 must be at least 1"),
         (["--run=x", "--activations=uint8"], "--activations: 'uint8' must be one of int8"),
-        (["--run=nowhere", "--bytes=10"], "matches nothing"),
+        (["--run=nowhere", "--bytes=10"], "--run=nowhere matches nothing"),
         (["--config=configs/vision/digits_resnet.py"], "takes no --config"),
     ],
 )
