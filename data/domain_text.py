@@ -83,7 +83,7 @@ def domain_text(
                 symbols = equalized(texts[stream], frequencies, levels, of_seed(2 + stream))
                 found[split][0].append(windows(symbols.tobytes(), length))
                 found[split][1].append(np.tile(np.eye(len(domains), dtype=np.uint8)[number], (size, 1)))
-    train, test = ({"text": _in_turns(text), "domains": _in_turns(domain)} for text, domain in found.values())
+    train, test = ({"text": in_turns(text), "domains": in_turns(domain)} for text, domain in found.values())
     info = {
         "vocab_size": levels,
         "chance": 1 / levels,
@@ -94,7 +94,7 @@ def domain_text(
     return Content(kind="tokens", train=train, test=test, info=info)
 
 
-def _in_turns(arrays: list[np.ndarray]) -> np.ndarray:
+def in_turns(arrays: list[np.ndarray]) -> np.ndarray:
     """The first row of each, then the second of each, ..."""
     return np.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:])
 

@@ -2,7 +2,7 @@
 
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --bytes=30000 [--method=hessian,uniform,random]
         [--options=int2,int4,int8] [--activations=int8] [--batches=8] [--samples=16]
-        [--domains=python,english] [--out=FOLDER]
+        [--exact_first=1] [--domains=python,english] [--out=FOLDER]
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --accuracy=0.99 --options=int4,int8 --method=hessian,random
 
 Finished runs of networks that were not trained with transforms. `--bytes`: of the network's codes, scales, ranges and
@@ -10,7 +10,8 @@ what stays float32 (its rows call it parameter bytes), one number or several; wh
 options take for all layers alike. `--accuracy`: instead of that, a share of the exact network's accuracy on the
 examples, for bisection between two options. `--method`: compression/quantization/allocation/methods.py lists them.
 `--domains`: the two kinds of text whose losses `decoupled` holds apart. `--activations`: their format ("weights": that
-of the weights; "none": they stay as they are).
+of the weights; "none": they stay as they are); `--exact_first`: so many tokens of a sequence stay as they are, and out
+of the ranges, of the network `language` (MixDQ's outlier).
 
 Sensitivities are taken of the run's first training batches, `--batches` of them, on which ranges of activations are
 measured too, here and where the network is stored; the rows are of the test set, of each network stored and read again,
@@ -45,6 +46,7 @@ class Asked(NamedTuple):
     batches: int
     samples: int
     domains: Sequence[str] = ()
+    exact_first: int = 0
 
 
 def allocations(run: pathlib.Path, asked: Asked) -> dict[str, tuple[dict[str, Any], Any]]:
@@ -97,7 +99,11 @@ def problem_of(run: pathlib.Path, asked: Asked):
     stream = data.train_batches(dataset, start_step=0, batch_size=size, seed=config.seed)
     batches = [{**batch, "mask": np.ones(size, np.float32)} for batch in itertools.islice(stream, asked.batches)]
     activations = {"weights": None, "none": ""}.get(asked.activations, asked.activations)
-    options = [Option(name, name if activations is None else activations) for name in asked.options]
+    of = lambda name: name if activations is None else activations
+    options = [Option(name, of(name), asked.exact_first) for name in asked.options]
+    if asked.exact_first and not getattr(network, "places_tokens", False):
+        kind = type(network).__name__
+        raise UserError(f"--exact_first={asked.exact_first} is for the network 'language', and {run} is a {kind}")
     judge = build_objective(config).judge
     if asked.accuracy and "accuracy" not in jax.eval_shape(judge, network, batches[0], jax.random.key(0)):
         raise UserError(f"--accuracy: {run} is judged by no accuracy")
@@ -205,11 +211,13 @@ def read(given: flags.FlagValues) -> Asked:
         raise UserError(f"--samples={given.samples} must be at least 2, and --accuracy={given.accuracy} a share")
     if ("decoupled" in given.method) != bool(given.domains) or len(given.domains) not in (0, 2):
         raise UserError("the method 'decoupled' takes two --domains, and no other method takes any")
+    if given.exact_first < 0 or (given.exact_first and given.activations == "none"):
+        raise UserError(f"--exact_first={given.exact_first} is a number of tokens whose activations are not rounded")
     if not given.run:
         raise UserError("--run=DIRECTORY is missing, for example --run=runs/digits_resnet")
     budgets = [int(text) for text in given.bytes]
     fields = (given.method, given.options, given.activations, budgets, given.accuracy)
-    return Asked(*fields, given.batches, given.samples, given.domains)
+    return Asked(*fields, given.batches, given.samples, given.domains, given.exact_first)
 
 
 def main(argv: list[str]) -> None:
@@ -222,6 +230,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_float("accuracy", 0.0, "share of the exact accuracy that bisection keeps")
     flags.DEFINE_integer("batches", 8, "training batches that sensitivities and ranges are measured on")
     flags.DEFINE_integer("samples", 16, "random vectors for the traces of the Hessian")
+    flags.DEFINE_integer("exact_first", 0, "tokens at the beginning of a sequence whose activations stay exact")
     flags.DEFINE_list("domains", [], "the two kinds of text of the method 'decoupled'")
     flags.DEFINE_string("out", None, "write rows.jsonl, table.md, table.csv and pareto.png there")
     with one_sentence():

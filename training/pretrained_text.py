@@ -1,18 +1,23 @@
-"""Text in the tokens of a pretrained checkpoint: `lissom.training.pretrained_text:stdlib_tokens` in a recipe.
+"""Text in the tokens of a pretrained checkpoint: `lissom.training.pretrained_text:stdlib_tokens` in a recipe, or
+`...:domain_tokens`.
 
 It stands here since `data` may not import the tokenizers of `models`."""
 
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 
 from lissom.data import Dataset
 from lissom.data.dataset import ArraySource
-from lissom.data.errors import DataError, require
+from lissom.data.domain_text import TEXTS, in_turns
+from lissom.data.errors import DataError, nearest, require
 from lissom.data.stdlib_text import TEST_MODULES, TRAIN_MODULES, module_bytes
 from lissom.models.pretrained import read
 from lissom.models.pretrained.errors import CheckpointError
+
+LONGEST = 16  # bytes of text that are encoded for a token that is wanted
 
 
 def stdlib_tokens(*, checkpoint: str = "smollm2", length: int = 512, test_windows: int = 0) -> Dataset:
@@ -41,14 +46,78 @@ def stdlib_tokens(*, checkpoint: str = "smollm2", length: int = 512, test_window
     return Dataset("stdlib_tokens", "tokens", sources["train"], sources["test"], info)
 
 
+def domain_tokens(
+    *,
+    checkpoint: str = "smollm2",
+    length: int = 128,
+    train_windows: int = 500,
+    test_windows: int = 48,
+    domains: tuple[str, ...] = ("python", "english"),
+    tested: str = "",
+    seed: int = 0,
+) -> Dataset:
+    """Kinds of text (`data/domain_text.py` has them; here their bytes are as they are) in the tokens of a checkpoint's
+    tokenizer: of each domain the first windows of `length` of its training and of its test text, the domains by turns.
+    `domains` float32 [D] is one-hot, and `tested` names the one domain of which the test set is then; every position
+    scores. Losses are nats a token, so they compare models of one tokenizer only.
+    """
+    for name in domains:
+        require(name in TEXTS, f"domain_tokens: there is no domain {name!r}{nearest(name, TEXTS)}")
+    require(len(set(domains)) == len(domains) >= 2, f"domain_tokens: domains must be two or more, got {domains}")
+    require(tested in ("", *domains), f"domain_tokens: tested must be one of {', '.join(domains)}, got {tested!r}")
+    counts = {"length": length, "train_windows": train_windows, "test_windows": test_windows}
+    for name, count in counts.items():
+        require(count >= 1, f"domain_tokens: {name} must be at least 1, got {count}")
+    splits = {"train": train_windows, "test": test_windows}
+    windows, kinds = ({split: [] for split in splits} for _ in range(2))
+    digest = hashlib.sha256()
+    tokenizer, vocab_size = _tokenizer(checkpoint, "domain_tokens")
+    for number, domain in enumerate(domains):
+        rngs = tuple(np.random.default_rng([seed, list(TEXTS).index(domain), stream]) for stream in range(2))
+        lengths = tuple(LONGEST * (count * length + 1) for count in splits.values())
+        texts = TEXTS[domain](rngs, lengths)
+        for (split, count), text, most in zip(splits.items(), texts, lengths, strict=True):
+            part = bytes(text[:most])
+            tokens = np.asarray(tokenizer.encode(part.decode(errors="replace"), ends=False), np.int32)
+            require(
+                len(tokens) > count * length,
+                f"domain_tokens: the {split} text of {domain!r} holds {(len(tokens) - 1) // length} windows of "
+                f"{length}, and {split}_windows={count} asks for more",
+            )
+            digest.update(tokens[: count * length + 1].tobytes())
+            if split == "train" or tested in ("", domain):
+                starts = np.arange(count) * length
+                windows[split].append(tokens[starts[:, None] + np.arange(length + 1)])
+                kinds[split].append(np.tile(np.eye(len(domains), dtype=np.uint8)[number], (count, 1)))
+
+    sources = {
+        split: ArraySource("tokens", {"text": in_turns(windows[split]), "domains": in_turns(kinds[split])})
+        for split in splits
+    }
+    info = {
+        "vocab_size": vocab_size,
+        "input_shape": (length,),
+        "domains": list(domains),
+        "sha256": digest.hexdigest(),
+        **{f"{split}_examples": len(source) for split, source in sources.items()},
+    }
+    return Dataset("domain_tokens", "tokens", sources["train"], sources["test"], info)
+
+
 @functools.cache
 def module_tokens(checkpoint: str, modules: tuple[str, ...]) -> tuple[np.ndarray, int]:
     """(int32 tokens of the modules' sources one behind the other, the size of the vocabulary)."""
+    tokenizer, vocab_size = _tokenizer(checkpoint, "stdlib_tokens")
+    pieces = [tokenizer.encode(module_bytes((name,)).decode(errors="replace"), ends=False) for name in modules]
+    return np.concatenate([np.asarray(piece, np.int32) for piece in pieces]), vocab_size
+
+
+def _tokenizer(checkpoint: str, dataset: str) -> tuple[Any, int]:
+    """(tokenizer, size of the vocabulary); DataError names the dataset that asks."""
     try:
         found = read(checkpoint)
         tokenizer = found.tokenizer()
     except CheckpointError as error:
-        raise DataError(f"stdlib_tokens: {error}") from error
-    require(tokenizer is not None, f"stdlib_tokens: the checkpoint {checkpoint} has no tokenizer that is understood")
-    pieces = [tokenizer.encode(module_bytes((name,)).decode(errors="replace"), ends=False) for name in modules]
-    return np.concatenate([np.asarray(piece, np.int32) for piece in pieces]), found.settings.vocab_size
+        raise DataError(f"{dataset}: {error}") from error
+    require(tokenizer is not None, f"{dataset}: the checkpoint {checkpoint} has no tokenizer that is understood")
+    return tokenizer, found.settings.vocab_size

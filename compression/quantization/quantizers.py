@@ -64,25 +64,26 @@ class Fake(Quantizer):
             w = kernel[...]
             y = products.product(product.rows(x, w), product.matrix(w), self.rule.three)
             return product.result(y, x, w)
-        return product(self._inputs(product, x), self.kernel(product, kernel).astype(x.dtype))
+        return product(self.inputs(product, x), self.kernel(product, kernel).astype(x.dtype))
 
     def kernel(self, product: Any, kernel: Any) -> jax.Array:
         # What is rounded is the float32 kernel, as it is when it is stored.
         w = kernel[...]
-        return w if self._observing else self.weights(w, product.kernel_axes(w.ndim))
+        return w if self.observing else self.weights(w, product.kernel_axes(w.ndim))
 
     def rounding(self, product: Any) -> Callable | None:
-        return None if self.rule.activations is None else functools.partial(self._inputs, product)
+        return None if self.rule.activations is None else functools.partial(self.inputs, product)
 
-    def _inputs(self, product: Any, x: jax.Array) -> jax.Array:
+    def inputs(self, product: Any, x: jax.Array) -> jax.Array:
+        """What the product takes of x: rounded; while the range is measured, x as it is, which the range sees."""
         axes = product.x_axes(x.ndim)
-        if self._observing:
+        if self.observing:
             self.range.note(self._later(hadamard(x, axes[-1], self.rule.activations.operand.rotation)))
             return x
         return self.activations(x, axes)
 
     @property
-    def _observing(self) -> bool:
+    def observing(self) -> bool:
         return self.range is not None and self.range.observing
 
     @property
@@ -122,8 +123,11 @@ class Fake(Quantizer):
         return jnp.where(leading(x, exact), 0, x) if exact else x
 
     def rows_of(self, table: Any, index: jax.Array) -> jax.Array:
-        """Rows of a table, which are summed over in a product: rounded as they would be there, but not turned."""
+        """Rows of a table, which are summed over in a product: rounded as they would be there, but not turned;
+        while the range is measured as they are."""
         operand, rows = self.rule.weights.operand, table[...][index]
+        if self.observing:
+            return rows
         if self.scale is not None or operand.scheme.per == "tensor" or operand.scheme.tensor_scale:
             return hadamard(self.weights(table[...], (1,)), 1, operand.rotation)[index]
         axis = (rows.ndim - 1,)

@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct, tuned on the source text of Python's standard library; held-out modules are the test.
 
+Mode `domains`: on source text and on English by turns (`domain_tokens`), and judged on each.
+
 Paper: SmolLM2: When Smol Goes Big, 2025, arXiv:2502.02737. `transforms` and `model.mixer` change it in front of the
     tuning: TransMLA (arXiv:2502.07864) is `--config.transforms="({'name': 'grouped_to_latent'},)"`.
 Command: uv run --extra pretrained train.py --config=configs/language/smollm2.py
@@ -15,6 +17,7 @@ Sweep: transforms  model.mixer=gqa,window,block_sparse  optim.learning_rate  tra
 from lissom.configs.base import base, mode, tiny
 
 CHECKPOINT = "smollm2"
+DOMAINS = ("python", "english")
 HEADS = {"kv_heads": 3, "rope_theta": 100_000.0}
 
 
@@ -55,7 +58,14 @@ def get_config(arg: str = ""):
     config.optim.update({"learning_rate": 3e-5, "weight_decay": 0.0})
     config.train = {"steps": 100}
     config.evaluation.update({"batch_size": 4, "latency_batches": (1,), "latency_repeats": 5})
-    if mode(arg, ("tiny",)):
+    arg = mode(arg, ("domains", "tiny"))
+    if arg == "domains":
+        with config.unlocked():
+            config.data.name = "lissom.training.pretrained_text:domain_tokens"
+            config.data.kwargs = {"domain_tokens": {"checkpoint": CHECKPOINT, "length": 128, "domains": DOMAINS}}
+        config.data.batch_size = 4
+        config.evaluation.data = tuple({"tested": name} for name in DOMAINS)
+    if arg == "tiny":
         # Without the checkpoint: bytes, and fresh weights.
         config = tiny(config)
         config.data.name = "stdlib_text"

@@ -83,8 +83,29 @@ def test_domains_are_held_apart(tiny_run):
         allocate_bits.problem_of(path, asked._replace(domains=("latin", "python")))
 
 
+def test_first_tokens_stay_exact_where_bits_are_chosen(tiny_run):
+    """What is stored is what was looked at, and its first token has only the weights' rounding."""
+    _, path = tiny_run("language/stdlib_lm")
+    asked = ASKED._replace(methods=("divergence",), options=("int8",), exact_first=1, budgets=(10**6,))
+    allocate_bits.rows_of([path], asked)
+    problem = allocate_bits.problem_of(path, asked)
+    mixed, batch = problem.mixed, problem.batches[0]
+    choice = np.zeros(len(mixed.paths), np.int32)
+    assert all(rule["activations"]["exact_first"] == 1 for _, rule in mixed.rules(choice))
+    stored = merge(reload(path / "exports" / "quantize divergence 1000000"))(batch["inputs"])[0]
+    seen = np.asarray(mixed.run(choice, batch))
+    weights = allocate_bits.problem_of(path, asked._replace(activations="none", exact_first=0)).mixed
+    of_weights = np.asarray(weights.run(choice, batch))
+    for found in (seen, stored):
+        np.testing.assert_allclose(found[:, 0], of_weights[:, 0], rtol=1e-4, atol=1e-3)
+    # Rounding in float32 moves a few activations by a step.
+    assert np.abs(stored - seen).mean() < 0.1 * np.abs(seen - of_weights).mean()
+
+
 def test_mistakes_are_one_sentence(tiny_run):
     _, path = tiny_run("vision/digits_resnet")
+    with pytest.raises(UserError, match=r"--exact_first=1 is for the network 'language', and .* is a ResNet"):
+        allocate_bits.problem_of(path, ASKED._replace(exact_first=1))
     with pytest.raises(
         UserError, match=r"--bytes=N is missing: of .* all layers alike take int2 [0-9,]+, int8 [0-9,]+"
     ):
@@ -115,6 +136,8 @@ def test_mistakes_are_one_sentence(tiny_run):
         (["--run=x", "--samples=1"], "--samples=1 must be at least 2"),
         (["--run=x", "--batches=0"], "--batches=0 must be at least 1"),
         (["--run=x", "--activations=uint8"], "--activations: 'uint8' must be one of int8"),
+        (["--run=x", "--exact_first=-1"], "--exact_first=-1 is a number of tokens"),
+        (["--run=x", "--exact_first=1", "--activations=none"], "whose activations are not rounded"),
         (["--run=nowhere", "--bytes=10"], "--run=nowhere matches nothing"),
         (["--config=configs/vision/digits_resnet.py"], "takes no --config"),
     ],

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from lissom.compression.quantization.quantizers import Fake
-from lissom.compression.quantization.ranges import Range, calibrate, given
+from lissom.compression.quantization.ranges import calibrate, given
 from lissom.compression.quantization.rules import layer_rule
 from lissom.compression.quantization.transforms import kernel_of, quantizable
 from lissom.models.products import Quantizer
@@ -34,17 +34,22 @@ EXACT = -1
 
 @dataclass(frozen=True)
 class Option:
-    """A format of weights (a scale a channel) and one of activations ("": they stay as they are)."""
+    """A format of weights (a scale a channel) and one of activations ("": they stay as they are), of which so many
+    tokens at the beginning of a sequence are exact."""
 
     weights: str
     activations: str = ""
+    exact_first: int = 0
 
     def settings(self, signed: bool) -> dict[str, Any]:
         """The rule of `qat` and `quantize` for a layer that sees numbers below 0, or none."""
         if not self.activations:
             return {"weights": self.weights}
         unsigned = self.activations.startswith("int") and not signed
-        return {"weights": self.weights, "activations": {"format": "u" * unsigned + self.activations}}
+        activations = {"format": "u" * unsigned + self.activations}
+        if self.exact_first:
+            activations["exact_first"] = self.exact_first
+        return {"weights": self.weights, "activations": activations}
 
 
 class Candidates(Quantizer):
@@ -69,15 +74,15 @@ class Candidates(Quantizer):
         return self._chosen(lambda: table[...][index], lambda fake: fake.rows_of(table, index))
 
     def _inputs(self, product: Any, x: jax.Array) -> jax.Array:
-        for range in self._observing:
-            range.note(x)
+        for fake in self._observing:
+            fake.inputs(product, x)
         if self._observing:
             return x
         return self._chosen(lambda: x, lambda fake: fake.activations(x, product.x_axes(x.ndim)))
 
     @property
-    def _observing(self) -> list[Range]:
-        return [fake.range for fake in self.fakes if fake.range is not None and fake.range.observing]
+    def _observing(self) -> list[Fake]:
+        return [fake for fake in self.fakes if fake.observing]
 
     def _chosen(self, exact: Callable, rounded: Callable) -> jax.Array:
         ways = [exact, *(functools.partial(rounded, fake) for fake in self.fakes)]
