@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, tuned on the source text of Python's standard library; held-out modules are the test.
 
-Mode `domains`: on source text and on English by turns (`domain_tokens`), and judged on each.
+Mode `domains`: on source text and on English by turns (`domain_tokens`), and judged on each; rounded to int8 in three ways
+without training besides: with a scale a layer for activations, the first token exact, or a scale a token.
 
 Paper: SmolLM2: When Smol Goes Big, 2025, arXiv:2502.02737. `transforms` and `model.mixer` change it in front of the
     tuning: TransMLA (arXiv:2502.07864) is `--config.transforms="({'name': 'grouped_to_latent'},)"`.
@@ -18,7 +19,14 @@ from lissom.configs.base import base, mode, tiny
 
 CHECKPOINT = "smollm2"
 DOMAINS = ("python", "english")
+ROUNDED = {"a layer": {}, "a layer, first token exact": {"exact_first": 1}, "a token": {"per": "row"}}
 HEADS = {"kv_heads": 3, "rope_theta": 100_000.0}
+
+
+def int8(label: str, **activations):
+    """The entry of `evaluation.transforms` that rounds all layers."""
+    rule = {"weights": "int8", "activations": {"format": "int8", **activations}}
+    return {"name": "quantize", "rules": ((".*", rule),), "label": f"int8, {label}"}
 
 
 def get_config(arg: str = ""):
@@ -65,6 +73,7 @@ def get_config(arg: str = ""):
             config.data.kwargs = {"domain_tokens": {"checkpoint": CHECKPOINT, "length": 128, "domains": DOMAINS}}
         config.data.batch_size = 4
         config.evaluation.data = tuple({"tested": name} for name in DOMAINS)
+        config.evaluation.transforms = tuple(int8(label, **settings) for label, settings in ROUNDED.items())
     if arg == "tiny":
         # Without the checkpoint: bytes, and fresh weights.
         config = tiny(config)
