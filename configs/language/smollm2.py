@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, tuned on the source text of Python's standard library; held-out modules are the test.
 
-Mode `domains`: on source text and on English by turns (`domain_tokens`), and judged on each; rounded to int8 in three ways
-without training besides: with a scale a layer for activations, the first token exact, or a scale a token.
+Mode `domains`: on source text and on English by turns (`domain_tokens`), and judged on each; rounded to int8 in three
+ways without training besides: with a scale a layer for activations, the first token exact, or a scale a token.
 
 Paper: SmolLM2: When Smol Goes Big, 2025, arXiv:2502.02737. `transforms` and `model.mixer` change it in front of the
     tuning: TransMLA (arXiv:2502.07864) is `--config.transforms="({'name': 'grouped_to_latent'},)"`.
