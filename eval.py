@@ -13,6 +13,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -223,8 +224,13 @@ def evaluate(
             skip(f"skipped {run}: {error}")
     if not subjects:
         raise UserError(f"none of {len(runs)} runs can be measured")
-    for subject in subjects:
+    told = time.monotonic()
+    for number, subject in enumerate(subjects, 1):
         measure_subject(subject)
+        # Many networks on a large test set take an hour.
+        if time.monotonic() - told > 30:
+            told = time.monotonic()
+            print(f"{number} of {len(subjects)} networks are judged; their latencies come last", file=sys.stderr)
     for _, (trained, *rest) in itertools.groupby(subjects, lambda subject: subject.run):
         compare_outputs(trained, [subject for subject in rest if subject.blank.identity.transform])
     tasks: dict[str, list] = {}
