@@ -20,6 +20,7 @@ from lissom.evaluation.statistics import pareto_front
 
 WIDTH, HEIGHT, DPI = 8.0, 5.4, 130
 BLUE, GREY, DARK = "#2f6db5", "#8a8a8a", "#222222"
+STYLES = ("o-", "s-", "^--", "D:")  # of curves
 CROSSING, ASTRAY, PADDING = 60.0, 30.0, 4.0  # pixels
 SMALLEST, LARGEST, UNSIZED = 30.0, 420.0, 60.0  # marker areas in square points
 
@@ -85,9 +86,11 @@ class Curve:
 
 
 def curve_plot(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike, *, x_label: str, y_label: str) -> None:
-    """Writes the PNG: under each title its curves, side by side in panels of one y axis."""
+    """Writes the PNG: under each title its curves, side by side in panels of one y axis; curves of one label look alike
+    in all of them."""
     if not panels or not all(panels.values()):
         raise ValueError("nothing to plot")
+    looks, shown = curve_looks(panels), {}
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(1.5 + 3.6 * columns, 3.4 * rows), dpi=DPI, layout="constrained")
@@ -97,10 +100,11 @@ def curve_plot(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike, *
         if title is None:
             axis.set_axis_off()
             continue
-        for curve, style in zip(curves, itertools.cycle(("o-", "s-", "^--", "D:"))):
+        for curve in curves:
             x, y, x_error, y_error = zip(*curve.points, strict=True)
-            fmt = style if len(x) > 1 else "*"
-            axis.errorbar(x, y, y_error, x_error, fmt=fmt, label=curve.label, ms=4 if len(x) > 1 else 9, lw=1.3)
+            color, style = looks[curve.label]
+            fmt, size = (style, 4) if len(x) > 1 else ("*", 9)
+            shown[curve.label] = axis.errorbar(x, y, y_error, x_error, fmt=fmt, color=color, ms=size, lw=1.3)
         axis.set_title(title, fontsize=9, loc="left", wrap=True)
         axis.set_xlabel(x_label)
         axis.grid(True, color="#e4e4e4", lw=0.7)
@@ -108,9 +112,15 @@ def curve_plot(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike, *
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[::columns]:
         axis.set_ylabel(y_label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend([shown[label] for label in looks], looks, loc="outside right upper", frameon=False, fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
+
+
+def curve_looks(panels: Mapping[str, Sequence[Curve]]) -> dict[str, tuple[str, str]]:
+    """{label: (color, style)}, in the order in which the panel of most curves has them."""
+    labels = dict.fromkeys(curve.label for curves in sorted(panels.values(), key=len, reverse=True) for curve in curves)
+    return {label: (f"C{n % 10}", style) for n, (label, style) in enumerate(zip(labels, itertools.cycle(STYLES)))}
 
 
 def marker_area(size: float | None, largest: float) -> float:

@@ -228,3 +228,12 @@ def test_labels_that_cannot_fit_are_refused(tmp_path):
 
 def test_marker_area_is_proportional_to_memory():
     assert plots.marker_area(4e6, 4e6) == 2 * plots.marker_area(2e6, 4e6) == plots.LARGEST
+
+
+def test_curves_of_one_label_look_alike_in_all_panels(tmp_path):
+    line = lambda *labels: [plots.Curve(label, ((0.0, 1.0, 0.0, 0.0), (1.0, 2.0, 0.0, 0.0))) for label in labels]
+    panels = {"few": line("b", "c"), "many": line("a", "b", "c")}
+    looks = plots.curve_looks(panels)
+    assert list(looks) == ["a", "b", "c"] and len(set(looks.values())) == 3
+    plots.curve_plot(panels, tmp_path / "plot.png", x_label="x", y_label="y")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
