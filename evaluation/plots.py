@@ -272,18 +272,26 @@ def _best_place(center, radius: float, extent: Bbox, frame: Bbox, markers, place
     Leader lines are given as points along them. None when no place inside the axes is free.
     """
     best, lowest = None, math.inf
+    lines, extents = np.reshape(leaders, (-1, 2)), np.reshape([other.extents for other in placed], (-1, 4))
     for distance, box in _free_places(center, radius, extent.width, extent.height, frame, [*markers, *placed]):
         if distance >= lowest:  # places come in order of distance, and crossings only add to it
             break
         own = _gap(center, radius, box) + PADDING
         astray = any(_gap(*other, box) <= own for other in others)
         leader = _leader(center, radius, box, astray)
-        crossed = any(box.contains(*point) for point in leaders)
-        crossed += sum(any(other.contains(*point) for point in leader) for other in placed)
+        # In arrays: with thirty labels this is where the time goes.
+        crossed = int(_inside(lines, box.extents).any()) + int(_inside(leader, extents).any(1).sum())
         cost = distance + CROSSING * crossed + ASTRAY * astray
         if cost < lowest:
             best, lowest = (box, leader), cost
     return best
+
+
+def _inside(points, extents) -> np.ndarray:
+    """Whether points [P, 2] lie in boxes [..., 4] of (x0, y0, x1, y1): bool [..., P]."""
+    x, y = np.reshape(points, (-1, 2)).T
+    x0, y0, x1, y1 = np.moveaxis(np.asarray(extents)[..., None], -2, 0)
+    return (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
 
 
 def _gap(center, radius: float, box: Bbox) -> float:
