@@ -22,6 +22,7 @@ WIDTH, HEIGHT, DPI = 8.0, 5.4, 130
 BLUE, GREY, DARK = "#2f6db5", "#8a8a8a", "#222222"
 STYLES = ("o-", "s-", "^--", "D:")  # of curves
 CROSSING, ASTRAY, PADDING = 60.0, 30.0, 4.0  # pixels
+NAMED = 24  # points of a panel that all have labels
 SMALLEST, LARGEST, UNSIZED = 30.0, 420.0, 60.0  # marker areas in square points
 
 
@@ -54,10 +55,11 @@ class Panel:
 
 
 def pareto_plot(panels: Sequence[Panel], path: str | os.PathLike) -> list[list[Bbox]]:
-    """Writes the PNG; returns the label boxes of each panel in pixels, which do not overlap."""
+    """Writes the PNG; returns the label boxes of each panel in pixels, which do not overlap. Of a panel of more than
+    `NAMED` points those of the front alone have labels."""
     if not panels:
         raise ValueError("nothing to plot")
-    most = max(len(panel.points) for panel in panels)
+    most = max(len(_named(panel)) for panel in panels)
     # Twelve labels fit well at the plain height; beyond, and when placement fails, the picture grows.
     for growth in (1.0, 1.3, 1.7, 2.2):
         height = (HEIGHT + 0.12 * max(most - 12, 0)) * growth
@@ -75,6 +77,13 @@ def pareto_plot(panels: Sequence[Panel], path: str | os.PathLike) -> list[list[B
             figure.savefig(path, format="png")
             return boxes
     raise ValueError(f"{most} labels do not fit into one plot: shorten the variant labels, or plot fewer rows")
+
+
+def _named(panel: Panel) -> list[int]:
+    """Which points have labels."""
+    if len(panel.points) <= NAMED:
+        return list(range(len(panel.points)))
+    return pareto_front([(p.x, p.y) for p in panel.points], panel.directions)
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,8 @@ def _sparse(axis):
 
 
 def _legend(axis, panel: Panel, largest: float) -> None:
-    handles = [Line2D([], [], color=BLUE, alpha=0.5, lw=1.5, label="Pareto front")]
+    alone = "" if len(_named(panel)) == len(panel.points) else "\n(alone named)"
+    handles = [Line2D([], [], color=BLUE, alpha=0.5, lw=1.5, label=f"Pareto front{alone}")]
     handles += axis.get_legend_handles_labels()[0]
     if any(p.size is not None for p in panel.points):
         # A heading inside the list: a legend title would seem to speak of the front and the levels too.
@@ -246,7 +256,8 @@ def _place_labels(figure, axis, panel: Panel) -> list[Bbox] | None:
     markers = [Bbox.from_extents(x - r, y - r, x + r, y + r) for (x, y), r in zip(pixels, radii)]
     crowding = [sum(math.dist(a, b) < 80 for b in pixels) for a in pixels]
     frame, boxes, leaders = axis.get_window_extent(renderer), {}, []
-    for index in sorted(range(len(pixels)), key=lambda i: -crowding[i]):
+    named = _named(panel)
+    for index in sorted(named, key=lambda i: -crowding[i]):
         label = panel.points[index].label
         text = axis.text(0, 0, label, fontsize=9, color=DARK, transform=None, va="bottom", ha="left", zorder=5)
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable across front and error bars
@@ -262,7 +273,7 @@ def _place_labels(figure, axis, panel: Panel) -> list[Bbox] | None:
             leaders += leader
             xs, ys = zip(leader[0], leader[-1])
             axis.add_line(Line2D(xs, ys, transform=None, color=DARK, lw=0.6, marker="o", ms=2, markevery=[0], zorder=4))
-    return [boxes[index] for index in range(len(pixels))]
+    return [boxes[index] for index in named]
 
 
 def _best_place(center, radius: float, extent: Bbox, frame: Bbox, markers, placed, leaders, others):

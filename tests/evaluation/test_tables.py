@@ -161,6 +161,15 @@ def test_labels_do_not_overlap_each_other(tmp_path, count):
     assert all(b.x0 >= 0 and b.x1 <= width and b.y0 >= 0 and b.y1 <= height for b in boxes)
 
 
+def test_of_many_points_the_front_is_named(tmp_path):
+    # Each is beaten by the one before it, but for the last, which is the best and the dearest.
+    points = [plots.Point(f"variant {i}", 1.0 + i, 90.0 - i) for i in range(plots.NAMED)]
+    panel = lambda *more: plots.Panel("task", "machine", "x", "y", (*points, *more))
+    assert len(plots.pareto_plot([panel()], tmp_path / "plot.png")[0]) == plots.NAMED
+    (boxes,) = plots.pareto_plot([panel(plots.Point("last", 100.0, 99.0))], tmp_path / "plot.png")
+    assert len(boxes) == 2
+
+
 def test_a_label_that_could_be_anothers_moves_or_gets_a_line():
     frame, extent = Bbox.from_extents(0, 0, 400, 400), Bbox.from_extents(0, 0, 40, 10)
     own = Bbox.from_extents(190, 190, 210, 210)
