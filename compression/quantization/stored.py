@@ -145,14 +145,20 @@ class Stored(Quantizer):
         return product.result(few @ product.matrix(turned), x, kernel) if by_rows else product(few, turned)
 
     def _with_exact(self, y: jax.Array, product: Any, x: jax.Array, kernel: Packed) -> jax.Array:
-        """y, but of the first tokens the product in floats. Where a sequence is continued, that is computed only if one
-        of them is there."""
-        count, w = self.rule.activations.exact_first, lambda: kernel[...].astype(x.dtype)
+        """y, but of the first tokens the product of floats with codes. Where a sequence is continued, that is computed
+        only if one of them is there."""
+
+        def exact(x: jax.Array) -> jax.Array:
+            codes, bits = kernel.integers
+            rows = product.rows(self._turned(x, product.x_axes(x.ndim)), kernel)
+            return product.result(quantized_matmul(rows, codes, kernel.scales, bits=bits), x, kernel).astype(x.dtype)
+
+        count = self.rule.activations.exact_first
         first = leading(x, count)
         if not is_continued():
-            return jnp.concatenate([product(x[:, :count], w()), y[:, count:]], 1)
+            return jnp.concatenate([exact(x[:, :count]), y[:, count:]], 1)
         of_y = first.reshape(*first.shape[:2], *(1,) * (y.ndim - 2))
-        return jax.lax.cond(first.any(), lambda: jnp.where(of_y, product(x, w()), y), lambda: y)
+        return jax.lax.cond(first.any(), lambda: jnp.where(of_y, exact(x), y), lambda: y)
 
     def kernel(self, product: Any, kernel: Packed) -> jax.Array:
         del product
