@@ -12,6 +12,10 @@ grouped_to_latent (at 3e-5), not separated; 57.0 and 56.8 % of the tokens.
 results/smollm2: uv run --extra pretrained scripts/compare.py --config=configs/language/smollm2.py \
     --vary="transforms=(),({'name':'grouped_to_latent'},)" --tune=optim.learning_rate=1e-5,3e-5,1e-4 \
     --config.train.steps=30 --config.evaluation.transforms="()"
+Mode `domains`, 20 steps: 45.8 % of the tokens; int8 with a range a layer 35.7, with the first token exact 40.9, with a
+scale a token 45.2.
+results/smollm2_int8: uv run --extra pretrained scripts/compare.py --config=configs/language/smollm2.py:domains \
+    --config.train.steps=20 --config.optim.learning_rate=1e-4 --seeds=3
 Sweep: transforms  model.mixer=gqa,window,block_sparse  optim.learning_rate  train.steps
 """
 
