@@ -89,7 +89,6 @@ def domain_tokens(
                 starts = np.arange(count) * length
                 windows[split].append(tokens[starts[:, None] + np.arange(length + 1)])
                 kinds[split].append(np.tile(np.eye(len(domains), dtype=np.uint8)[number], (count, 1)))
-
     sources = {
         split: ArraySource("tokens", {"text": in_turns(windows[split]), "domains": in_turns(kinds[split])})
         for split in splits
