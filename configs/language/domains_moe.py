@@ -12,8 +12,8 @@ results/domains_moe: uv run scripts/compare.py --config=configs/language/domains
     --tune=optim.learning_rate=3e-3,1e-2,3e-2
 results/domains_moe_balance: with --vary=model.ffn_kwargs.moe.gate_kwargs.top_k.balance_sequences=None,1 \
     --config.model.ffn_kwargs.moe.gate_kwargs.top_k.balance=0.1 --tune=optim.learning_rate=3e-3,1e-2,3e-2
-results/domains_allocation: uv run scripts/compare.py --config=configs/language/domains_moe.py --config.model.ffn=swiglu \
-    --seeds=3
+results/domains_allocation: uv run scripts/compare.py --config=configs/language/domains_moe.py \
+    --config.model.ffn=swiglu --seeds=3
     and uv run scripts/allocate_bits.py --run='runs/compare/domains_moe/recipe_seed*' --activations=weights \
     --method=uniform,random,divergence,decoupled --domains=python,english --bytes=18000,24016,32000
 Sweep: model.ffn_kwargs.moe.gate=top_k,noisy_top_k,sigmoid_bias,hash,expert_choice,soft,dselect_k,comet
