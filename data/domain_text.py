@@ -27,7 +27,7 @@ import json
 import platform
 import sysconfig
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,20 +55,16 @@ def domain_text(
     the network. `tested` names the one domain of which the test set is then; the training set and the alphabet stay the
     same.
     """
-    for name in domains:
-        require(name in TEXTS, f"domain_text: there is no domain {name!r}{nearest(name, TEXTS)}")
-    require(len(set(domains)) == len(domains) >= 2, f"domain_text: domains must be two or more, got {domains}")
-    require(tested in ("", *domains), f"domain_text: tested must be one of {', '.join(domains)}, got {tested!r}")
+    check_domains("domain_text", domains, tested)
     require(length >= 1, f"domain_text: length must be at least 1, got {length}")
     require(2 <= levels <= 256, f"domain_text: levels must be in 2..256, got {levels}")
     require(train_size >= 1 and test_size >= 1, f"domain_text: sizes must be at least 1, got {train_size}, {test_size}")
     splits = {"train": train_size, "test": test_size}
-    found = {split: ([], []) for split in splits}
+    found = {split: {} for split in splits}
     drawn = {}
-    for number, name in enumerate(domains):
-        of_seed = lambda stream, name=name: np.random.default_rng([seed, list(TEXTS).index(name), stream])
+    for name in domains:
         lengths = tuple(size * length + 1 for size in splits.values())
-        texts = TEXTS[name]((of_seed(0), of_seed(1)), lengths)
+        texts = texts_of(name, seed, lengths)
         for split, text, wanted in zip(splits, texts, lengths, strict=True):
             require(
                 len(text) >= wanted,
@@ -78,12 +74,11 @@ def domain_text(
         texts = tuple(text[:wanted] for text, wanted in zip(texts, lengths, strict=True))
         frequencies = np.bincount(texts[0], minlength=256) / len(texts[0])
         drawn[name] = drawn_nats(frequencies, levels)
-        for stream, (split, size) in enumerate(splits.items()):
+        for stream, split in enumerate(splits):
             if split == "train" or tested in ("", name):
-                symbols = equalized(texts[stream], frequencies, levels, of_seed(2 + stream))
-                found[split][0].append(windows(symbols.tobytes(), length))
-                found[split][1].append(np.tile(np.eye(len(domains), dtype=np.uint8)[number], (size, 1)))
-    train, test = ({"text": in_turns(text), "domains": in_turns(domain)} for text, domain in found.values())
+                symbols = equalized(texts[stream], frequencies, levels, _rng(name, seed, 2 + stream))
+                found[split][name] = windows(symbols.tobytes(), length)
+    train, test = (by_turns(of_split, domains) for of_split in found.values())
     info = {
         "vocab_size": levels,
         "chance": 1 / levels,
@@ -94,9 +89,30 @@ def domain_text(
     return Content(kind="tokens", train=train, test=test, info=info)
 
 
-def in_turns(arrays: list[np.ndarray]) -> np.ndarray:
-    """The first row of each, then the second of each, ..."""
-    return np.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:])
+def check_domains(dataset: str, domains: Sequence[str], tested: str) -> None:
+    """DataError, in the name of the dataset, for domains that there are not, and for fewer than two."""
+    for name in domains:
+        require(name in TEXTS, f"{dataset}: there is no domain {name!r}{nearest(name, TEXTS)}")
+    require(len(set(domains)) == len(domains) >= 2, f"{dataset}: domains must be two or more, got {domains}")
+    require(tested in ("", *domains), f"{dataset}: tested must be one of {', '.join(domains)}, got {tested!r}")
+
+
+def texts_of(name: str, seed: int, lengths: tuple[int, int]) -> "Texts":
+    """The bytes uint8 [N] of a domain's training and test text; of those that are generated so many."""
+    return TEXTS[name]((_rng(name, seed, 0), _rng(name, seed, 1)), lengths)
+
+
+def by_turns(windows: Mapping[str, np.ndarray], domains: Sequence[str]) -> dict[str, np.ndarray]:
+    """{domain: windows [N, T + 1]} -> the fields `text`, the first window of each, then the second of each, ..., and
+    `domains`, one-hot."""
+    one_hot = np.eye(len(domains), dtype=np.uint8)
+    kinds = [np.tile(one_hot[domains.index(name)], (len(rows), 1)) for name, rows in windows.items()]
+    in_turns = lambda arrays: np.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:])
+    return {"text": in_turns(list(windows.values())), "domains": in_turns(kinds)}
+
+
+def _rng(name: str, seed: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([seed, list(TEXTS).index(name), stream])
 
 
 def equalized(text: np.ndarray, frequencies: np.ndarray, levels: int, rng: np.random.Generator) -> np.ndarray:

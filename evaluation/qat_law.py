@@ -67,6 +67,23 @@ def best_shares(points: Sequence[Point]) -> dict[tuple[int, int, int], float]:
     return found
 
 
+def differences(points: Sequence[Point], others: Sequence[Point]) -> dict[tuple[int, float], list[float]]:
+    """{(bits, share): loss of a point less that of the other of its cell and share, a number a cell that both have}."""
+    known, found = {(point.cell, point.share): point.loss for point in others}, {}
+    for point in points:
+        if (point.cell, point.share) in known:
+            off = point.loss - known[point.cell, point.share]
+            found.setdefault((point.bits, point.share), []).append(off)
+    return dict(sorted(found.items()))
+
+
+def best_differences(points: Sequence[Point], others: Sequence[Point]) -> list[float]:
+    """Of each cell that both have, the least loss of the points less that of the others, over shares below 1."""
+    least = lambda found, cell: min((p.loss for p in found if p.cell == cell and p.share < 1), default=math.nan)
+    both = [least(points, cell) - least(others, cell) for cell in dict.fromkeys(point.cell for point in points)]
+    return [off for off in both if not math.isnan(off)]
+
+
 def share_law(per_byte: float, a: float) -> float:
     """f* of S tokens per parameter byte; ValueError for S of 1 or less, of which the law says nothing."""
     if per_byte <= 1:

@@ -101,9 +101,6 @@ def problem_of(run: pathlib.Path, asked: Asked):
     activations = {"weights": None, "none": ""}.get(asked.activations, asked.activations)
     of = lambda name: name if activations is None else activations
     options = [Option(name, of(name), asked.exact_first) for name in asked.options]
-    if asked.exact_first and not getattr(network, "places_tokens", False):
-        kind = type(network).__name__
-        raise UserError(f"--exact_first={asked.exact_first} is for the network 'language', and {run} is a {kind}")
     judge = build_objective(config).judge
     if asked.accuracy and "accuracy" not in jax.eval_shape(judge, network, batches[0], jax.random.key(0)):
         raise UserError(f"--accuracy: {run} is judged by no accuracy")

@@ -208,6 +208,22 @@ def fitted(found: Sequence) -> tuple[str, list]:
     return "\n".join(lines), told
 
 
+def compared(fused: Sequence, separate: Sequence) -> str:
+    """What is printed of the two kinds of cooldown."""
+    from lissom.evaluation import qat_law
+
+    lines = [
+        "| bits | share | cells | fused is lower in | loss, fused less separate, mean [nats] |",
+        "|---|---|---|---|---|",
+    ]
+    line = lambda offs: f"{len(offs)} | {sum(off < 0 for off in offs)} | {sum(offs) / len(offs):+.4f} |"
+    each = qat_law.differences(fused, separate)
+    lines += [f"| {bits} | {share:g} | {line(offs)}" for (bits, share), offs in each.items()]
+    if best := qat_law.best_differences(fused, separate):
+        lines.append(f"| all | the best below 1 of each | {line(best)}")
+    return "\n".join(lines)
+
+
 def report(runs: Sequence[Run], workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Rows, table, laws and the picture under `out`."""
     from lissom.evaluation.rows import Identity, Row, write_rows
@@ -215,10 +231,13 @@ def report(runs: Sequence[Run], workdir: pathlib.Path, out: pathlib.Path) -> Non
 
     rows = rows_of(runs, workdir)
     texts, laws = [], []
-    for cooldown in dict.fromkeys(run.cooldown for run in runs):
-        text, told = fitted(points(runs, rows, cooldown))
+    found = {cooldown: points(runs, rows, cooldown) for cooldown in dict.fromkeys(run.cooldown for run in runs)}
+    for cooldown, of_kind in found.items():
+        text, told = fitted(of_kind)
         texts.append(f"### Cooldown: {cooldown}\n\n{text}\n")
         laws.append(Row(Identity(RECIPE, "stdlib_text", variant=f"laws, {cooldown}"), rows[0].provenance, tuple(told)))
+    if len(found) == 2:
+        texts.append(f"### Fused less separate, at equal tokens\n\n{compared(found['fused'], found['separate'])}\n")
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "rows.jsonl", [*rows, *laws])
     text = shown_text(tables(rows)) + "\n" + "\n".join(texts)

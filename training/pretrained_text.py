@@ -11,8 +11,8 @@ import numpy as np
 
 from lissom.data import Dataset
 from lissom.data.dataset import ArraySource
-from lissom.data.domain_text import TEXTS, in_turns
-from lissom.data.errors import DataError, nearest, require
+from lissom.data.domain_text import by_turns, check_domains, texts_of
+from lissom.data.errors import DataError, require
 from lissom.data.stdlib_text import TEST_MODULES, TRAIN_MODULES, module_bytes
 from lissom.models.pretrained import read
 from lissom.models.pretrained.errors import CheckpointError
@@ -39,7 +39,7 @@ def stdlib_tokens(*, checkpoint: str = "smollm2", length: int = 512, test_window
             require(test_windows <= count, f"stdlib_tokens: test_windows={test_windows}, and there are {count}")
             starts = starts[np.linspace(0, count - 1, test_windows).astype(int)]
         found[f"{split}_tokens"] = len(tokens)
-        sources[split] = ArraySource("tokens", {"text": tokens[starts[:, None] + np.arange(length + 1)]})
+        sources[split] = ArraySource("tokens", {"text": _windows(tokens, starts, length)})
         found[f"{split}_examples"] = len(starts)
     digest = hashlib.sha256(module_bytes(TRAIN_MODULES) + module_bytes(TEST_MODULES)).hexdigest()
     info = {"vocab_size": vocab_size, "input_shape": (length,), "sha256": digest, **found}
@@ -61,21 +61,16 @@ def domain_tokens(
     `domains` float32 [D] is one-hot, and `tested` names the one domain of which the test set is then; every position
     scores. Losses are nats a token, so they compare models of one tokenizer only.
     """
-    for name in domains:
-        require(name in TEXTS, f"domain_tokens: there is no domain {name!r}{nearest(name, TEXTS)}")
-    require(len(set(domains)) == len(domains) >= 2, f"domain_tokens: domains must be two or more, got {domains}")
-    require(tested in ("", *domains), f"domain_tokens: tested must be one of {', '.join(domains)}, got {tested!r}")
+    check_domains("domain_tokens", domains, tested)
     counts = {"length": length, "train_windows": train_windows, "test_windows": test_windows}
     for name, count in counts.items():
         require(count >= 1, f"domain_tokens: {name} must be at least 1, got {count}")
     splits = {"train": train_windows, "test": test_windows}
-    windows, kinds = ({split: [] for split in splits} for _ in range(2))
-    digest = hashlib.sha256()
+    found, digest = {split: {} for split in splits}, hashlib.sha256()
     tokenizer, vocab_size = _tokenizer(checkpoint, "domain_tokens")
-    for number, domain in enumerate(domains):
-        rngs = tuple(np.random.default_rng([seed, list(TEXTS).index(domain), stream]) for stream in range(2))
-        lengths = tuple(LONGEST * (count * length + 1) for count in splits.values())
-        texts = TEXTS[domain](rngs, lengths)
+    lengths = tuple(LONGEST * (count * length + 1) for count in splits.values())
+    for domain in domains:
+        texts = texts_of(domain, seed, lengths)
         for (split, count), text, most in zip(splits.items(), texts, lengths, strict=True):
             part = bytes(text[:most])
             tokens = np.asarray(tokenizer.encode(part.decode(errors="replace"), ends=False), np.int32)
@@ -86,13 +81,8 @@ def domain_tokens(
             )
             digest.update(tokens[: count * length + 1].tobytes())
             if split == "train" or tested in ("", domain):
-                starts = np.arange(count) * length
-                windows[split].append(tokens[starts[:, None] + np.arange(length + 1)])
-                kinds[split].append(np.tile(np.eye(len(domains), dtype=np.uint8)[number], (count, 1)))
-    sources = {
-        split: ArraySource("tokens", {"text": in_turns(windows[split]), "domains": in_turns(kinds[split])})
-        for split in splits
-    }
+                found[split][domain] = _windows(tokens, np.arange(count) * length, length)
+    sources = {split: ArraySource("tokens", by_turns(windows, domains)) for split, windows in found.items()}
     info = {
         "vocab_size": vocab_size,
         "input_shape": (length,),
@@ -101,6 +91,11 @@ def domain_tokens(
         **{f"{split}_examples": len(source) for split, source in sources.items()},
     }
     return Dataset("domain_tokens", "tokens", sources["train"], sources["test"], info)
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """[starts, length + 1]."""
+    return tokens[starts[:, None] + np.arange(length + 1)]
 
 
 @functools.cache

@@ -129,8 +129,7 @@ class Stored(Quantizer):
             apart = isinstance(product, Convolution) or not self.one_matrix
             if apart or not isinstance(kernel.scheme.numbers, Integer):
                 return product(x, kernel[...].astype(x.dtype))
-            codes, bits = kernel.integers
-            return product.result(quantized_matmul(rows(x), codes, kernel.scales, bits=bits), x, kernel)
+            return _float_product(product, x, kernel)
         # Where the three products of training were rounded, each row of the product was.
         by_rows = self.rule.gradients is not None
         given, axes = (rows(x), (1,)) if by_rows else (x, product.x_axes(x.ndim))
@@ -149,9 +148,7 @@ class Stored(Quantizer):
         only if one of them is there."""
 
         def exact(x: jax.Array) -> jax.Array:
-            codes, bits = kernel.integers
-            rows = product.rows(self._turned(x, product.x_axes(x.ndim)), kernel)
-            return product.result(quantized_matmul(rows, codes, kernel.scales, bits=bits), x, kernel).astype(x.dtype)
+            return _float_product(product, self._turned(x, product.x_axes(x.ndim)), kernel).astype(x.dtype)
 
         count = self.rule.activations.exact_first
         first = leading(x, count)
@@ -199,6 +196,12 @@ def _of_rows(scale: jax.Array, product: Any, x: jax.Array) -> jax.Array:
     if scale.ndim and isinstance(product, Convolution):
         return jnp.repeat(scale.reshape(-1, 1), product.places(x), 0)
     return scale.reshape(-1, 1) if scale.ndim else scale
+
+
+def _float_product(product: Any, x: jax.Array, kernel: Packed) -> jax.Array:
+    """Of floats with codes, which are read as such."""
+    codes, bits = kernel.integers
+    return product.result(quantized_matmul(product.rows(x, kernel), codes, kernel.scales, bits=bits), x, kernel)
 
 
 def _integer_product(numbers: jax.Array, scale: jax.Array, kernel: Packed, numbers_above_127: bool) -> jax.Array:

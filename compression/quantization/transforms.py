@@ -42,6 +42,13 @@ def quantizable(module: nnx.Module) -> dict[str, Any]:
     return _layers(module, KINDS)
 
 
+def check_exact_first(module: nnx.Module, rules: Iterable[LayerRule | None]) -> None:
+    """ValueError where first tokens are to stay exact and the network does not tell its layers where tokens stand."""
+    exact = [rule for rule in rules if rule and rule.activations and rule.activations.exact_first]
+    if exact and not getattr(module, "places_tokens", False):
+        raise ValueError(f"exact_first is for the network 'language', and not for a {type(module).__name__}")
+
+
 class Qat(Transform):
     """Layers whose operands are rounded as `rules` say, (path pattern, settings) pairs of which the first match counts
     (`rules.py`; docs/compression.md): quantization-aware training. Layers that no rule matches stay as they are, and
@@ -68,10 +75,10 @@ class Qat(Transform):
             except ValueError as error:
                 where = f"transform {self.name!r}, rules[{number}] {(pattern, dict(settings))!r}"
                 raise UserError(f"{where}: {error}") from error
-        exact = [rule for rule in parsed.values() if rule and rule.activations and rule.activations.exact_first]
-        if exact and not getattr(module, "places_tokens", False):
-            kind = type(module).__name__
-            raise UserError(f"transform {self.name!r}: exact_first is for the network 'language', and not for a {kind}")
+        try:
+            check_exact_first(module, parsed.values())
+        except ValueError as error:
+            raise UserError(f"transform {self.name!r}: {error}") from error
         numbered = [(pattern, {"number": number}) for number, (pattern, _) in enumerate(self.rules)]
         matched = match_rules(numbered, quantizable(module), self.name)
 

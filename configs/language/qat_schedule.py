@@ -11,7 +11,7 @@ Paper: Dremov et al. 2025, arXiv:2509.22935 (compute-optimal quantization-aware 
 Command: uv run train.py --config=configs/language/qat_schedule.py:fused
 Time: a minute on 2 CPU cores. Result: (results/qat_law, one seed a run) best shares follow f = exp(-a / ln S) with
     a = 4.15 to within 0.16 where the cooldown is fused, and hardly where it is not (the paper: a = 6.73); at equal
-    tokens and the best share of each, fused beats separate in 8 of 9 cells, by 0.008 nats a byte on average.
+    tokens and the best share below 1 of each, fused beats separate in 8 of 9 cells, by 0.008 nats a byte on average.
 results/qat_law: uv run scripts/qat_law.py --fused=16
 Sweep: scripts/qat_law.py (shares, tokens, bits, widths)
 """

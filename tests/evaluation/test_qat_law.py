@@ -73,3 +73,15 @@ def test_the_share_law_is_fitted():
         fit_share([], [])
     with pytest.raises(ValueError, match="1 runs with both stages are too few for a law of 16"):
         fit_law([Point(1, 2, 3, 0.5, 1.0), Point(1, 2, 3, 1.0, 1.0)])
+
+
+def test_kinds_of_cooldown_are_compared_at_equal_tokens():
+    line = lambda tokens, losses: [Point(1000, 4, tokens, share, loss) for share, loss in losses.items()]
+    separate = [*line(100, {0.25: 2.0, 0.5: 1.5, 1.0: 1.0}), *line(200, {0.25: 1.2, 0.5: 1.4}), *line(300, {0.5: 9.0})]
+    fused = [*line(100, {0.25: 1.75, 0.5: 1.75}), *line(200, {0.25: 1.0, 0.75: 0.5})]
+    assert qat_law.differences(fused, separate) == {
+        (4, 0.25): [pytest.approx(-0.25), pytest.approx(-0.2)],
+        (4, 0.5): [pytest.approx(0.25)],
+    }
+    # Of 100 tokens 1.75 and 1.5, since a share of 1 has no cooldown of two kinds; of 200 tokens 0.5 and 1.2.
+    assert qat_law.best_differences(fused, separate) == [pytest.approx(0.25), pytest.approx(-0.7)]

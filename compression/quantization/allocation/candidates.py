@@ -25,7 +25,7 @@ from flax import nnx
 from lissom.compression.quantization.quantizers import Fake
 from lissom.compression.quantization.ranges import calibrate, given
 from lissom.compression.quantization.rules import layer_rule
-from lissom.compression.quantization.transforms import kernel_of, quantizable
+from lissom.compression.quantization.transforms import check_exact_first, kernel_of, quantizable
 from lissom.models.products import Quantizer
 from lissom.models.variables import Frozen, Parts, merge, split
 
@@ -132,8 +132,8 @@ def recorded(network: nnx.Module, function: Callable[[str, jax.Array], Any], inp
 
 
 class Mixed:
-    """See above. ValueError of a network that is quantized already, and where there are no layers, options or
-    batches."""
+    """See above. ValueError of a network that is quantized already or has no first tokens that could stay exact, and
+    where there are no layers, options or batches."""
 
     def __init__(self, network: nnx.Module, options: Sequence[Option], batches: Iterable[Mapping[str, Any]]):
         self.batches, self.options = list(batches), tuple(options)
@@ -147,10 +147,12 @@ class Mixed:
         least = self._least()
         self.signed = tuple(least[path] < 0 for path in self.paths)
         copy = merge(self.source)
-        for (_, layer), rules in zip(quantizable(copy).items(), self.settings, strict=True):
+        for (_, layer), settings in zip(quantizable(copy).items(), self.settings, strict=True):
+            rules = [layer_rule(rule) for rule in settings]
+            check_exact_first(network, rules)
             name, product = kernel_of(layer)
             kernel = getattr(layer, name)[...]
-            layer.quantizer = nnx.data(Candidates([Fake(layer_rule(rule), kernel, product) for rule in rules]))
+            layer.quantizer = nnx.data(Candidates([Fake(rule, kernel, product) for rule in rules]))
         self.parts, self.passes = split(calibrate(copy, self.batches, len(self.batches))), 0
         self._run = jax.jit(self._outputs)
         self.sizes = self._sizes()
