@@ -90,6 +90,7 @@ METRICS = {
     "gradient_bias": Metric("1", "lower", "|mean of the estimates - gradient| / |gradient|"),
     "gradient_noise": Metric("1", "lower", "root mean square of |estimate - gradient| / |gradient|"),
     "allocation_seconds": Metric("s", "lower", "time in which bits were allotted to layers", machine="measuring"),
+    "calibration_seconds": Metric("s", "lower", "time in which activations were measured", machine="measuring"),
     "allocation_passes": Metric("1", "lower", "passes over the examples by which bits were allotted to layers"),
     # What using it costs.
     "latency_p50": Metric("s", "lower", "median time of one call, warm", machine="measuring"),

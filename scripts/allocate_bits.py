@@ -2,7 +2,8 @@
 
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --bytes=30000 [--method=hessian,uniform,random]
         [--options=int2,int4,int8] [--activations=int8] [--batches=8] [--samples=16]
-        [--exact_first=1] [--domains=python,english] [--out=FOLDER]
+        [--exact_first=1] [--domains=python,english] [--ranges=training,distilled,noise]
+        [--fine_tune=200 [--fine_tune_rate=0.1] [--workdir=runs/allocated]] [--out=FOLDER]
     uv run scripts/allocate_bits.py --run=runs/digits_resnet --accuracy=0.99 --options=int4,int8 --method=hessian,random
 
 Finished runs of networks that were not trained with transforms. `--bytes`: of the network's codes, scales, ranges and
@@ -14,14 +15,17 @@ of the weights; "none": they stay as they are); `--exact_first`: so many tokens 
 of the ranges, of the network `language` (MixDQ's outlier).
 
 Sensitivities are taken of the run's first training batches, `--batches` of them, on which ranges of activations are
-measured too, here and where the network is stored; the rows are of the test set, of each network stored and read again,
-beside the trained one. An allocation is printed as rules, which `qat` takes as well as `quantize`: a network may be
-trained on with them.
+measured too, here and where the network is stored; by `--ranges` these are measured on as many examples that are made
+without data instead, distilled from the statistics of BatchNorm (ZeroQ) or noise, or in each of several ways. The rows
+are of the test set, of each network stored and read again, beside the trained one. An allocation is printed as rules,
+which `qat` takes as well as `quantize`; with `--fine_tune` the run is trained on with them, so many steps of its own
+schedule at a share of its learning rate, below `--workdir`, where what stood there before is overwritten.
 """
 
 import dataclasses
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +35,7 @@ from lissom.training.errors import UserError, one_sentence
 
 SHOWN = (
     *("accuracy", "token_accuracy", "bits_per_byte", "loss", "logit_error", "allocation_seconds", "allocation_passes"),
-    *("bit_operations", "parameter_bytes", "artefact_bytes"),
+    *("calibration_seconds", "bit_operations", "parameter_bytes", "artefact_bytes"),
 )
 
 
@@ -47,13 +51,35 @@ class Asked(NamedTuple):
     samples: int
     domains: Sequence[str] = ()
     exact_first: int = 0
+    ranges: Sequence[str] = ("training",)
+    fine_tune: int = 0
+    fine_tune_rate: float = 0.1
+    workdir: str = "runs/allocated"
 
 
-def allocations(run: pathlib.Path, asked: Asked) -> dict[str, tuple[dict[str, Any], Any]]:
-    """{label: (entry of `evaluation.transforms`, Allocation)} of each method and budget."""
+class Chosen(NamedTuple):
+    """entry: of `evaluation.transforms`; calibration: seconds in which the run was read, examples were made that ranges
+    are measured on, and these were."""
+
+    entry: dict[str, Any]
+    allocation: Any
+    calibration: float
+
+
+def allocations(run: pathlib.Path, asked: Asked) -> dict[str, Chosen]:
+    """{label: what was chosen} for each way to measure ranges, method and budget."""
+    found = {}
+    for ranges in asked.ranges:
+        found |= _allocations(run, asked, ranges)
+    return found
+
+
+def _allocations(run: pathlib.Path, asked: Asked, ranges: str) -> dict[str, Chosen]:
     from lissom.compression.quantization.allocation import methods
 
-    problem = problem_of(run, asked)
+    start = time.perf_counter()
+    problem = problem_of(run, asked, ranges)
+    calibration, behind = time.perf_counter() - start, "" if ranges == "training" else f" {ranges}"
     mixed, found = problem.mixed, {}
     sensitivity, fixed = methods.Sensitivity(problem), mixed.fixed
     uniform = {option.weights: int(size) + fixed for option, size in zip(mixed.options, mixed.sizes.sum(0))}
@@ -63,21 +89,21 @@ def allocations(run: pathlib.Path, asked: Asked) -> dict[str, tuple[dict[str, An
     try:
         for method in asked.methods:
             for budget in asked.budgets:
-                found[f"{method} {budget}"] = methods.allocate(method, sensitivity, budget - fixed)
+                found[f"{method} {budget}{behind}"] = methods.allocate(method, sensitivity, budget - fixed)
             if asked.accuracy:
                 least = asked.accuracy * problem.value("accuracy")(mixed.choice())
-                found[f"{method} bisection"] = methods.lowest(method, sensitivity, least)
+                found[f"{method} bisection{behind}"] = methods.lowest(method, sensitivity, least)
     except ValueError as error:
         raise UserError(
             f"{run}: {error} (all layers alike take {alike} bytes, {fixed:,} of them stay float32)"
         ) from error
     for label, allocation in found.items():
         told(label, mixed, allocation)
-    return {label: (mixed.entry(allocation.choice, label), allocation) for label, allocation in found.items()}
+    return {label: Chosen(mixed.entry(each.choice, label), each, calibration) for label, each in found.items()}
 
 
-def problem_of(run: pathlib.Path, asked: Asked):
-    """A run as the methods take it."""
+def problem_of(run: pathlib.Path, asked: Asked, ranges: str = "training"):
+    """A run as the methods take it, its ranges measured on examples of one kind."""
     import itertools
 
     import jax
@@ -87,6 +113,7 @@ def problem_of(run: pathlib.Path, asked: Asked):
     from lissom.compression.artefacts import structure_of
     from lissom.compression.quantization.allocation.candidates import Mixed, Option
     from lissom.compression.quantization.allocation.methods import Problem
+    from lissom.compression.quantization.distillation import examples
     from lissom.models.variables import merge
     from lissom.training.building import build_objective, load_dataset
     from lissom.training.runs import load_network, read_config
@@ -104,21 +131,24 @@ def problem_of(run: pathlib.Path, asked: Asked):
     judge = build_objective(config).judge
     if asked.accuracy and "accuracy" not in jax.eval_shape(judge, network, batches[0], jax.random.key(0)):
         raise UserError(f"--accuracy: {run} is judged by no accuracy")
+    inputs = np.concatenate([np.asarray(batch["inputs"], np.float32) for batch in batches])
+    input_statistics = (float(inputs.mean()), float(inputs.std()))
+    made = {} if ranges == "training" else {"seed": config.seed, "input_statistics": input_statistics}
     try:
-        mixed = Mixed(network, options, batches)
+        measured = list(examples(ranges, network, batches, len(batches), **made))
+        mixed = Mixed(network, options, measured, made and {"examples": ranges, **made})
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
     except jax.errors.UnexpectedTracerError as error:
         raise UserError(f"{run}: layers within a loop of the network, or computed anew by model.remat, can't be looked "
                         "into") from error  # fmt: skip
-    inputs = np.concatenate([np.asarray(batch["inputs"], np.float32) for batch in batches])
     return Problem(
         mixed,
         judge,
         batches,
         seed=config.seed,
         samples=asked.samples,
-        input_statistics=(float(inputs.mean()), float(inputs.std())),
+        input_statistics=input_statistics,
         kinds=[[kind] for kind in of_domains(batches, dataset, asked.domains)],
     )
 
@@ -151,37 +181,71 @@ def told(label: str, mixed, allocation) -> None:
         print(f"    ({pattern!r}, {settings!r}),", file=sys.stderr)
 
 
+def fine_tuned(run: pathlib.Path, label: str, chosen: Chosen, asked: Asked) -> pathlib.Path:
+    """Where the run was trained on with the rules that were chosen; it is measured as it is stored."""
+    import zlib
+
+    from lissom.eval import export_name
+    from lissom.train import train
+    from lissom.training.config import from_json, to_json
+    from lissom.training.runs import read_config
+    from lissom.training.stages import final_config
+
+    config = from_json(to_json(final_config(read_config(run))))
+    with config.unlocked():
+        config.stages, config.init_from, config.train = (), (str(run),), {"steps": asked.fine_tune}
+        config.transforms = ({"name": "qat", "rules": chosen.entry["rules"], "batches": asked.batches},)
+        config.evaluation.transforms = ({"name": "packed"},)
+    config.optim.learning_rate *= asked.fine_tune_rate
+    # Runs of several comparisons may have one name.
+    place = f"{run.name}_{zlib.crc32(str(run.resolve()).encode()):08x}"
+    directory = pathlib.Path(asked.workdir) / place / export_name(label)
+    train(config, directory, overwrite=True)
+    return directory
+
+
 def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
-    """The rows of all runs: as trained, and behind each allocation, with what that took."""
+    """The rows of all runs: as trained, and behind each allocation, with what that took; then those trained on."""
     from lissom.eval import evaluate
     from lissom.evaluation.rows import measure
 
     found = {str(run): allocations(run, asked) for run in runs}
-    entries = {run: [entry for entry, _ in of_run.values()] for run, of_run in found.items()}
-    rows = evaluate(runs, transforms=entries)
-    # A row for each run and entry, in their order, and behind them the floors.
-    spent = [allocation for of_run in found.values() for _, allocation in [(None, None), *of_run.values()]]
-    for number, allocation in enumerate(spent):
-        if allocation is not None:
-            cost = (measure("allocation_seconds", allocation.seconds), measure("allocation_passes", allocation.passes))
+    tuned = {}
+    for run in runs if asked.fine_tune else ():
+        for label, chosen in found[str(run)].items():
+            tuned[str(fine_tuned(run, label, chosen, asked))] = f"{label}, {asked.fine_tune} steps"
+    entries = {run: [chosen.entry for chosen in of_run.values()] for run, of_run in found.items()}
+    rows = evaluate([*runs, *tuned], transforms=entries, variants=tuned)
+    # A row for each run and entry, in their order, and behind them those trained on and the floors.
+    spent = [chosen for of_run in found.values() for chosen in [None, *of_run.values()]]
+    for number, chosen in enumerate(spent):
+        if chosen is not None:
+            cost = {
+                "allocation_seconds": chosen.allocation.seconds,
+                "allocation_passes": chosen.allocation.passes,
+                "calibration_seconds": chosen.calibration,
+            }
             row = rows[number]
-            rows[number] = dataclasses.replace(row, measurements=(*row.measurements, *cost))
+            added = [measure(name, value) for name, value in cost.items()]
+            rows[number] = dataclasses.replace(row, measurements=(*row.measurements, *added))
     return _short(rows)
 
 
 def _short(rows: list) -> list:
     """Where all runs are of one recipe and its settings, its name alone is their label."""
-    variants = [row.identity for row in rows if row.identity.role == "variant"]
+    unnamed = lambda row: row.identity.role == "variant" and row.identity.variant is None
+    variants = [row.identity for row in rows if unnamed(row)]
     if len({identity.label for identity in variants}) > 1:
         return rows
     short = pathlib.Path(variants[0].recipe.partition(":")[0]).stem
-    named = lambda identity: dataclasses.replace(identity, variant=short) if identity.role == "variant" else identity
-    return [dataclasses.replace(row, identity=named(row.identity)) for row in rows]
+    named = lambda row: dataclasses.replace(row, identity=dataclasses.replace(row.identity, variant=short))
+    return [named(row) if unnamed(row) else row for row in rows]
 
 
 def read(given: flags.FlagValues) -> Asked:
     """What the flags say, or a UserError."""
     from lissom.compression.quantization.allocation.methods import METHODS, SENSITIVITIES
+    from lissom.compression.quantization.distillation import EXAMPLES
     from lissom.compression.quantization.formats import FORMATS
 
     weights = [name for name, format in FORMATS.items() if format.signed]
@@ -189,6 +253,7 @@ def read(given: flags.FlagValues) -> Asked:
         "method": ("random", *SENSITIVITIES) if given.accuracy else METHODS,
         "options": weights,
         "activations": (*weights, "weights", "none"),
+        "ranges": EXAMPLES,
     }
     for flag, names in known.items():
         for name in [given[flag].value] if isinstance(given[flag].value, str) else given[flag].value:
@@ -210,11 +275,20 @@ def read(given: flags.FlagValues) -> Asked:
         raise UserError("the method 'decoupled' takes two --domains, and no other method takes any")
     if given.exact_first < 0 or (given.exact_first and given.activations == "none"):
         raise UserError(f"--exact_first={given.exact_first} is a number of tokens whose activations are not rounded")
+    if given.ranges != ["training"] and given.activations == "none":
+        raise UserError(f"--ranges={','.join(given.ranges)} are of activations, and --activations=none rounds none")
+    if given.fine_tune and given.ranges != ["training"]:
+        raise UserError("--fine_tune needs the training data, so that --ranges without them make no sense")
+    if given.fine_tune < 0 or not given.fine_tune_rate > 0:
+        raise UserError(
+            f"--fine_tune={given.fine_tune} is a number of steps, --fine_tune_rate={given.fine_tune_rate} above 0"
+        )
     if not given.run:
         raise UserError("--run=DIRECTORY is missing, for example --run=runs/digits_resnet")
     budgets = [int(text) for text in given.bytes]
     fields = (given.method, given.options, given.activations, budgets, given.accuracy)
-    return Asked(*fields, given.batches, given.samples, given.domains, given.exact_first)
+    fields = (*fields, given.batches, given.samples, given.domains, given.exact_first, given.ranges)
+    return Asked(*fields, given.fine_tune, given.fine_tune_rate, given.workdir)
 
 
 def main(argv: list[str]) -> None:
@@ -228,6 +302,10 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("batches", 8, "training batches that sensitivities and ranges are measured on")
     flags.DEFINE_integer("samples", 16, "random vectors for the traces of the Hessian")
     flags.DEFINE_integer("exact_first", 0, "tokens at the beginning of a sequence whose activations stay exact")
+    flags.DEFINE_list("ranges", ["training"], "examples that they are measured on: training, distilled, noise")
+    flags.DEFINE_integer("fine_tune", 0, "steps that each network is trained on with the bits chosen for it")
+    flags.DEFINE_float("fine_tune_rate", 0.1, "share of the run's learning rate for that")
+    flags.DEFINE_string("workdir", "runs/allocated", "where that is done")
     flags.DEFINE_list("domains", [], "the two kinds of text of the method 'decoupled'")
     flags.DEFINE_string("out", None, "write rows.jsonl, table.md, table.csv and pareto.png there")
     with one_sentence():
@@ -239,8 +317,9 @@ def main(argv: list[str]) -> None:
             raise UserError("allocate_bits.py takes no --config: every run holds its own")
         asked = read(flags.FLAGS)
         runs = find_runs(flags.FLAGS.run, lambda text: print(text, file=sys.stderr), "--run")
-        if flags.FLAGS.out:
-            check_writable(flags.FLAGS.out, "--out")
+        for flag, place in (("--out", flags.FLAGS.out), ("--workdir", asked.fine_tune and asked.workdir)):
+            if place:
+                check_writable(place, flag)
         rows = rows_of(runs, asked)
         print(shown_text(tables(rows), SHOWN))
         if flags.FLAGS.out:

@@ -9,13 +9,14 @@ import jax
 from flax import nnx
 
 from lissom.compression.quantization.binary import OPERATORS, Binary
+from lissom.compression.quantization.distillation import EXAMPLES, check_distillable, examples
 from lissom.compression.quantization.quantizers import Fake
 from lissom.compression.quantization.ranges import calibrate
 from lissom.compression.quantization.rules import LayerRule, layer_rule
 from lissom.compression.transforms import Transform, layer_paths, match_rules, replace_layers
 from lissom.models.linear import Conv, DepthwiseConv, Embedding, Linear, StackedLinear
 from lissom.models.products import Convolution, Dense, Depthwise, Logits, Stacked
-from lissom.models.registry import check_name
+from lissom.models.registry import check_name, nearest
 from lissom.training.errors import UserError
 
 KINDS = (Linear, Conv, DepthwiseConv, StackedLinear, Embedding)
@@ -191,12 +192,33 @@ def pack(path: str, layer: nnx.Module, *, measured: bool = True) -> nnx.Module:
 
 class Quantize(Qat):
     """A trained network rounded as it is: the layers of `qat`, ranges of activations from `batches` batches, stored as
-    by `packed`. Rules that train (learned scales, gradients) are errors. `label`: what tables call it."""
+    by `packed`. Rules that train (learned scales, gradients) are errors.
+
+    examples: whose batches they are, of the "training" data, or without data "distilled" from the statistics of
+    BatchNorm (ZeroQ) or "noise", with inputs of the mean and standard deviation `input_statistics`; `seed`: of what is
+    drawn for them. label: what tables call it.
+    """
 
     name = "quantize"
 
-    def __init__(self, *, rules: Sequence[tuple[str, Mapping]], batches: int = 8, label: str = ""):
+    def __init__(
+        self,
+        *,
+        rules: Sequence[tuple[str, Mapping]],
+        batches: int = 8,
+        examples: str = "training",
+        seed: int = 0,
+        input_statistics: tuple[float, float] = (0.0, 1.0),
+        label: str = "",
+    ):
         super().__init__(rules=rules, batches=batches)
+        if examples not in EXAMPLES:
+            raise ValueError(f"examples={examples!r} must be one of {', '.join(EXAMPLES)}{nearest(examples, EXAMPLES)}")
+        if not (isinstance(input_statistics, tuple | list) and len(input_statistics) == 2 and input_statistics[1] > 0):
+            raise ValueError(f"input_statistics={input_statistics!r} must be a mean and a standard deviation above 0")
+        if examples == "training" and (seed, tuple(input_statistics)) != (0, (0.0, 1.0)):
+            raise ValueError("seed and input_statistics are for examples that are made, not for those of training")
+        self.examples, self.seed, self.input_statistics = examples, seed, tuple(input_statistics)
         self.label = label
 
     def read(self, settings):
@@ -207,9 +229,15 @@ class Quantize(Qat):
         return rule
 
     def structure(self, module: nnx.Module) -> nnx.Module:
+        if self.examples == "distilled":
+            check_distillable(module)
         return replace_layers(super().structure(module), KINDS, functools.partial(pack, measured=False))
 
     def values(self, module: nnx.Module, source: nnx.Module, data: Iterable[dict]) -> nnx.Module:
         del module  # packed with ranges that were not known
-        rounded = calibrate(super().structure(source), data, self.batches)
-        return replace_layers(rounded, KINDS, pack)
+        made = {"seed": self.seed, "input_statistics": self.input_statistics}
+        try:
+            found = examples(self.examples, source, data, self.batches, **made)
+        except ValueError as error:
+            raise UserError(f"transform {self.name!r}: {error}") from error
+        return replace_layers(calibrate(super().structure(source), found, self.batches), KINDS, pack)

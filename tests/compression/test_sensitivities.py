@@ -11,14 +11,15 @@ from flax import nnx
 
 from lissom.compression.quantization.allocation import methods, sensitivities
 from lissom.compression.quantization.allocation.candidates import Mixed, Option, recorded
-from lissom.compression.quantization.allocation.distillation import distilled
 from lissom.compression.quantization.allocation.hessians import estimator, traces
+from lissom.compression.quantization.distillation import distilled, examples
 from lissom.compression.quantization.transforms import Quantize, quantizable
-from lissom.compression.transforms import applied
+from lissom.compression.transforms import applied, build_transforms, structured
 from lissom.models.cnn import ConvNet
 from lissom.models.language import LanguageModel
 from lissom.models.resnet import ResNet
 from lissom.models.variables import merge, split
+from lissom.training.errors import UserError
 from lissom.training.objectives.base import cross_entropy
 
 OPTIONS = (Option("int2", "int8"), Option("int4", "int8"), Option("int8", "int8"))
@@ -181,6 +182,48 @@ def test_distilled_examples_have_the_statistics_of_the_norms():
     assert abs(float(inputs.mean()) - 2) < 0.5 and abs(float(inputs.std()) - 3) < 1
     with pytest.raises(ValueError, match="this network has none"):
         distilled(cnn(), (8, 1), jax.random.key(0))
+
+
+def test_examples_without_data_have_its_shape_and_nothing_else_of_it():
+    network, given = resnet(), batches((6, 6, 1))
+    assert examples("training", network, given, 2) is given
+    shape = given[0]["inputs"].shape
+    hidden = [{"inputs": np.full(shape, np.nan, np.float32)}]  # no number of the data is read
+    settings = {"seed": 3, "input_statistics": (2.0, 0.5)}
+    noise = examples("noise", network, hidden, 20, **settings)
+    assert len(noise) == 20 and all(batch["inputs"].shape == shape for batch in noise)
+    whole = np.concatenate([batch["inputs"] for batch in noise])
+    assert abs(whole.mean() - 2) < 0.1 and abs(whole.std() - 0.5) < 0.1
+    made = examples("distilled", network, hidden, 2, **settings)
+    same = distilled(network, shape[1:], jax.random.key(3), count=2 * shape[0], input_statistics=(2.0, 0.5))[0]
+    np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in made]), same)
+    with pytest.raises(ValueError, match="this network takes int32"):
+        examples("noise", network, [{"inputs": np.zeros((2, 3), np.int32)}], 1)
+    with pytest.raises(ValueError, match="and there are none"):
+        examples("noise", network, [], 1)
+
+
+def test_ranges_of_made_examples_are_those_that_are_stored():
+    network, given = resnet(), batches((6, 6, 1))
+    made = {"examples": "distilled", "seed": 1, "input_statistics": (0.5, 2.0)}
+    found = examples("distilled", network, given, 1, seed=1, input_statistics=(0.5, 2.0))
+    mixed = Mixed(network, OPTIONS[-1:], found, made)
+    entry = mixed.entry(np.zeros(len(mixed.paths), np.int32), "mine")
+    stored = applied(merge(split(network)), build_transforms([entry]), given)
+    seen = mixed.run(np.zeros(len(mixed.paths), np.int32), given[0])
+    np.testing.assert_allclose(stored(given[0]["inputs"])[0], seen, rtol=1e-4, atol=1e-4)
+    others = applied(merge(split(network)), build_transforms([entry | {"seed": 2}]), given)
+    assert np.abs(others(given[0]["inputs"])[0] - seen).max() > 1e-4
+    for settings, told in (
+        ({"examples": "distiled"}, "'distiled' must be one of training, distilled, noise; did you mean 'distilled'"),
+        ({"examples": "noise", "input_statistics": (0.0, 0.0)}, "a standard deviation above 0"),
+        ({"seed": 1}, "not for those of training"),
+    ):
+        with pytest.raises(UserError, match=told):
+            build_transforms([{"name": "quantize", "rules": entry["rules"], **settings}])
+    unnormed = {"name": "quantize", "rules": ((".*", {"weights": "int8"}),), "examples": "distilled"}
+    with pytest.raises(UserError, match=r"transform 'quantize': .* this network has none"):
+        structured(cnn(), build_transforms([unnormed]))
 
 
 @pytest.mark.parametrize("method", methods.METHODS)

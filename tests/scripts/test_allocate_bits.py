@@ -8,6 +8,7 @@ from lissom.compression.transforms import build_transforms
 from lissom.evaluation.tables import tables
 from lissom.models.variables import merge
 from lissom.training.errors import UserError
+from lissom.training.runs import read_config
 from scripts import allocate_bits
 from tests.scripts.lines import command_line
 
@@ -15,7 +16,9 @@ ASKED = allocate_bits.Asked(("uniform", "hessian"), ("int2", "int8"), "int8", ()
 
 
 def values(row):
-    return {entry.name: entry.value for entry in row.measurements if not entry.conditions.keys() - {"batch"}}
+    return {
+        entry.name: entry.value for entry in row.measurements if not entry.conditions.keys() - {"batch", "examples"}
+    }
 
 
 def test_rows_are_of_what_was_allotted(tiny_run, capsys):
@@ -38,7 +41,8 @@ def test_rows_are_of_what_was_allotted(tiny_run, capsys):
         and "('^stem$', {'weights': 'int" in printed
     )
     assert tables(rows)
-    entry, allocation = allocate_bits.allocations(path, ASKED._replace(budgets=(budget,)))[f"hessian {budget}"]
+    chosen = allocate_bits.allocations(path, ASKED._replace(budgets=(budget,)))[f"hessian {budget}"]
+    entry, allocation, _ = chosen
     assert len(entry["rules"]) == len(allocation.choice) == len(mixed.paths) and build_transforms([entry])
 
 
@@ -56,15 +60,15 @@ def test_bisection_keeps_the_accuracy_of_what_is_stored(tiny_run):
     exact = problem.value("accuracy")(problem.mixed.choice())
     assert exact > 0.3 and np.mean(right) >= 0.9 * exact - 1e-6
     # The network that is stored is the one that was looked at.
-    _, allocation = allocate_bits.allocations(path, asked)["hessian bisection"]
-    seen = problem.mixed.run(np.asarray(allocation.choice), problem.batches[0])
+    chosen = allocate_bits.allocations(path, asked)["hessian bisection"]
+    seen = problem.mixed.run(np.asarray(chosen.allocation.choice), problem.batches[0])
     np.testing.assert_allclose(seen, logits[0], atol=1e-3)
 
 
 def test_a_text_network_is_allotted_too(tiny_run):
     _, path = tiny_run("language/stdlib_lm")
     asked = ASKED._replace(methods=("random",), accuracy=0.5)
-    ((_, allocation),) = allocate_bits.allocations(path, asked).values()
+    ((_, allocation, _),) = allocate_bits.allocations(path, asked).values()
     problem = allocate_bits.problem_of(path, asked)
     assert "embed" in problem.mixed.paths and allocation.passes >= 2
     kept = problem.value("accuracy")(np.asarray(allocation.choice))
@@ -77,7 +81,7 @@ def test_domains_are_held_apart(tiny_run):
     problem = allocate_bits.problem_of(path, asked)
     assert [{*batch["domains"].argmax(-1).tolist()} for (batch,) in problem.kinds] == [{0}, {2}]
     budget = int(problem.mixed.sizes.sum(0).mean()) + problem.mixed.fixed
-    ((_, allocation),) = allocate_bits.allocations(path, asked._replace(budgets=(budget,))).values()
+    ((_, allocation, _),) = allocate_bits.allocations(path, asked._replace(budgets=(budget,))).values()
     assert 0 < sum(allocation.choice) < len(allocation.choice)
     with pytest.raises(UserError, match="'domain_text' has no 'latin', but python, c"):
         allocate_bits.problem_of(path, asked._replace(domains=("latin", "python")))
@@ -100,6 +104,44 @@ def test_first_tokens_stay_exact_where_bits_are_chosen(tiny_run):
         np.testing.assert_allclose(found[:, 0], of_weights[:, 0], rtol=1e-4, atol=1e-3)
     # Rounding in float32 moves a few activations by a step.
     assert np.abs(stored - seen).mean() < 0.1 * np.abs(seen - of_weights).mean()
+
+
+def test_ranges_are_measured_without_data(tiny_run):
+    """Of each way a row, of the network that was looked at; the same bytes, other ranges."""
+    _, path = tiny_run("vision/digits_resnet")
+    asked = ASKED._replace(methods=("uniform",), options=("int4",), budgets=(10**6,), ranges=("training", "noise"))
+    rows = allocate_bits.rows_of([path], asked)
+    assert [row.identity.transform for row in rows] == [
+        None,
+        "quantize uniform 1000000",
+        "quantize uniform 1000000 noise",
+    ]
+    _, training, noise = map(values, rows)
+    assert training["parameter_bytes"] == noise["parameter_bytes"] and training["loss"] != noise["loss"]
+    assert training["calibration_seconds"] > 0
+    problem = allocate_bits.problem_of(path, asked, "noise")
+    stored = merge(reload(path / "exports" / "quantize uniform 1000000 noise"))
+    seen = problem.mixed.run(np.zeros(len(problem.mixed.paths), np.int32), problem.batches[0])
+    np.testing.assert_allclose(stored(problem.batches[0]["inputs"])[0], seen, atol=1e-3)
+
+
+def test_networks_are_trained_on_with_their_bits(tiny_run, tmp_path):
+    _, path = tiny_run("vision/digits_resnet")
+    asked = ASKED._replace(methods=("hessian",), fine_tune=3, fine_tune_rate=0.5, workdir=str(tmp_path / "on"))
+    budget = int(allocate_bits.problem_of(path, asked).mixed.sizes.sum(0).mean())
+    rows = allocate_bits.rows_of([path], asked._replace(budgets=(budget,)))
+    assert [(row.identity.variant, row.identity.transform) for row in rows] == [
+        ("digits_resnet", None),
+        ("digits_resnet", f"quantize hessian {budget}"),
+        (f"hessian {budget}, 3 steps", None),
+        (f"hessian {budget}, 3 steps", "packed"),
+    ]
+    _, rounded, _, tuned = map(values, rows)
+    assert rounded["parameter_bytes"] == tuned["parameter_bytes"] and rounded["loss"] != tuned["loss"]
+    (run,) = (tmp_path / "on").glob("*/*")
+    config, before = read_config(run), read_config(path)
+    assert config.init_from == (str(path),) and config.train.to_dict() == {"steps": 3} and not config.stages
+    assert config.optim.learning_rate == 0.5 * before.optim.learning_rate
 
 
 def test_mistakes_are_one_sentence(tiny_run):
@@ -138,6 +180,11 @@ def test_mistakes_are_one_sentence(tiny_run):
         (["--run=x", "--activations=uint8"], "--activations: 'uint8' must be one of int8"),
         (["--run=x", "--exact_first=-1"], "--exact_first=-1 is a number of tokens"),
         (["--run=x", "--exact_first=1", "--activations=none"], "whose activations are not rounded"),
+        (["--run=x", "--ranges=real"], "--ranges: 'real' must be one of training, distilled, noise"),
+        (["--run=x", "--ranges=noise", "--activations=none"], "--activations=none rounds none"),
+        (["--run=x", "--ranges=noise", "--fine_tune=5"], "--fine_tune needs the training data"),
+        (["--run=x", "--fine_tune=-1"], "--fine_tune=-1 is a number of steps"),
+        (["--run=x", "--fine_tune=1", "--fine_tune_rate=0"], "--fine_tune_rate=0.0 above 0"),
         (["--run=nowhere", "--bytes=10"], "--run=nowhere matches nothing"),
         (["--config=configs/vision/digits_resnet.py"], "takes no --config"),
     ],

@@ -6,8 +6,9 @@
     mixed.sizes                      bytes [layers, options], as they are stored
     mixed.entry(choice, "mine")      what `config.evaluation.transforms` needs to have it stored so
 
-Ranges of activations are measured on the batches, and so is whether a layer sees numbers below 0: where it sees none,
-its activations have an unsigned format.
+Ranges of activations are measured on the batches (`made`: the settings of `quantize` that say how these were, where
+they are not of the training data), and so is whether a layer sees numbers below 0: where it sees none, its activations
+have an unsigned format.
 """
 
 import functools
@@ -135,8 +136,14 @@ class Mixed:
     """See above. ValueError of a network that is quantized already or has no first tokens that could stay exact, and
     where there are no layers, options or batches."""
 
-    def __init__(self, network: nnx.Module, options: Sequence[Option], batches: Iterable[Mapping[str, Any]]):
-        self.batches, self.options = list(batches), tuple(options)
+    def __init__(
+        self,
+        network: nnx.Module,
+        options: Sequence[Option],
+        batches: Iterable[Mapping[str, Any]],
+        made: Mapping[str, Any] | None = None,
+    ):
+        self.batches, self.options, self.made = list(batches), tuple(options), dict(made or {})
         layers = quantizable(network)
         if any(layer.quantizer is not None for layer in layers.values()):
             raise ValueError("the network is quantized already")
@@ -209,7 +216,7 @@ class Mixed:
 
     def entry(self, choice: Sequence[int], label: str) -> dict[str, Any]:
         rules = self.rules(choice)
-        return {"name": "quantize", "rules": rules, "batches": len(self.batches), "label": label}
+        return {"name": "quantize", "rules": rules, "batches": len(self.batches), **self.made, "label": label}
 
     def _least(self) -> dict[str, float]:
         def smallest(state, inputs):

@@ -4,8 +4,8 @@
     random       drawn until the budget is full
     hessian      HAWQ-V2: curvature of weights and activations, and the front of all choices
     divergence   KL of each layer rounded alone, on training examples, and the front
-    distilled    ZeroQ: the same on examples made of BatchNorm's statistics. Ranges of activations are measured on
-                 training examples, as for all methods, so that allocations alone are compared
+    distilled    ZeroQ: the same on examples made of BatchNorm's statistics. What ranges of activations are measured on
+                 is another question, which `Mixed` was told
     inter_layer  the curvature augmented by what pairs of layers lose together, and an integer program
     decoupled    MixDQ (Zhao et al. 2024, arXiv:2405.17873): two metrics, here KL on the examples of two kinds, each
                  with a table, a group of layers and an integer program of its own. The paper's metrics are of pictures
@@ -28,7 +28,7 @@ import numpy as np
 
 from lissom.compression.quantization.allocation import sensitivities, solvers
 from lissom.compression.quantization.allocation.candidates import Mixed
-from lissom.compression.quantization.allocation.distillation import distilled
+from lissom.compression.quantization.distillation import distilled
 from lissom.models.registry import nearest
 from lissom.models.variables import merge
 

@@ -3,7 +3,7 @@
     curvature     mean of the Hessian's eigenvalues x squared error of rounding, of weights and of activations
                   (HAWQ-V2, Dong et al. 2019, arXiv:1911.03852)
     divergence    KL of the outputs of the network from those with one layer rounded (ZeroQ, Cai et al. 2020,
-                  arXiv:2001.00281, on examples of its own making: `distillation.py`)
+                  arXiv:2001.00281, on examples of its own making: `../distillation.py`)
     interactions  what two layers lose together beyond what each does alone (Schaefer et al. 2023, arXiv:2306.04879)
 
 Passes over the examples are counted in `mixed.passes`; a product with the Hessian is one of them.

@@ -1,4 +1,5 @@
-"""Examples that a network with BatchNorm makes of its own statistics (ZeroQ, Cai et al. 2020, arXiv:2001.00281).
+"""Examples for what needs some where there are no data: distilled by a network with BatchNorm from its own statistics
+(ZeroQ, Cai et al. 2020, arXiv:2001.00281), or noise.
 
     minimize over x [N, ...]    sum_l mean_nc (mean_l[n, c] - mu_l[c])^2 + (std_l[n, c] - sigma_l[c])^2
                                 + the same of x itself, with 0 and 1 or what it is told
@@ -7,16 +8,21 @@ by Adam from Gaussian numbers; mean_l and std_l are over the places of each exam
 and sigma_l what that one keeps. The paper's 500 steps at a rate of 0.5 are the defaults.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from lissom.compression.transforms import layer_paths, replace_layers
 from lissom.models.norms import BatchNorm
 from lissom.models.variables import Parts, merge, split
+
+# Where the examples come from that ranges of activations are measured on.
+EXAMPLES = ("training", "distilled", "noise")
 
 
 class _Watched(nnx.Module):
@@ -42,8 +48,7 @@ def distilled(
 ) -> tuple[jax.Array, jax.Array]:
     """(inputs [count, *shape], the loss at the beginning and behind the last step [2]). ValueError of a network without
     BatchNorm."""
-    if not layer_paths(network, (BatchNorm,)):
-        raise ValueError("examples are distilled from the statistics of BatchNorm, and this network has none")
+    check_distillable(network)
     parts = split(network)
 
     def loss(x: jax.Array, state: tuple) -> jax.Array:
@@ -66,6 +71,41 @@ def distilled(
         return x, jnp.stack([values[0], loss(x, state)])
 
     return run(jax.random.normal(key, (count, *shape)), parts[1:])
+
+
+def check_distillable(network: nnx.Module) -> None:
+    """ValueError of a network without BatchNorm."""
+    if not layer_paths(network, (BatchNorm,)):
+        raise ValueError("examples are distilled from the statistics of BatchNorm, and this network has none")
+
+
+def examples(
+    kind: str,
+    network: nnx.Module,
+    data: Iterable[Mapping[str, Any]],
+    batches: int,
+    *,
+    seed: int = 0,
+    input_statistics: tuple[float, float] = (0.0, 1.0),
+) -> Iterable[Mapping[str, Any]]:
+    """So many batches of one of `EXAMPLES`, for a network to be called with: those of `data`, or others of their shape,
+    of which nothing else is read. Noise is Gaussian, of the mean and standard deviation `input_statistics`, which
+    distillation aims at too. ValueError where inputs are no numbers, or there is nothing to distil from."""
+    if kind == "training":
+        return data
+    like = next(iter(data), None)
+    if like is None:
+        raise ValueError(f"examples={kind!r} are made in the shape of the training data, and there are none")
+    like = np.asarray(like["inputs"])
+    if not np.issubdtype(like.dtype, np.floating):
+        raise ValueError(f"examples={kind!r} are real numbers, and this network takes {like.dtype}")
+    count, shape, key = batches * len(like), like.shape[1:], jax.random.key(seed)
+    if kind == "distilled":
+        inputs, _ = distilled(network, shape, key, count=count, input_statistics=input_statistics)
+    else:
+        mean, std = input_statistics
+        inputs = mean + std * jax.random.normal(key, (count, *shape))
+    return [{"inputs": part} for part in jnp.split(inputs, batches)]
 
 
 def _distance(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
