@@ -4,15 +4,15 @@
         [--options=int2,int4,int8] [--activations=int8] [--batches=8] [--samples=16]
         [--exact_first=1] [--domains=python,english] [--ranges=training,distilled,noise]
         [--fine_tune=200 [--fine_tune_rate=0.1] [--workdir=runs/allocated]] [--out=FOLDER]
-    uv run scripts/allocate_bits.py --run=runs/digits_resnet --accuracy=0.99 --options=int4,int8 --method=hessian,random
+    uv run scripts/allocate_bits.py --run=runs/digits_resnet --accuracy=0.98,0.99 --options=int4,int8
 
 Finished runs of networks that were not trained with transforms. `--bytes`: of the network's codes, scales, ranges and
 what stays float32 (its rows call it parameter bytes), one number or several; what is told without it is what the
-options take for all layers alike. `--accuracy`: instead of that, a share of the exact network's accuracy on the
-examples, for bisection between two options. `--method`: compression/quantization/allocation/methods.py lists them.
-`--domains`: the two kinds of text whose losses `decoupled` holds apart. `--activations`: their format ("weights": that
-of the weights; "none": they stay as they are); `--exact_first`: so many tokens of a sequence stay as they are, and out
-of the ranges, of the network `language` (MixDQ's outlier).
+options take for all layers alike. `--accuracy`: instead of that, one or several shares of the exact network's accuracy
+on the examples, for bisection between two options. `--method`: what compression/quantization/allocation/methods.py
+lists. `--domains`: the two kinds of text whose losses `decoupled` holds apart. `--activations`: their format ("weights":
+that of the weights; "none": they stay as they are); `--exact_first`: so many tokens of a sequence stay as they are, and
+out of the ranges, of the network `language` (MixDQ's outlier).
 
 Sensitivities are taken of the run's first training batches, `--batches` of them, on which ranges of activations are
 measured too, here and where the network is stored; by `--ranges` these are measured on as many examples that are made
@@ -23,6 +23,7 @@ schedule at a share of its learning rate, below `--workdir`, where what stood th
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -40,13 +41,13 @@ SHOWN = (
 
 
 class Asked(NamedTuple):
-    """What the flags say. `accuracy`: 0 where there are `budgets`."""
+    """What the flags say. Either `budgets` or `accuracies` are empty."""
 
     methods: Sequence[str]
     options: Sequence[str]
     activations: str
     budgets: Sequence[int]
-    accuracy: float
+    accuracies: Sequence[float]
     batches: int
     samples: int
     domains: Sequence[str] = ()
@@ -84,15 +85,15 @@ def _allocations(run: pathlib.Path, asked: Asked, ranges: str) -> dict[str, Chos
     sensitivity, fixed = methods.Sensitivity(problem), mixed.fixed
     uniform = {option.weights: int(size) + fixed for option, size in zip(mixed.options, mixed.sizes.sum(0))}
     alike = ", ".join(f"{name} {size:,}" for name, size in uniform.items())
-    if not (asked.budgets or asked.accuracy):
+    if not (asked.budgets or asked.accuracies):
         raise UserError(f"--bytes=N is missing: of {run} all layers alike take {alike} bytes")
     try:
         for method in asked.methods:
             for budget in asked.budgets:
                 found[f"{method} {budget}{behind}"] = methods.allocate(method, sensitivity, budget - fixed)
-            if asked.accuracy:
-                least = asked.accuracy * problem.value("accuracy")(mixed.choice())
-                found[f"{method} bisection{behind}"] = methods.lowest(method, sensitivity, least)
+            for share in asked.accuracies:
+                least = share * problem.value("accuracy")(mixed.choice())
+                found[f"{method} accuracy {share:g}{behind}"] = methods.lowest(method, sensitivity, least)
     except ValueError as error:
         raise UserError(
             f"{run}: {error} (all layers alike take {alike} bytes, {fixed:,} of them stay float32)"
@@ -129,7 +130,7 @@ def problem_of(run: pathlib.Path, asked: Asked, ranges: str = "training"):
     of = lambda name: name if activations is None else activations
     options = [Option(name, of(name), asked.exact_first) for name in asked.options]
     judge = build_objective(config).judge
-    if asked.accuracy and "accuracy" not in jax.eval_shape(judge, network, batches[0], jax.random.key(0)):
+    if asked.accuracies and "accuracy" not in jax.eval_shape(judge, network, batches[0], jax.random.key(0)):
         raise UserError(f"--accuracy: {run} is judged by no accuracy")
     inputs = np.concatenate([np.asarray(batch["inputs"], np.float32) for batch in batches])
     input_statistics = (float(inputs.mean()), float(inputs.std()))
@@ -259,6 +260,12 @@ def read(given: flags.FlagValues) -> Asked:
         for name in [given[flag].value] if isinstance(given[flag].value, str) else given[flag].value:
             if name not in names:
                 raise UserError(f"--{flag}: {name!r} must be one of {', '.join(names)}")
+    try:
+        accuracies = [float(text) for text in given.accuracy]
+    except ValueError:
+        accuracies = [math.nan]
+    if not all(0 < share <= 1 for share in accuracies):
+        raise UserError(f"--accuracy={','.join(given.accuracy)} must be shares, above 0 and at most 1")
     if given.bytes and given.accuracy:
         raise UserError("--bytes and --accuracy are two questions: give one of them")
     if given.accuracy and len(given.options) != 2:
@@ -269,8 +276,8 @@ def read(given: flags.FlagValues) -> Asked:
         raise UserError(f"--bytes={','.join(given.bytes)} must be whole numbers")
     if given.batches < 1:
         raise UserError(f"--batches={given.batches} must be at least 1")
-    if given.samples < 2 or not 0 <= given.accuracy <= 1:
-        raise UserError(f"--samples={given.samples} must be at least 2, and --accuracy={given.accuracy} a share")
+    if given.samples < 2:
+        raise UserError(f"--samples={given.samples} must be at least 2")
     if ("decoupled" in given.method) != bool(given.domains) or len(given.domains) not in (0, 2):
         raise UserError("the method 'decoupled' takes two --domains, and no other method takes any")
     if given.exact_first < 0 or (given.exact_first and given.activations == "none"):
@@ -286,7 +293,7 @@ def read(given: flags.FlagValues) -> Asked:
     if not given.run:
         raise UserError("--run=DIRECTORY is missing, for example --run=runs/digits_resnet")
     budgets = [int(text) for text in given.bytes]
-    fields = (given.method, given.options, given.activations, budgets, given.accuracy)
+    fields = (given.method, given.options, given.activations, budgets, accuracies)
     fields = (*fields, given.batches, given.samples, given.domains, given.exact_first, given.ranges)
     return Asked(*fields, given.fine_tune, given.fine_tune_rate, given.workdir)
 
@@ -298,7 +305,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("method", ["hessian"], "how bits are chosen")
     flags.DEFINE_list("options", ["int2", "int4", "int8"], "formats of weights to choose from")
     flags.DEFINE_string("activations", "int8", "their format; 'weights' (as those), 'none'")
-    flags.DEFINE_float("accuracy", 0.0, "share of the exact accuracy that bisection keeps")
+    flags.DEFINE_list("accuracy", [], "share of the exact accuracy that bisection keeps; one or several")
     flags.DEFINE_integer("batches", 8, "training batches that sensitivities and ranges are measured on")
     flags.DEFINE_integer("samples", 16, "random vectors for the traces of the Hessian")
     flags.DEFINE_integer("exact_first", 0, "tokens at the beginning of a sequence whose activations stay exact")

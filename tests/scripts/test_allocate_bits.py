@@ -12,7 +12,7 @@ from lissom.training.runs import read_config
 from scripts import allocate_bits
 from tests.scripts.lines import command_line
 
-ASKED = allocate_bits.Asked(("uniform", "hessian"), ("int2", "int8"), "int8", (), 0.0, 2, 2)
+ASKED = allocate_bits.Asked(("uniform", "hessian"), ("int2", "int8"), "int8", (), (), 2, 2)
 
 
 def values(row):
@@ -50,24 +50,28 @@ def test_bisection_keeps_the_accuracy_of_what_is_stored(tiny_run):
     """On the examples, of the stored network."""
     result, path = tiny_run("vision/digits_resnet", **{"train.steps": 60})
     del result
-    asked = ASKED._replace(methods=("hessian",), accuracy=0.9)
+    asked = ASKED._replace(methods=("hessian",), accuracies=(0.9, 0.5))
     rows = allocate_bits.rows_of([path], asked)
-    assert [row.identity.transform for row in rows] == [None, "quantize hessian bisection"]
+    assert [row.identity.transform for row in rows] == [
+        None,
+        "quantize hessian accuracy 0.9",
+        "quantize hessian accuracy 0.5",
+    ]
     problem = allocate_bits.problem_of(path, asked)
-    stored = merge(reload(path / "exports" / "quantize hessian bisection"))
+    stored = merge(reload(path / "exports" / "quantize hessian accuracy 0.9"))
     logits = [stored(batch["inputs"])[0] for batch in problem.batches]
     right = [(x.argmax(-1) == batch["labels"]).mean() for x, batch in zip(logits, problem.batches, strict=True)]
     exact = problem.value("accuracy")(problem.mixed.choice())
     assert exact > 0.3 and np.mean(right) >= 0.9 * exact - 1e-6
     # The network that is stored is the one that was looked at.
-    chosen = allocate_bits.allocations(path, asked)["hessian bisection"]
+    chosen = allocate_bits.allocations(path, asked)["hessian accuracy 0.9"]
     seen = problem.mixed.run(np.asarray(chosen.allocation.choice), problem.batches[0])
     np.testing.assert_allclose(seen, logits[0], atol=1e-3)
 
 
 def test_a_text_network_is_allotted_too(tiny_run):
     _, path = tiny_run("language/stdlib_lm")
-    asked = ASKED._replace(methods=("random",), accuracy=0.5)
+    asked = ASKED._replace(methods=("random",), accuracies=(0.5,))
     ((_, allocation, _),) = allocate_bits.allocations(path, asked).values()
     problem = allocate_bits.problem_of(path, asked)
     assert "embed" in problem.mixed.paths and allocation.passes >= 2
@@ -172,6 +176,8 @@ def test_mistakes_are_one_sentence(tiny_run):
         (["--run=x", "--bytes=1e4"], "--bytes=1e4 must be whole numbers"),
         (["--run=x", "--bytes=10", "--accuracy=0.9"], "are two questions"),
         (["--run=x", "--accuracy=0.9"], "chooses between two --options"),
+        (["--run=x", "--accuracy=0.9,a"], "--accuracy=0.9,a must be shares, above 0 and at most 1"),
+        (["--run=x", "--accuracy=1.1"], "--accuracy=1.1 must be shares"),
         (["--run=x", "--accuracy=0.9", "--method=uniform"], "--method: 'uniform' must be one of random"),
         (["--run=x", "--method=decoupled"], "takes two --domains"),
         (["--run=x", "--domains=a,b"], "no other method takes any"),
