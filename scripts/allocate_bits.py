@@ -10,9 +10,9 @@ Finished runs of networks that were not trained with transforms. `--bytes`: of t
 what stays float32 (its rows call it parameter bytes), one number or several; what is told without it is what the
 options take for all layers alike. `--accuracy`: instead of that, one or several shares of the exact network's accuracy
 on the examples, for bisection between two options. `--method`: what compression/quantization/allocation/methods.py
-lists. `--domains`: the two kinds of text whose losses `decoupled` holds apart. `--activations`: their format ("weights":
-that of the weights; "none": they stay as they are); `--exact_first`: so many tokens of a sequence stay as they are, and
-out of the ranges, of the network `language` (MixDQ's outlier).
+lists. `--domains`: the two kinds of text whose losses `decoupled` holds apart. `--activations`: their format
+("weights": that of the weights; "none": they stay as they are); `--exact_first`: so many tokens of a sequence stay as
+they are, and out of the ranges, of the network `language` (MixDQ's outlier).
 
 Sensitivities are taken of the run's first training batches, `--batches` of them, on which ranges of activations are
 measured too, here and where the network is stored; by `--ranges` these are measured on as many examples that are made
