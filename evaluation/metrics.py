@@ -79,6 +79,7 @@ METRICS = {
     "train_seconds": Metric("s", "lower", "wall time of all training steps, compilation apart", machine="training"),
     "compile_seconds": Metric("s", "lower", "wall time of tracing and compiling", machine="training"),
     "examples_per_second": Metric("1/s", "higher", "training examples a second, compilation apart", machine="training"),
+    "step_p50": Metric("s", "lower", "median time of one training step, warm", machine="measuring"),
     "train_steps": Metric("1", None, "optimizer steps taken"),
     "train_tokens": Metric("1", None, "tokens of the training text seen, repeats counted"),
     "qat_share": Metric("fraction", None, "of them, those of quantization-aware training"),

@@ -12,14 +12,13 @@ one variant behind it. The field `mode` is that of the recipe, what stands behin
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -27,67 +26,11 @@ from lissom.eval import COST, COST_HELP, check_cost, check_writable, finished
 from lissom.training import flags as command_line
 from lissom.training.config import check, default_workdir, model_settings, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
+from lissom.training.variants import Variant, axis_of, config_of, directory_of, grid
 
 MATCHES = ("params", "flops", "bytes")
 TOLERANCE = 0.01
-MODE = "mode"
 WIDEST = 1 << 16  # a width beyond which --match gives up
-
-
-class Variant(NamedTuple):
-    """A point of the grid: its label in the table and what it sets."""
-
-    label: str
-    overrides: tuple[tuple[str, Any], ...]
-
-
-def grid(axes: Sequence[str], also: Sequence[str] = ()) -> list[Variant]:
-    """['model.mixer=attention,none', 'model.depth=2,4'] -> the variants of the product, the first one first; behind
-    them those of `also`, 'wide: model.ffn=mlp model.width=128'."""
-    parsed = dict(axis_of(axis, "--vary") for axis in axes)
-    if len(parsed) < len(axes):
-        raise UserError(f"--vary={' --vary='.join(axes)} varies one field twice: give its values in one list")
-    last = [key.split(".")[-1] for key in parsed]
-    names = {key: key if last.count(name) > 1 else name for key, name in zip(parsed, last, strict=True)}
-    variants: dict[str, Variant] = {}
-    for values in itertools.product(*parsed.values()):
-        point = tuple(zip(parsed, values, strict=True))
-        label = " ".join(f"{names[key]}={value}" for key, value in point) or "recipe"
-        # The directory's name tells less apart than the label: a,b and a;b are one.
-        other = variants.setdefault(_file(label), Variant(label, point))
-        if other.overrides != point:
-            raise UserError(f"the variants {other.label!r} and {label!r} would lie in one directory {_file(label)}")
-    if len(variants) < math.prod(map(len, parsed.values())):
-        raise UserError(f"--vary={' --vary='.join(axes)} names one variant twice")
-    for text in also:
-        label, colon, settings = text.partition(": ")
-        pairs = [pair.partition("=") for pair in _parts(settings, " ") if pair]
-        if not (colon and label.strip() and pairs and all(key and equals and value for key, equals, value in pairs)):
-            raise UserError(f"--also={text!r} must be 'name: field=value field=value'")
-        variant = Variant(label.strip(), tuple((key, value) for key, _, value in pairs))
-        if variants.setdefault(_file(variant.label), variant) is not variant:
-            raise UserError(f"--also={text!r}: there is a variant {variant.label!r} already")
-    return list(variants.values())
-
-
-def axis_of(text: str, flag: str) -> tuple[str, list[str]]:
-    """'field=a,b' -> ('field', ['a', 'b'])."""
-    key, _, values = text.partition("=")
-    if not (key and values and all(_parts(values))):
-        raise UserError(f"{flag}={text} must be field=value,value")
-    return key, _parts(values)
-
-
-def _parts(text: str, at: str = ",") -> list[str]:
-    """Splits at the letters `at` that stand outside of brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == at and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
 
 
 def size_of(config, facts: Mapping[str, Any], what: str) -> float:
@@ -170,12 +113,12 @@ def tuned(
     the others wait and read what it found.
     """
     key, values = axis_of(axis, "--tune")
-    record = workdir / "tuned" / f"{_file(label)}.json"
+    record = workdir / "tuned" / f"{directory_of(label)}.json"
     with _alone(record.with_suffix(".lock"), label) if shared and not merge else contextlib.nullcontext():
         losses = _read_record(record)
         for value in values:
             name, trial = f"{key}={value}", overridden(config, [(key, value), *_halved(config)])
-            run = workdir / "tuned" / _file(f"{label} {name}")
+            run = workdir / "tuned" / directory_of(f"{label} {name}")
             if name in losses:
                 if losses[name]["config"] != _digest(trial):
                     raise UserError(f"{record} is of another config: give another --workdir")
@@ -266,10 +209,6 @@ def _halved(config) -> list[tuple[str, Any]]:
     return [(f"train.{name}", half), *([("stages", tuple(stages))] if stages else [])]
 
 
-def _file(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._=-" else "_" for letter in label)
-
-
 def check_axes(variants: Sequence[Variant], seeds: int, match: str | None, tune: Sequence[str]) -> None:
     """What one flag sets no other may vary: a label of the table would name a value that no run had."""
     if seeds < 1:
@@ -303,12 +242,7 @@ def configs_of(
 
     datasets, configs, target = {}, {}, None
     for variant in variants:
-        settings = [(key, value) for key, value in variant.overrides if key != MODE]
-        modes = [value for key, value in variant.overrides if key == MODE]
-        if modes and of_mode is None:
-            raise UserError(f"{variant.label}: the mode of a recipe is varied where the recipe is known: by compare.py")
-        changed = overridden(of_mode(modes[-1]) if modes else config, settings)
-        check(changed)
+        changed = config_of(variant, config, of_mode)
         if tune and changed.data.order == "by_class":
             raise UserError("--tune trains for half the length, which for data.order='by_class' is half of the classes")
         data = json.dumps(changed.data.to_dict(), sort_keys=True, default=list)
@@ -371,7 +305,7 @@ def compare(
         return []
     from lissom.eval import evaluate
 
-    place = lambda seed, variant: workdir / f"{_file(variant.label)}_seed{seed}"
+    place = lambda seed, variant: workdir / f"{directory_of(variant.label)}_seed{seed}"
     # What is finished is only measured, maybe on a machine that could not train it.
     wanted = set() if merge else {job[1].label for _, job in mine if not finished(place(*job))}
     configs, notes = configs_of(config, variants, match, tune, wanted, of_mode), {}
@@ -432,8 +366,6 @@ def main(argv: list[str]) -> None:
     with one_sentence():
         pairs = command_line.parse(argv)
         spec, config = command_line.config_from(pairs)
-        recipe = spec.partition(":")[0]
-        of_mode = lambda mode: command_line.config_from([*pairs, ("", f"{recipe}:{mode}")])[1]
         given = flags.FLAGS
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
         variants, shard = grid(given.vary, given.also), command_line.shard_of(given.shard)
@@ -455,7 +387,7 @@ def main(argv: list[str]) -> None:
             shard=shard,
             merge=given.merge,
             measure=given.measure,
-            of_mode=of_mode,
+            of_mode=command_line.modes_of(pairs),
         )
         if not rows:
             return

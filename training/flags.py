@@ -1,6 +1,7 @@
 """The command line of every script: absl flags, and --config / --config.field=value read by `training.config`."""
 
 import sys
+from collections.abc import Callable
 
 import ml_collections
 from absl import flags
@@ -9,7 +10,8 @@ from lissom.training import config as recipes
 from lissom.training.errors import UserError
 
 CONFIG_HELP = """
-  --config: the recipe, a path with an optional mode: configs/vision/digits_vit.py:tiny (train.py, compare.py)
+  --config: the recipe, a path with an optional mode: configs/vision/digits_vit.py:tiny
+    (train.py, compare.py, training_steps.py)
   --config.FIELD=VALUE: another value of a field of the recipe: --config.model.mixer=window --config.seed=3
 """
 
@@ -52,6 +54,12 @@ def config_from(pairs: list[tuple[str, str]]) -> tuple[str, ml_collections.Confi
     config = recipes.overridden(recipes.load_recipe(specs[-1]), [(key, value) for key, value in pairs if key])
     recipes.check(config)
     return specs[-1], config
+
+
+def modes_of(pairs: list[tuple[str, str]]) -> Callable[[str], ml_collections.ConfigDict]:
+    """mode -> the config of what `parse` returned, of another mode of its recipe."""
+    recipe = config_from(pairs)[0].partition(":")[0]
+    return lambda mode: config_from([*pairs, ("", f"{recipe}:{mode}")])[1]
 
 
 def shard_of(text: str) -> tuple[int, int]:
