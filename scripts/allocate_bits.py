@@ -19,7 +19,7 @@ measured too, here and where the network is stored; by `--ranges` these are meas
 without data instead, distilled from the statistics of BatchNorm (ZeroQ) or noise, or in each of several ways. The rows
 are of the test set, of each network stored and read again, beside the trained one. An allocation is printed as rules,
 which `qat` takes as well as `quantize`; with `--fine_tune` the run is trained on with them, so many steps of its own
-schedule at a share of its learning rate, below `--workdir`, where what stood there before is overwritten.
+schedule at a share of its learning rate, below `--workdir`; what is finished there is not trained again.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ class Asked(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """entry: of `evaluation.transforms`; calibration: seconds in which the run was read, examples were made that ranges
-    are measured on, and these were."""
+    """entry: of `evaluation.transforms`; calibration: seconds in which examples were made, if they were, and ranges
+    measured on them."""
 
     entry: dict[str, Any]
     allocation: Any
@@ -78,10 +78,8 @@ def allocations(run: pathlib.Path, asked: Asked) -> dict[str, Chosen]:
 def _allocations(run: pathlib.Path, asked: Asked, ranges: str) -> dict[str, Chosen]:
     from lissom.compression.quantization.allocation import methods
 
-    start = time.perf_counter()
     problem = problem_of(run, asked, ranges)
-    calibration, behind = time.perf_counter() - start, "" if ranges == "training" else f" {ranges}"
-    mixed, found = problem.mixed, {}
+    mixed, found, behind = problem.mixed, {}, "" if ranges == "training" else f" {ranges}"
     sensitivity, fixed = methods.Sensitivity(problem), mixed.fixed
     uniform = {option.weights: int(size) + fixed for option, size in zip(mixed.options, mixed.sizes.sum(0))}
     alike = ", ".join(f"{name} {size:,}" for name, size in uniform.items())
@@ -93,14 +91,17 @@ def _allocations(run: pathlib.Path, asked: Asked, ranges: str) -> dict[str, Chos
                 found[f"{method} {budget}{behind}"] = methods.allocate(method, sensitivity, budget - fixed)
             for share in asked.accuracies:
                 least = share * problem.value("accuracy")(mixed.choice())
-                found[f"{method} accuracy {share:g}{behind}"] = methods.lowest(method, sensitivity, least)
+                found[f"{method} accuracy {share}{behind}"] = methods.lowest(method, sensitivity, least)
     except ValueError as error:
         raise UserError(
             f"{run}: {error} (all layers alike take {alike} bytes, {fixed:,} of them stay float32)"
         ) from error
     for label, allocation in found.items():
         told(label, mixed, allocation)
-    return {label: Chosen(mixed.entry(each.choice, label), each, calibration) for label, each in found.items()}
+    return {
+        label: Chosen(mixed.entry(each.choice, label), each, problem.calibration_seconds)
+        for label, each in found.items()
+    }
 
 
 def problem_of(run: pathlib.Path, asked: Asked, ranges: str = "training"):
@@ -136,7 +137,9 @@ def problem_of(run: pathlib.Path, asked: Asked, ranges: str = "training"):
     input_statistics = (float(inputs.mean()), float(inputs.std()))
     made = {} if ranges == "training" else {"seed": config.seed, "input_statistics": input_statistics}
     try:
-        measured = list(examples(ranges, network, batches, len(batches), **made))
+        start = time.perf_counter()
+        measured = jax.block_until_ready(list(examples(ranges, network, batches, len(batches), **made)))
+        making = time.perf_counter() - start
         mixed = Mixed(network, options, measured, made and {"examples": ranges, **made})
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
@@ -150,6 +153,7 @@ def problem_of(run: pathlib.Path, asked: Asked, ranges: str = "training"):
         seed=config.seed,
         samples=asked.samples,
         input_statistics=input_statistics,
+        calibration_seconds=making + mixed.calibration_seconds,
         kinds=[[kind] for kind in of_domains(batches, dataset, asked.domains)],
     )
 
@@ -182,27 +186,65 @@ def told(label: str, mixed, allocation) -> None:
         print(f"    ({pattern!r}, {settings!r}),", file=sys.stderr)
 
 
-def fine_tuned(run: pathlib.Path, label: str, chosen: Chosen, asked: Asked) -> pathlib.Path:
-    """Where the run was trained on with the rules that were chosen; it is measured as it is stored."""
-    import zlib
-
-    from lissom.eval import export_name
-    from lissom.train import train
-    from lissom.training.config import from_json, to_json
+def names_of(runs: Sequence[pathlib.Path]) -> dict[str, str]:
+    """{run: its label in the table}: its recipe and what was changed of that, or where all are alike the recipe's name
+    alone."""
+    from lissom.eval import overrides_of, task_name
+    from lissom.evaluation.rows import Identity
     from lissom.training.runs import read_config
     from lissom.training.stages import final_config
 
-    config = from_json(to_json(final_config(read_config(run))))
-    with config.unlocked():
-        config.stages, config.init_from, config.train = (), (str(run),), {"steps": asked.fine_tune}
-        config.transforms = ({"name": "qat", "rules": chosen.entry["rules"], "batches": asked.batches},)
-        config.evaluation.transforms = ({"name": "packed"},)
-    config.optim.learning_rate *= asked.fine_tune_rate
-    # Runs of several comparisons may have one name.
-    place = f"{run.name}_{zlib.crc32(str(run.resolve()).encode()):08x}"
-    directory = pathlib.Path(asked.workdir) / place / export_name(label)
-    train(config, directory, overwrite=True)
+    identities = {}
+    for run in runs:
+        config = read_config(run)
+        identities[str(run)] = Identity(
+            config.recipe, task_name(final_config(config)), config.seed, overrides_of(config)
+        )
+    if len({identity.label for identity in identities.values()}) > 1:
+        return {run: identity.label for run, identity in identities.items()}
+    return {run: pathlib.Path(identity.recipe.partition(":")[0]).stem for run, identity in identities.items()}
+
+
+def fine_tuned(run: pathlib.Path, chosen: Chosen, asked: Asked) -> pathlib.Path | None:
+    """Where the run was trained on with the rules that were chosen, to be measured as it is stored; None where it
+    diverged. What is finished there is not trained again."""
+    import zlib
+
+    from lissom.eval import finished
+    from lissom.train import train
+    from lissom.training.config import to_json
+
+    config = fine_tuning(run, asked, chosen.entry["rules"])
+    # What else is trained on below the same directory, from another run or with other settings, is another one.
+    directory = pathlib.Path(asked.workdir) / f"{run.name}_{zlib.crc32(to_json(config).encode()):08x}"
+    if finished(directory):
+        return directory
+    try:
+        result = train(config, directory)
+    except UserError as error:
+        if "the loss is" not in str(error):
+            raise
+        print(f"{directory} is left out: {error}", file=sys.stderr)
+        return None
+    if "loss" not in result:  # it was asked to stop
+        raise SystemExit(0)
     return directory
+
+
+def fine_tuning(run: pathlib.Path, asked: Asked, rules: Sequence = ()):
+    """The config by which a run is trained on; UserError for a run that can't be."""
+    from lissom.training.runs import as_loop, read_config
+    from lissom.training.stages import final_config
+
+    config = as_loop(final_config(read_config(run))).copy_and_resolve_references()
+    if config.data.order == "by_class":
+        raise UserError(f"--fine_tune: {run} was trained by one class after the other, and would learn the first again")
+    with config.unlocked(), config.ignore_type():
+        config.stages, config.init_from, config.train = (), (str(run),), {"steps": asked.fine_tune}
+        config.transforms = (*config.transforms, {"name": "qat", "rules": tuple(rules), "batches": asked.batches})
+        config.evaluation.transforms = ({"name": "packed"},)
+        config.optim.learning_rate *= asked.fine_tune_rate
+    return config
 
 
 def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
@@ -210,13 +252,18 @@ def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
     from lissom.eval import evaluate
     from lissom.evaluation.rows import measure
 
+    names = names_of(runs)
+    for run in runs if asked.fine_tune else ():
+        fine_tuning(run, asked)  # what can't be trained on is said before the work
     found = {str(run): allocations(run, asked) for run in runs}
     tuned = {}
     for run in runs if asked.fine_tune else ():
         for label, chosen in found[str(run)].items():
-            tuned[str(fine_tuned(run, label, chosen, asked))] = f"{label}, {asked.fine_tune} steps"
+            directory = fine_tuned(run, chosen, asked)
+            if directory is not None:
+                tuned[str(directory)] = f"{names[str(run)]}, {label}, {asked.fine_tune} steps"
     entries = {run: [chosen.entry for chosen in of_run.values()] for run, of_run in found.items()}
-    rows = evaluate([*runs, *tuned], transforms=entries, variants=tuned)
+    rows = evaluate([*runs, *tuned], transforms=entries, variants=names | tuned)
     # A row for each run and entry, in their order, and behind them those trained on and the floors.
     spent = [chosen for of_run in found.values() for chosen in [None, *of_run.values()]]
     for number, chosen in enumerate(spent):
@@ -229,18 +276,7 @@ def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
             row = rows[number]
             added = [measure(name, value) for name, value in cost.items()]
             rows[number] = dataclasses.replace(row, measurements=(*row.measurements, *added))
-    return _short(rows)
-
-
-def _short(rows: list) -> list:
-    """Where all runs are of one recipe and its settings, its name alone is their label."""
-    unnamed = lambda row: row.identity.role == "variant" and row.identity.variant is None
-    variants = [row.identity for row in rows if unnamed(row)]
-    if len({identity.label for identity in variants}) > 1:
-        return rows
-    short = pathlib.Path(variants[0].recipe.partition(":")[0]).stem
-    named = lambda row: dataclasses.replace(row, identity=dataclasses.replace(row.identity, variant=short))
-    return [named(row) if unnamed(row) else row for row in rows]
+    return rows
 
 
 def read(given: flags.FlagValues) -> Asked:
@@ -282,8 +318,13 @@ def read(given: flags.FlagValues) -> Asked:
         raise UserError("the method 'decoupled' takes two --domains, and no other method takes any")
     if given.exact_first < 0 or (given.exact_first and given.activations == "none"):
         raise UserError(f"--exact_first={given.exact_first} is a number of tokens whose activations are not rounded")
+    if not given.ranges:
+        raise UserError(f"--ranges= must be one or several of {', '.join(EXAMPLES)}")
     if given.ranges != ["training"] and given.activations == "none":
         raise UserError(f"--ranges={','.join(given.ranges)} are of activations, and --activations=none rounds none")
+    for flag in ("fine_tune_rate", "workdir"):
+        if given[flag].present and not given.fine_tune:
+            raise UserError(f"--{flag} is for networks that are trained on: --fine_tune=STEPS is missing")
     if given.fine_tune and given.ranges != ["training"]:
         raise UserError("--fine_tune needs the training data, so that --ranges without them make no sense")
     if given.fine_tune < 0 or not given.fine_tune_rate > 0:

@@ -8,7 +8,8 @@ by Adam from Gaussian numbers; mean_l and std_l are over the places of each exam
 and sigma_l what that one keeps. The paper's 500 steps at a rate of 0.5 are the defaults.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,8 @@ from lissom.models.variables import Parts, merge, split
 
 # Where the examples come from that ranges of activations are measured on.
 EXAMPLES = ("training", "distilled", "noise")
+
+STEPS, LEARNING_RATE = 500, 0.5
 
 
 class _Watched(nnx.Module):
@@ -42,12 +45,19 @@ def distilled(
     key: jax.Array,
     *,
     count: int = 32,
-    steps: int = 500,
-    learning_rate: float = 0.5,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
     input_statistics: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[jax.Array, jax.Array]:
     """(inputs [count, *shape], the loss at the beginning and behind the last step [2]). ValueError of a network without
     BatchNorm."""
+    return _distiller(network, steps, learning_rate, input_statistics)(jax.random.normal(key, (count, *shape)))
+
+
+def _distiller(
+    network: nnx.Module, steps: int, learning_rate: float, input_statistics: tuple[float, float]
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """noise -> what `distilled` gives."""
     check_distillable(network)
     parts = split(network)
 
@@ -70,7 +80,7 @@ def distilled(
         (x, _), values = jax.lax.scan(step, (x, optimizer.init(x)), length=steps)
         return x, jnp.stack([values[0], loss(x, state)])
 
-    return run(jax.random.normal(key, (count, *shape)), parts[1:])
+    return lambda x: run(x, parts[1:])
 
 
 def check_distillable(network: nnx.Module) -> None:
@@ -92,20 +102,19 @@ def examples(
     of which nothing else is read. Noise is Gaussian, of the mean and standard deviation `input_statistics`, which
     distillation aims at too. ValueError where inputs are no numbers, or there is nothing to distil from."""
     if kind == "training":
-        return data
+        return itertools.islice(data, batches)
     like = next(iter(data), None)
     if like is None:
         raise ValueError(f"examples={kind!r} are made in the shape of the training data, and there are none")
     like = np.asarray(like["inputs"])
     if not np.issubdtype(like.dtype, np.floating):
         raise ValueError(f"examples={kind!r} are real numbers, and this network takes {like.dtype}")
-    count, shape, key = batches * len(like), like.shape[1:], jax.random.key(seed)
+    noise = jax.random.normal(jax.random.key(seed), (batches, *like.shape))
     if kind == "distilled":
-        inputs, _ = distilled(network, shape, key, count=count, input_statistics=input_statistics)
-    else:
-        mean, std = input_statistics
-        inputs = mean + std * jax.random.normal(key, (count, *shape))
-    return [{"inputs": part} for part in jnp.split(inputs, batches)]
+        distil = _distiller(network, STEPS, LEARNING_RATE, input_statistics)
+        return [{"inputs": distil(part)[0]} for part in noise]
+    mean, std = input_statistics
+    return [{"inputs": mean + std * part} for part in noise]
 
 
 def _distance(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:

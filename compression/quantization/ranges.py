@@ -140,10 +140,19 @@ def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
 
 
+def has_ranges(network: nnx.Module) -> bool:
+    """Whether there is anything for `calibrate` to measure."""
+    return bool(_ranges(network))
+
+
+def _ranges(network: nnx.Module) -> list[Range]:
+    return [node for _, node in nnx.iter_graph(network) if isinstance(node, Range)]
+
+
 def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Module:
     """Settles every range of the network on what it sees, unrounded, of so many batches; in place. ValueError where
     there is none."""
-    found = [node for _, node in nnx.iter_graph(network) if isinstance(node, Range)]
+    found = _ranges(network)
     if not found:
         return network
     for node in found:

@@ -2,6 +2,7 @@
 (`quantize`), stored (`packed`)."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 from lissom.compression.quantization.binary import OPERATORS, Binary
 from lissom.compression.quantization.distillation import EXAMPLES, check_distillable, examples
 from lissom.compression.quantization.quantizers import Fake
-from lissom.compression.quantization.ranges import calibrate
+from lissom.compression.quantization.ranges import calibrate, has_ranges
 from lissom.compression.quantization.rules import LayerRule, layer_rule
 from lissom.compression.transforms import Transform, layer_paths, match_rules, replace_layers
 from lissom.models.linear import Conv, DepthwiseConv, Embedding, Linear, StackedLinear
@@ -214,7 +215,9 @@ class Quantize(Qat):
         super().__init__(rules=rules, batches=batches)
         if examples not in EXAMPLES:
             raise ValueError(f"examples={examples!r} must be one of {', '.join(EXAMPLES)}{nearest(examples, EXAMPLES)}")
-        if not (isinstance(input_statistics, tuple | list) and len(input_statistics) == 2 and input_statistics[1] > 0):
+        number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        two = isinstance(input_statistics, tuple | list) and len(input_statistics) == 2
+        if not (two and all(map(number, input_statistics)) and input_statistics[1] > 0):
             raise ValueError(f"input_statistics={input_statistics!r} must be a mean and a standard deviation above 0")
         if examples == "training" and (seed, tuple(input_statistics)) != (0, (0.0, 1.0)):
             raise ValueError("seed and input_statistics are for examples that are made, not for those of training")
@@ -231,7 +234,13 @@ class Quantize(Qat):
     def structure(self, module: nnx.Module) -> nnx.Module:
         if self.examples == "distilled":
             check_distillable(module)
-        return replace_layers(super().structure(module), KINDS, functools.partial(pack, measured=False))
+        if self.examples != "training" and getattr(module, "places_tokens", False):
+            raise UserError(f"transform {self.name!r}: examples={self.examples!r} are real numbers, not tokens")
+        rounded = super().structure(module)
+        if self.examples != "training" and not has_ranges(rounded):
+            told = f"examples={self.examples!r} are for ranges of activations, and no rule has any"
+            raise UserError(f"transform {self.name!r}: {told}")
+        return replace_layers(rounded, KINDS, functools.partial(pack, measured=False))
 
     def values(self, module: nnx.Module, source: nnx.Module, data: Iterable[dict]) -> nnx.Module:
         del module  # packed with ranges that were not known

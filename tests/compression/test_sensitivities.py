@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,10 @@ def cnn():
 
 def resnet():
     return ResNet(input_shape=(6, 6, 1), classes=3, widths=(4, 8), blocks=(1, 1), rngs=nnx.Rngs(0))
+
+
+def language():
+    return LanguageModel(vocab_size=16, width=8, depth=1, mixer="attention", heads=2, ffn="mlp", rngs=nnx.Rngs(0))
 
 
 def batches(shape=(8, 1), count=2, size=6, classes=3):
@@ -81,7 +86,7 @@ def test_a_choice_is_the_network_that_is_stored():
 
 
 def test_a_table_is_looked_up_as_it_is_chosen():
-    network = LanguageModel(vocab_size=16, width=8, depth=1, mixer="attention", heads=2, ffn="mlp", rngs=nnx.Rngs(0))
+    network = language()
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     mixed = Mixed(network, OPTIONS, [{"inputs": tokens}])
     at = mixed.paths.index("embed")
@@ -170,13 +175,17 @@ def test_interactions_are_what_pairs_lose_beyond_their_layers():
     assert scaled[0, 0] == pytest.approx(1 + 0.25 / 0.2) and scaled[2, 0] == pytest.approx(1 - 0.1 / 0.3)
 
 
-def test_distilled_examples_have_the_statistics_of_the_norms():
-    network = resnet()
-    rng = np.random.default_rng(0)
-    for _ in range(30):  # running statistics of something
+def experienced():
+    """A network that has the running statistics of something."""
+    network, rng = resnet(), np.random.default_rng(0)
+    for _ in range(30):
         network(jnp.asarray(rng.normal(2, 3, (16, 6, 6, 1)), jnp.float32), train=True)
+    return network
+
+
+def test_distilled_examples_have_the_statistics_of_the_norms():
     inputs, (first, last) = distilled(
-        network, (6, 6, 1), jax.random.key(0), count=8, steps=200, input_statistics=(2.0, 3.0)
+        experienced(), (6, 6, 1), jax.random.key(0), count=8, steps=200, input_statistics=(2.0, 3.0)
     )
     assert inputs.shape == (8, 6, 6, 1) and last < 0.3 * first
     assert abs(float(inputs.mean()) - 2) < 0.5 and abs(float(inputs.std()) - 3) < 1
@@ -185,18 +194,16 @@ def test_distilled_examples_have_the_statistics_of_the_norms():
 
 
 def test_examples_without_data_have_its_shape_and_nothing_else_of_it():
-    network, given = resnet(), batches((6, 6, 1))
-    assert examples("training", network, given, 2) is given
+    network, given = experienced(), batches((6, 6, 1))
+    assert list(examples("training", network, itertools.cycle(given), 3)) == [given[0], given[1], given[0]]
     shape = given[0]["inputs"].shape
     hidden = [{"inputs": np.full(shape, np.nan, np.float32)}]  # no number of the data is read
-    settings = {"seed": 3, "input_statistics": (2.0, 0.5)}
-    noise = examples("noise", network, hidden, 20, **settings)
-    assert len(noise) == 20 and all(batch["inputs"].shape == shape for batch in noise)
-    whole = np.concatenate([batch["inputs"] for batch in noise])
-    assert abs(whole.mean() - 2) < 0.1 and abs(whole.std() - 0.5) < 0.1
-    made = examples("distilled", network, hidden, 2, **settings)
-    same = distilled(network, shape[1:], jax.random.key(3), count=2 * shape[0], input_statistics=(2.0, 0.5))[0]
-    np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in made]), same)
+    for kind, near in (("noise", 0.2), ("distilled", 0.5)):
+        made = examples(kind, network, hidden, 20, seed=3, input_statistics=(2.0, 3.0))
+        assert len(made) == 20 and all(batch["inputs"].shape == shape for batch in made)
+        whole = np.concatenate([batch["inputs"] for batch in made])
+        assert abs(whole.mean() - 2) < near and abs(whole.std() - 3) < near
+        assert (made[0]["inputs"] != made[1]["inputs"]).all()
     with pytest.raises(ValueError, match="this network takes int32"):
         examples("noise", network, [{"inputs": np.zeros((2, 3), np.int32)}], 1)
     with pytest.raises(ValueError, match="and there are none"):
@@ -217,6 +224,8 @@ def test_ranges_of_made_examples_are_those_that_are_stored():
     for settings, told in (
         ({"examples": "distiled"}, "'distiled' must be one of training, distilled, noise; did you mean 'distilled'"),
         ({"examples": "noise", "input_statistics": (0.0, 0.0)}, "a standard deviation above 0"),
+        ({"examples": "noise", "input_statistics": (float("nan"), 1.0)}, "a standard deviation above 0"),
+        ({"examples": "noise", "input_statistics": (0.0, "1")}, "a standard deviation above 0"),
         ({"seed": 1}, "not for those of training"),
     ):
         with pytest.raises(UserError, match=told):
@@ -224,6 +233,10 @@ def test_ranges_of_made_examples_are_those_that_are_stored():
     unnormed = {"name": "quantize", "rules": ((".*", {"weights": "int8"}),), "examples": "distilled"}
     with pytest.raises(UserError, match=r"transform 'quantize': .* this network has none"):
         structured(cnn(), build_transforms([unnormed]))
+    with pytest.raises(UserError, match="no rule has any"):
+        structured(cnn(), build_transforms([unnormed | {"examples": "noise"}]))
+    with pytest.raises(UserError, match="real numbers, not tokens"):
+        structured(language(), build_transforms([unnormed | {"examples": "noise"}]))
 
 
 @pytest.mark.parametrize("method", methods.METHODS)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from lissom.compression.artefacts import reload
+from lissom.compression.artefacts import reload, structure_of
 from lissom.compression.transforms import build_transforms
 from lissom.evaluation.tables import tables
 from lissom.models.variables import merge
 from lissom.training.errors import UserError
-from lissom.training.runs import read_config
+from lissom.training.runs import load_network, read_config
 from scripts import allocate_bits
 from tests.scripts.lines import command_line
 
@@ -63,7 +63,9 @@ def test_bisection_keeps_the_accuracy_of_what_is_stored(tiny_run):
     right = [(x.argmax(-1) == batch["labels"]).mean() for x, batch in zip(logits, problem.batches, strict=True)]
     exact = problem.value("accuracy")(problem.mixed.choice())
     assert exact > 0.3 and np.mean(right) >= 0.9 * exact - 1e-6
-    # The network that is stored is the one that was looked at.
+    # With less to keep, fewer bits; and the network that is stored is the one that was looked at.
+    found = {label: chosen.allocation.choice for label, chosen in allocate_bits.allocations(path, asked).items()}
+    assert sum(found["hessian accuracy 0.5"]) <= sum(found["hessian accuracy 0.9"])
     chosen = allocate_bits.allocations(path, asked)["hessian accuracy 0.9"]
     seen = problem.mixed.run(np.asarray(chosen.allocation.choice), problem.batches[0])
     np.testing.assert_allclose(seen, logits[0], atol=1e-3)
@@ -137,15 +139,54 @@ def test_networks_are_trained_on_with_their_bits(tiny_run, tmp_path):
     assert [(row.identity.variant, row.identity.transform) for row in rows] == [
         ("digits_resnet", None),
         ("digits_resnet", f"quantize hessian {budget}"),
-        (f"hessian {budget}, 3 steps", None),
-        (f"hessian {budget}, 3 steps", "packed"),
+        (f"digits_resnet, hessian {budget}, 3 steps", None),
+        (f"digits_resnet, hessian {budget}, 3 steps", "packed"),
     ]
     _, rounded, _, tuned = map(values, rows)
     assert rounded["parameter_bytes"] == tuned["parameter_bytes"] and rounded["loss"] != tuned["loss"]
-    (run,) = (tmp_path / "on").glob("*/*")
+    (run,) = (tmp_path / "on").glob("*")
     config, before = read_config(run), read_config(path)
     assert config.init_from == (str(path),) and config.train.to_dict() == {"steps": 3} and not config.stages
     assert config.optim.learning_rate == 0.5 * before.optim.learning_rate
+    # It begins with what was trained, and what is finished is not trained again.
+    written = (run / "metrics.jsonl").stat().st_mtime_ns
+    still = asked._replace(budgets=(budget,), fine_tune=1, fine_tune_rate=1e-9)
+    chosen = next(iter(allocate_bits.allocations(path, still).values()))
+    kernel = lambda run: load_network(run, structure_of).params["stem"]["kernel"]
+    np.testing.assert_allclose(kernel(allocate_bits.fine_tuned(path, chosen, still)), kernel(path), atol=1e-6)
+    again = asked._replace(budgets=(budget,))
+    assert allocate_bits.fine_tuned(path, next(iter(allocate_bits.allocations(path, again).values())), again) == run
+    assert (run / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_runs_of_several_recipes_are_told_apart(tiny_run, tmp_path):
+    """Seeds of one recipe and its settings are one line, trained on or not; others stand apart, and so do twins."""
+    _, first = tiny_run("vision/digits_resnet", "first")
+    _, second = tiny_run("vision/digits_resnet", "second", seed=1)
+    _, other = tiny_run("vision/digits_resnet", "other", **{"optim.learning_rate": 0.05})
+    asked = ASKED._replace(methods=("uniform",), budgets=(10**6,), workdir=str(tmp_path / "on"))
+    rows = allocate_bits.rows_of([first, second, other], asked._replace(fine_tune=1))
+    lines = [row.identity.label for row in rows if row.identity.transform is None and row.identity.role == "variant"]
+    assert lines[0] == lines[1] != lines[2] and lines[3] == lines[4] != lines[5]
+    assert lines[3].startswith(lines[0]) and lines[5].startswith(lines[2]) and "learning_rate=0.05" in lines[2]
+    of_runs = [row for row in rows if str(row.identity.transform).startswith("quantize")]
+    assert len(of_runs) == 3 and all("allocation_seconds" in values(row) for row in of_runs)
+    _, twin = tiny_run("vision/digits_resnet", "twin")
+    twins = [row.identity.label for row in allocate_bits.rows_of([first, twin], asked)[:4]]
+    assert len(set(twins)) == 2 and str(twin) in twins[-1]
+
+
+def test_what_cannot_be_trained_on_is_said_first(tiny_run):
+    _, path = tiny_run("vision/digits_resnet", **{"data.order": "by_class"})
+    with pytest.raises(UserError, match="by one class after the other"):
+        allocate_bits.rows_of([path], ASKED._replace(fine_tune=2))
+
+
+def test_a_scanned_stack_is_trained_on_as_a_loop(tiny_run, tmp_path):
+    _, path = tiny_run("language/stdlib_lm", **{"model.stack": "scan"})
+    asked = ASKED._replace(methods=("uniform",), budgets=(10**6,), fine_tune=1, workdir=str(tmp_path / "on"))
+    (chosen,) = allocate_bits.allocations(path, asked).values()
+    assert read_config(allocate_bits.fine_tuned(path, chosen, asked)).model.stack == "loop"
 
 
 def test_mistakes_are_one_sentence(tiny_run):
@@ -188,6 +229,8 @@ def test_mistakes_are_one_sentence(tiny_run):
         (["--run=x", "--exact_first=1", "--activations=none"], "whose activations are not rounded"),
         (["--run=x", "--ranges=real"], "--ranges: 'real' must be one of training, distilled, noise"),
         (["--run=x", "--ranges=noise", "--activations=none"], "--activations=none rounds none"),
+        (["--run=x", "--ranges="], "--ranges= must be one or several of training, distilled, noise"),
+        (["--run=x", "--workdir=x"], "--workdir is for networks that are trained on"),
         (["--run=x", "--ranges=noise", "--fine_tune=5"], "--fine_tune needs the training data"),
         (["--run=x", "--fine_tune=-1"], "--fine_tune=-1 is a number of steps"),
         (["--run=x", "--fine_tune=1", "--fine_tune_rate=0"], "--fine_tune_rate=0.0 above 0"),

@@ -4,6 +4,7 @@
     mixed.choice({"head": 2})        int32 [layers]: an option of each, or EXACT
     mixed.run(choice, inputs)        the outputs; one program for every choice
     mixed.sizes                      bytes [layers, options], as they are stored
+    mixed.calibration_seconds        in which ranges were measured
     mixed.entry(choice, "mine")      what `config.evaluation.transforms` needs to have it stored so
 
 Ranges of activations are measured on the batches (`made`: the settings of `quantize` that say how these were, where
@@ -14,6 +15,7 @@ have an unsigned format.
 import functools
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +162,10 @@ class Mixed:
             name, product = kernel_of(layer)
             kernel = getattr(layer, name)[...]
             layer.quantizer = nnx.data(Candidates([Fake(rule, kernel, product) for rule in rules]))
+        start = time.perf_counter()
         self.parts, self.passes = split(calibrate(copy, self.batches, len(self.batches))), 0
+        jax.block_until_ready(self.parts.stats)
+        self.calibration_seconds = time.perf_counter() - start
         self._run = jax.jit(self._outputs)
         self.sizes = self._sizes()
 

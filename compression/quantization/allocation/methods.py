@@ -40,7 +40,8 @@ METHODS = ("uniform", "random", *SENSITIVITIES, "decoupled")
 class Problem:
     """mixed: the network; judge: (network, batch, key) -> {name: (sum, count)}, in which "accuracy" is what bisection
     keeps; batches: of training examples, which sensitivities are taken of; input_statistics: mean and standard
-    deviation of inputs, as distillation aims at; kinds: batches of two kinds of examples, for "decoupled"."""
+    deviation of inputs, as distillation aims at; calibration_seconds: in which ranges were
+    measured, and what they were measured on made; kinds: batches of two kinds of examples, for "decoupled"."""
 
     mixed: Mixed
     judge: Callable
@@ -48,6 +49,7 @@ class Problem:
     seed: int = 0
     samples: int = 16
     input_statistics: tuple[float, float] = (0.0, 1.0)
+    calibration_seconds: float = 0.0
     kinds: Sequence[Sequence[Mapping[str, Any]]] = ()
 
     def loss(self, network: Any, batch: Mapping[str, Any]) -> jax.Array:
