@@ -53,7 +53,7 @@ def check_exact_first(module: nnx.Module, rules: Iterable[LayerRule | None]) -> 
 
 class Qat(Transform):
     """Layers whose operands are rounded as `rules` say, (path pattern, settings) pairs of which the first match counts
-    (`rules.py`; docs/compression.md): quantization-aware training. Layers that no rule matches stay as they are, and
+    (`rules.py`; docs/quantization.md): quantization-aware training. Layers that no rule matches stay as they are, and
     {"skip": True} leaves those alone that it matches. A network that was trained before gets the ranges of its
     activations from `batches` batches.
 
