@@ -3,8 +3,8 @@
     {"weights": "int4", "activations": {"format": "int8", "range": "frozen", "warm_up": 200}}
     {"weights": FP4, "activations": FP4, "gradients": {**FP4, "stochastic": True}, "rotation": 16}
 
-with FP4 = {"format": "fp4_e2m1", "per": 16, "scale_format": "ue4m3"}. A text alone is the format. `docs/quantization.md`
-lists the settings.
+with FP4 = {"format": "fp4_e2m1", "per": 16, "scale_format": "ue4m3"}. A text alone is the format.
+docs/quantization.md lists the settings.
 """
 
 from collections.abc import Mapping

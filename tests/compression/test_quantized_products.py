@@ -90,6 +90,32 @@ def test_rotations_help_against_what_lies_far_out():
     assert errors[1] < 0.7 * errors[0]
 
 
+def test_small_gradients_need_scales_that_reach_them():
+    """UE4M3's smallest scale is 2^-9: a gradient below a quarter of that is gone, one above half of it is not."""
+    x, w, d_y = operands()
+
+    def relative(size, **scheme):
+        operand = Operand(Scheme("fp4_e2m1", per=8, **scheme))
+        rule = Rule(by_inputs=(operand, None), by_weights=(None, operand))
+        d_y_ = size * d_y / jnp.abs(d_y).max()
+        _, pull = jax.vjp(lambda x, w: product(x, w, rule), x, w)
+        exact = d_y_ @ w.T, x.T @ d_y_
+        return max(
+            float(np.abs(found - want).max() / np.abs(want).max())
+            for found, want in zip(pull(d_y_), exact, strict=True)
+        )
+
+    small = 0.24 * 2**-9
+    assert relative(small, scale_format="ue4m3") == 1  # exactly 0
+    assert relative(100 * small, scale_format="ue4m3") < 0.5
+    for reaching in (
+        {"scale_format": "ue4m3", "tensor_scale": True},
+        {"scale_format": "ue5m3"},
+        {"scale_format": "e8m0"},
+    ):
+        assert relative(small, **reaching) < 0.5
+
+
 def test_stochastic_gradients_are_right_on_average():
     x, w, d_y = operands()
     random = Operand(Scheme("int4", per="tensor"), stochastic=True)
