@@ -13,6 +13,9 @@ results/mnist1d_allocation: uv run scripts/compare.py --config=configs/vision/di
     --config.data.name=mnist1d --config.data.batch_size=100 --tune=optim.learning_rate=1.7e-3,5e-3,1.5e-2 --seeds=3
     and uv run scripts/allocate_bits.py --run='runs/compare/digits_resnet/recipe_seed*' --activations=weights \
     --method=uniform,random,hessian,divergence,distilled,inter_layer --bytes=14000,18072,24000
+results/mnist1d_calibration: of the same runs, uv run scripts/allocate_bits.py \
+    --run='runs/compare/digits_resnet/recipe_seed*' --activations=weights --batches=2 --method=uniform,distilled \
+    --ranges=training,distilled,noise --bytes=18072,31976
 results/mnist1d_bisection: of the same runs, uv run scripts/allocate_bits.py \
     --run='runs/compare/digits_resnet/recipe_seed*' --activations=int8 --options=int2,int8 \
     --method=random,hessian,divergence,inter_layer --accuracy=0.9,0.97,0.99
