@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lissom.compression.quantization.ranges import check_warm_up
 from lissom.compression.transforms import applied, build_transforms, structured
 from lissom.models.variables import Parts, merge, split
 from lissom.training.building import build_network
@@ -58,8 +59,12 @@ def structure_of(config) -> Callable[[nnx.Module], nnx.Module]:
 def check_transforms(config, facts: Mapping[str, Any]) -> None:
     """Raises UserError where a transform of `config.evaluation` would find nothing to do, or could not do it: found
     before training on the shapes of the network, and not when it is over."""
-    config = as_loop(final_config(config))
+    staged, config = bool(config.stages), as_loop(final_config(config))
     trained = build_transforms(config.transforms)
+    # Of a network that was trained before ranges are measured at once.
+    if not (staged or config.init_from) and any(entry["name"] == "packed" for entry in config.evaluation.transforms):
+        late = nnx.eval_shape(lambda: structured(build_network(config, facts, nnx.Rngs(0)), trained))
+        check_warm_up(late, facts.get("steps"))
     for entry in build_transforms(config.evaluation.transforms):
         nnx.eval_shape(lambda entry=entry: structured(build_network(config, facts, nnx.Rngs(0)), [*trained, entry]))
 

@@ -93,7 +93,7 @@ def applied(network: nnx.Module, transforms: Sequence[tuple[str, Transform]], da
 
 def match_rules(rules: Sequence[tuple[str, Mapping]], paths: Iterable[str], what: str) -> dict[str, dict]:
     """{path: settings of the first rule that matches it}; a rule that is the first match of no path is an error."""
-    matched, used = {}, set()
+    matched, used, paths = {}, set(), list(paths)
     for pattern, _ in rules:
         try:
             re.compile(pattern)
@@ -107,7 +107,11 @@ def match_rules(rules: Sequence[tuple[str, Mapping]], paths: Iterable[str], what
                 break
     for i, (pattern, _) in enumerate(rules):
         if i not in used:
-            raise UserError(f"transform {what!r}: the rule {pattern!r} matches no layer")
+            if any(re.search(pattern, path) for path in paths):
+                why = "matches no layer that a rule before it does not match"
+            else:
+                why = f"matches no layer: there are {', '.join(paths[:8])}{', ...' if paths[8:] else ''}"
+            raise UserError(f"transform {what!r}: the rule {pattern!r} {why}")
     return matched
 
 

@@ -85,6 +85,12 @@ def _allocations(run: pathlib.Path, asked: Asked, ranges: str) -> dict[str, Chos
     alike = ", ".join(f"{name} {size:,}" for name, size in uniform.items())
     if not (asked.budgets or asked.accuracies):
         raise UserError(f"--bytes=N is missing: of {run} all layers alike take {alike} bytes")
+    least = int(mixed.sizes.min(1).sum()) + fixed
+    for budget in asked.budgets:
+        if budget < least:
+            raise UserError(
+                f"--bytes={budget} is below {least:,}, the fewest that {run} can have: all layers alike take {alike}"
+            )
     try:
         for method in asked.methods:
             for budget in asked.budgets:
@@ -327,10 +333,10 @@ def read(given: flags.FlagValues) -> Asked:
             raise UserError(f"--{flag} is for networks that are trained on: --fine_tune=STEPS is missing")
     if given.fine_tune and given.ranges != ["training"]:
         raise UserError("--fine_tune needs the training data, so that --ranges without them make no sense")
-    if given.fine_tune < 0 or not given.fine_tune_rate > 0:
-        raise UserError(
-            f"--fine_tune={given.fine_tune} is a number of steps, --fine_tune_rate={given.fine_tune_rate} above 0"
-        )
+    if given.fine_tune < 0:
+        raise UserError(f"--fine_tune={given.fine_tune} must be a number of steps, 0 for none")
+    if not given.fine_tune_rate > 0:
+        raise UserError(f"--fine_tune_rate={given.fine_tune_rate} must be above 0")
     if not given.run:
         raise UserError("--run=DIRECTORY is missing, for example --run=runs/digits_resnet")
     budgets = [int(text) for text in given.bytes]

@@ -25,6 +25,7 @@ from lissom.compression.quantization.formats import Format
 from lissom.compression.quantization.rounding import LEAST, at_scale, clipped_at, with_learned_scale
 from lissom.compression.quantization.rules import Rounding
 from lissom.models.variables import Param, Parts, Stat, merge, split, stats_of
+from lissom.training.errors import UserError
 
 
 class Range(nnx.Module):
@@ -138,6 +139,17 @@ KINDS = {"frozen": Frozen, "learned": Learned, "clipped": Clipped}
 def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What a network is called with."""
     return {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
+
+
+def check_warm_up(network: nnx.Module, steps: int | None) -> None:
+    """UserError where a range would still be measured when a training of so many steps is over: what is stored then
+    would have none."""
+    longest = max((node.rounding.warm_up for node in _ranges(network)), default=0)
+    if steps is not None and longest > steps:
+        raise UserError(
+            f"activations have warm_up={longest}, longer than the run's {steps} steps, so that there is no range to "
+            "store: give the run more steps, or the rules of 'qat' a shorter warm_up"
+        )
 
 
 def has_ranges(network: nnx.Module) -> bool:

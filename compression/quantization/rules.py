@@ -97,8 +97,9 @@ def _rounding(side: str, given: str | Mapping[str, Any], rotation: int) -> Round
     for name in given:
         if name not in known:
             raise ValueError(f"{side} have no {name!r}: known are {', '.join(known)}{nearest(name, known)}")
+    formats = [name for name, format in FORMATS.items() if format.signed or side == "activations"]
     if given.get("format") not in FORMATS:
-        raise ValueError(f"{side}: format={given.get('format')!r} must be one of {', '.join(FORMATS)}")
+        raise ValueError(f"{side}: format={given.get('format')!r} must be one of {', '.join(formats)}")
     try:
         return _checked(side, given, rotation)
     except (TypeError, ValueError) as error:
@@ -108,7 +109,7 @@ def _rounding(side: str, given: str | Mapping[str, Any], rotation: int) -> Round
 def _checked(side: str, given: dict[str, Any], rotation: int) -> Rounding:
     signed = FORMATS[given["format"]].signed
     if side != "activations" and not signed:
-        raise ValueError(f"{given['format']} has nothing below 0")
+        raise ValueError(f"{given['format']} has nothing below 0: it is of activations")
     usual = RANGES[side][0]
     if side == "activations":
         per = given.get("per", "row" if given.get("range", "frozen") == "dynamic" else "tensor")

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lissom.compression.artefacts import export, reload
+from lissom.compression.artefacts import check_transforms, export, reload
 from lissom.compression.quantization.formats import FORMATS
 from lissom.compression.quantization.quantizers import Fake
 from lissom.compression.quantization.ranges import Frozen, Range
@@ -27,6 +27,7 @@ from lissom.models.products import Convolution, Dense, Logits, noted, placed
 from lissom.models.resnet import ResNet
 from lissom.models.variables import flatten, merge, split, stats_of
 from lissom.train import train
+from lissom.training.building import load_dataset
 from lissom.training.config import load_recipe, overridden
 from lissom.training.errors import UserError
 
@@ -529,3 +530,15 @@ def test_few_bits_are_counted_by_hand():
     assert [call.quantizer.bits for call in calls] == [8, 4, 4]
     # Of each number its magnitude, the largest so far, a quotient and the rounding.
     assert calls[2].quantizer.rounding_operations(calls[2]) == 4 * 80 + 4 * 800
+
+
+def test_a_warm_up_longer_than_the_run_is_said_before_it():
+    """It used to be said at the end, when nothing could be stored."""
+    config = overridden(load_recipe("configs/vision/digits_qat.py:int4"), [("train.steps", 5), ("train.epochs", 1)])
+    dataset = load_dataset(config)
+    facts = {**dataset.info, "kind": dataset.kind}
+    with pytest.raises(UserError, match=r"warm_up=60, longer than the run's 59 steps"):
+        check_transforms(config, {**facts, "steps": 59})
+    check_transforms(config, {**facts, "steps": 60})
+    check_transforms(overridden(config, [("init_from", ("runs/other",))]), {**facts, "steps": 5})
+    check_transforms(overridden(config, [("evaluation.transforms", ())]), {**facts, "steps": 5})

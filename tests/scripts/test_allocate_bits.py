@@ -1,5 +1,7 @@
 """Bits for the layers of a trained run, and the rows of what is stored."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -37,13 +39,15 @@ def test_rows_are_of_what_was_allotted(tiny_run, capsys):
     assert trained["bit_operations"] > hessian["bit_operations"]  # 16 bits against 8
     printed = capsys.readouterr().err
     assert (
-        f"hessian {budget}: {hessian['parameter_bytes']:,} bytes" in printed
-        and "('^stem$', {'weights': 'int" in printed
+        f"hessian {budget}: {hessian['parameter_bytes']:,} bytes" in printed and "stem)$', {'weights': 'int" in printed
     )
     assert tables(rows)
     chosen = allocate_bits.allocations(path, ASKED._replace(budgets=(budget,)))[f"hessian {budget}"]
     entry, allocation, _ = chosen
-    assert len(entry["rules"]) == len(allocation.choice) == len(mixed.paths) and build_transforms([entry])
+    assert len(allocation.choice) == len(mixed.paths) and build_transforms([entry])
+    for path, at in zip(mixed.paths, allocation.choice, strict=True):  # each layer has the one rule that was chosen
+        (settings,) = [settings for pattern, settings in entry["rules"] if re.search(pattern, path)]
+        assert settings["weights"] == mixed.options[at].weights
 
 
 def test_bisection_keeps_the_accuracy_of_what_is_stored(tiny_run):
@@ -197,7 +201,7 @@ def test_mistakes_are_one_sentence(tiny_run):
         UserError, match=r"--bytes=N is missing: of .* all layers alike take int2 [0-9,]+, int8 [0-9,]+"
     ):
         allocate_bits.allocations(path, ASKED)
-    with pytest.raises(UserError, match=r"below the smallest .*all layers alike take int2"):
+    with pytest.raises(UserError, match=r"--bytes=10 is below [0-9,]+, the fewest that .*: all layers alike take int2"):
         allocate_bits.allocations(path, ASKED._replace(budgets=(10,)))
     _, text = tiny_run("language/stdlib_lm", "text")
     with pytest.raises(UserError, match="this network has none"):
@@ -232,8 +236,8 @@ def test_mistakes_are_one_sentence(tiny_run):
         (["--run=x", "--ranges="], "--ranges= must be one or several of training, distilled, noise"),
         (["--run=x", "--workdir=x"], "--workdir is for networks that are trained on"),
         (["--run=x", "--ranges=noise", "--fine_tune=5"], "--fine_tune needs the training data"),
-        (["--run=x", "--fine_tune=-1"], "--fine_tune=-1 is a number of steps"),
-        (["--run=x", "--fine_tune=1", "--fine_tune_rate=0"], "--fine_tune_rate=0.0 above 0"),
+        (["--run=x", "--fine_tune=-1"], "--fine_tune=-1 must be a number of steps"),
+        (["--run=x", "--fine_tune=1", "--fine_tune_rate=0"], "--fine_tune_rate=0.0 must be above 0"),
         (["--run=nowhere", "--bytes=10"], "--run=nowhere matches nothing"),
         (["--config=configs/vision/digits_resnet.py"], "takes no --config"),
     ],

@@ -215,9 +215,11 @@ class Mixed:
         return whole - kernels
 
     def rules(self, choice: Sequence[int]) -> tuple[tuple[str, dict[str, Any]], ...]:
-        """Of `qat` and `quantize`."""
-        named = zip(self.paths, self.settings, choice, strict=True)
-        return tuple((f"^{re.escape(path)}$", settings[at]) for path, settings, at in named)
+        """Of `qat` and `quantize`: layers with the same settings share one."""
+        alike: dict[str, tuple[list[str], dict[str, Any]]] = {}
+        for path, settings, at in zip(self.paths, self.settings, choice, strict=True):
+            alike.setdefault(repr(settings[at]), ([], settings[at]))[0].append(re.escape(path))
+        return tuple((f"^({'|'.join(paths)})$", settings) for paths, settings in alike.values())
 
     def entry(self, choice: Sequence[int], label: str) -> dict[str, Any]:
         rules = self.rules(choice)
