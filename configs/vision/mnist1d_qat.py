@@ -18,6 +18,8 @@ results/mnist1d_binary: with --vary=mode=bnn,xnor,dorefa,bireal,xnor++,reactnet,
 results/mnist1d_widths: with --vary=mode=float,int8,int4,int2_learned \
     --vary=model.channels="(4,4,4),(8,8,8),(16,16,16),(32,32,32)" --tune=optim.learning_rate=1e-2,3e-2 \
     --cost=bit_operations
+results/steps_mnist1d_qat: uv run scripts/training_steps.py --config=configs/vision/mnist1d_qat.py --repeats=100 \
+    --vary=mode=float,int8,int4,int4_learned,int2_learned,fp4,fp4_all,bnn,reactnet
 Time: half a minute a run on one CPU core, of fp4 three times as long. Result: (results/mnist1d_qat, three seeds) float
     93.5 ± 0.3 %, int8 93.5 ± 1.0, int4 93.4 ± 0.1, int2 63.3 ± 4.6, with learned scales 86.5 ± 0.3; rounded without
     training 93.4, 90.9 and 20.9. (results/mnist1d_fp4) fp4 93.0 ± 0.6, with rotation, tensor scales and random

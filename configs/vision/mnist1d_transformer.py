@@ -5,6 +5,9 @@ A mode of `configs/few_bits.py` trains it for few bits (float: measured as round
 Paper: Greydanus & Kobak 2020, arXiv:2011.14439 (the data).
 Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py \
     --vary=model.mixer=attention,window,none --match=params --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
+results/steps_mnist1d_transformer: uv run scripts/training_steps.py --config=configs/vision/mnist1d_transformer.py \
+    --config.model.mixer=window --config.model.width=32 --repeats=20 \
+    --vary=mode=float,int8,int4,int2_learned,fp4,fp4_all,reactnet
 Time: about two minutes a run on 2 CPU cores. Result: see the table in README.md.
 Sweep: model.mixer=attention,window,none  model.ffn=mlp,swiglu  model.norm=layernorm,rmsnorm,none
 """
