@@ -43,6 +43,6 @@ def get_config(arg: str = ""):
     config.train = {"epochs": 30}
     config.evaluation.update({"transforms": ({"name": "int8_weights"},)})
     if arg in few_bits.NAMES:
-        # Pictures are not below 0.
-        few_bits.apply(config, arg, ends=ENDS, warm_up=60)
+        # Pictures are not below 0, but other data are, which a first layer of unsigned activations would clip.
+        few_bits.apply(config, arg, ends=ENDS, warm_up=60, signed="ends")
     return tiny(config) if arg == "tiny" else config
