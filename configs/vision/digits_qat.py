@@ -29,5 +29,5 @@ def get_config(arg: str = ""):
     if arg != "tiny":
         return digits_resnet.get_config(WAYS[arg])
     config = digits_resnet.get_config("tiny")
-    few_bits.apply(config, "int8", ends=digits_resnet.ENDS, warm_up=1)
+    few_bits.apply(config, "int8", ends=digits_resnet.ENDS, warm_up=1, signed="ends")
     return config

@@ -27,7 +27,7 @@ from lissom.models.products import Convolution, Dense, Logits, noted, placed
 from lissom.models.resnet import ResNet
 from lissom.models.variables import flatten, merge, split, stats_of
 from lissom.train import train
-from lissom.training.building import load_dataset
+from lissom.training.building import build_network, load_dataset
 from lissom.training.config import load_recipe, overridden
 from lissom.training.errors import UserError
 
@@ -542,3 +542,13 @@ def test_a_warm_up_longer_than_the_run_is_said_before_it():
     check_transforms(config, {**facts, "steps": 60})
     check_transforms(overridden(config, [("init_from", ("runs/other",))]), {**facts, "steps": 5})
     check_transforms(overridden(config, [("evaluation.transforms", ())]), {**facts, "steps": 5})
+
+
+def test_a_recipe_for_pictures_does_not_clip_other_data():
+    """The stem of digits_resnet.py sees numbers below 0 of MNIST-1D, which unsigned activations would lose."""
+    config = load_recipe("configs/vision/digits_resnet.py:int8")
+    dataset = load_dataset(overridden(config, [("data.name", "mnist1d")]))
+    assert dataset.train[0]["inputs"].min() < 0
+    facts = {**dataset.info, "kind": dataset.kind}
+    network = structured(build_network(config, facts, nnx.Rngs(0)), build_transforms(config.transforms))
+    assert network.stem.quantizer.range.format.signed and not network.blocks[0].conv1.quantizer.range.format.signed
