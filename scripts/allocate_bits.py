@@ -262,14 +262,17 @@ def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
     for run in runs if asked.fine_tune else ():
         fine_tuning(run, asked)  # what can't be trained on is said before the work
     found = {str(run): allocations(run, asked) for run in runs}
-    tuned = {}
+    # Methods that choose the same share a run, and each has its rows of it.
+    tuned: dict[str, list[str]] = {}
     for run in runs if asked.fine_tune else ():
         for label, chosen in found[str(run)].items():
             directory = fine_tuned(run, chosen, asked)
             if directory is not None:
-                tuned[str(directory)] = f"{names[str(run)]}, {label}, {asked.fine_tune} steps"
+                named = f"{names[str(run)]}, {label}, {asked.fine_tune} steps"
+                tuned.setdefault(str(directory), []).append(named)
     entries = {run: [chosen.entry for chosen in of_run.values()] for run, of_run in found.items()}
-    rows = evaluate([*runs, *tuned], transforms=entries, variants=names | tuned)
+    first = {directory: labels[0] for directory, labels in tuned.items()}
+    rows = evaluate([*runs, *tuned], transforms=entries, variants=names | first)
     # A row for each run and entry, in their order, and behind them those trained on and the floors.
     spent = [chosen for of_run in found.values() for chosen in [None, *of_run.values()]]
     for number, chosen in enumerate(spent):
@@ -282,7 +285,15 @@ def rows_of(runs: Sequence[pathlib.Path], asked: Asked) -> list:
             row = rows[number]
             added = [measure(name, value) for name, value in cost.items()]
             rows[number] = dataclasses.replace(row, measurements=(*row.measurements, *added))
-    return rows
+    measured, rest = rows[: len(spent)], rows[len(spent) :]
+    for labels in tuned.values():
+        of_run, rest = rest[:2], rest[2:]  # in training's arithmetic, and as it is stored
+        measured += of_run
+        for label in labels[1:]:
+            measured += [
+                dataclasses.replace(row, identity=dataclasses.replace(row.identity, variant=label)) for row in of_run
+            ]
+    return measured + rest
 
 
 def read(given: flags.FlagValues) -> Asked:

@@ -180,6 +180,17 @@ def test_runs_of_several_recipes_are_told_apart(tiny_run, tmp_path):
     assert len(set(twins)) == 2 and str(twin) in twins[-1]
 
 
+def test_methods_that_choose_alike_have_rows_each(tiny_run, tmp_path):
+    _, path = tiny_run("vision/digits_resnet")
+    asked = ASKED._replace(methods=("uniform", "random"), budgets=(10**6,), fine_tune=1, workdir=str(tmp_path / "on"))
+    rows = allocate_bits.rows_of([path], asked)
+    lines = [(row.identity.variant, row.identity.transform) for row in rows[3:]]
+    one, two = (f"digits_resnet, {method} 1000000, 1 steps" for method in ("uniform", "random"))
+    assert lines[:4] == [(one, None), (one, "packed"), (two, None), (two, "packed")]
+    assert [values(row)["loss"] for row in rows[3:5]] == [values(row)["loss"] for row in rows[5:7]]
+    assert len(list((tmp_path / "on").glob("*"))) == 1 and all(row.identity.role == "floor" for row in rows[7:])
+
+
 def test_what_cannot_be_trained_on_is_said_first(tiny_run):
     _, path = tiny_run("vision/digits_resnet", **{"data.order": "by_class"})
     with pytest.raises(UserError, match="by one class after the other"):
