@@ -60,12 +60,12 @@ def check_transforms(config, facts: Mapping[str, Any]) -> None:
     """Raises UserError where a transform of `config.evaluation` would find nothing to do, or could not do it: found
     before training on the shapes of the network, and not when it is over."""
     staged, config = bool(config.stages), as_loop(final_config(config))
-    trained = build_transforms(config.transforms)
+    trained, entries = build_transforms(config.transforms), build_transforms(config.evaluation.transforms)
     # Of a network that was trained before ranges are measured at once.
-    if not (staged or config.init_from) and any(entry["name"] == "packed" for entry in config.evaluation.transforms):
+    if not (staged or config.init_from) and any(name == "packed" for name, _ in entries):
         late = nnx.eval_shape(lambda: structured(build_network(config, facts, nnx.Rngs(0)), trained))
         check_warm_up(late, facts.get("steps"))
-    for entry in build_transforms(config.evaluation.transforms):
+    for entry in entries:
         nnx.eval_shape(lambda entry=entry: structured(build_network(config, facts, nnx.Rngs(0)), [*trained, entry]))
 
 
