@@ -64,7 +64,8 @@ def check_transforms(config, facts: Mapping[str, Any]) -> None:
     # Of a network that was trained before ranges are measured at once.
     if not (staged or config.init_from) and any(name == "packed" for name, _ in entries):
         late = nnx.eval_shape(lambda: structured(build_network(config, facts, nnx.Rngs(0)), trained))
-        check_warm_up(late, facts.get("steps"))
+        # Each micro-batch is a call.
+        check_warm_up(late, facts["steps"] * config.optim.accumulate if "steps" in facts else None)
     for entry in entries:
         nnx.eval_shape(lambda entry=entry: structured(build_network(config, facts, nnx.Rngs(0)), [*trained, entry]))
 

@@ -141,13 +141,13 @@ def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
 
 
-def check_warm_up(network: nnx.Module, steps: int | None) -> None:
-    """UserError where a range would still be measured when a training of so many steps is over: what is stored then
-    would have none."""
+def check_warm_up(network: nnx.Module, calls: int | None) -> None:
+    """UserError where a range would still be measured when a training of so many calls is over (None: of how many is
+    not known): what is stored then would have none."""
     longest = max((node.rounding.warm_up for node in _ranges(network)), default=0)
-    if steps is not None and longest > steps:
+    if calls is not None and longest > calls:
         raise UserError(
-            f"activations have warm_up={longest}, longer than the run's {steps} steps, so that there is no range to "
+            f"activations have warm_up={longest}, longer than the run's {calls} steps, so that there is no range to "
             "store: give the run more steps, or the rules of 'qat' a shorter warm_up"
         )
 

@@ -533,13 +533,14 @@ def test_few_bits_are_counted_by_hand():
 
 
 def test_a_warm_up_longer_than_the_run_is_said_before_it():
-    """It used to be said at the end, when nothing could be stored."""
+    """And not when it is over and nothing can be stored."""
     config = overridden(load_recipe("configs/vision/digits_qat.py:int4"), [("train.steps", 5), ("train.epochs", 1)])
     dataset = load_dataset(config)
     facts = {**dataset.info, "kind": dataset.kind}
     with pytest.raises(UserError, match=r"warm_up=60, longer than the run's 59 steps"):
         check_transforms(config, {**facts, "steps": 59})
     check_transforms(config, {**facts, "steps": 60})
+    check_transforms(overridden(config, [("optim.accumulate", 2)]), {**facts, "steps": 30})
     check_transforms(overridden(config, [("init_from", ("runs/other",))]), {**facts, "steps": 5})
     check_transforms(overridden(config, [("evaluation.transforms", ())]), {**facts, "steps": 5})
 
