@@ -38,8 +38,8 @@ class Dense:
         del axes
         return (0,)
 
-    def rows(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        del kernel
+    def rows(self, x: jax.Array, kernel: jax.Array, outside: float = 0) -> jax.Array:
+        del kernel, outside
         return x.reshape(-1, x.shape[-1])
 
     def matrix(self, kernel: jax.Array) -> jax.Array:
@@ -94,14 +94,14 @@ class Convolution:
     def kernel_axes(self, axes: int) -> tuple[int, ...]:
         return tuple(range(axes - 1))
 
-    def rows(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The windows of x, each flattened as the kernel is."""
-        stride, places, padded, shifted = self.stride, self._reached(x), self._padded(x, kernel, 0), []
+    def rows(self, x: jax.Array, kernel: jax.Array, outside: float = 0) -> jax.Array:
+        """The windows of x, each flattened as the kernel is, of as many numbers a place as x has."""
+        stride, places, padded, shifted = self.stride, self._reached(x), self._padded(x, kernel, outside), []
         for offset in _offsets(kernel.shape[:-2]):
             starts = (0, *offset, 0)
             stops = (len(x), *(o + (n - 1) * stride + 1 for o, n in zip(offset, places, strict=True)), x.shape[-1])
             shifted.append(jax.lax.slice(padded, starts, stops, (1, *(stride,) * len(places), 1)))
-        return jnp.stack(shifted, -2).reshape(-1, math.prod(kernel.shape[:-1]))
+        return jnp.stack(shifted, -2).reshape(-1, math.prod(kernel.shape[:-2]) * x.shape[-1])
 
     def _padded(self, x: jax.Array, kernel: jax.Array, outside: float) -> jax.Array:
         sizes = zip(self._reached(x), kernel.shape[:-2], x.shape[1:-1], strict=True)

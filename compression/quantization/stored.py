@@ -135,9 +135,13 @@ class Stored(Quantizer):
         given, axes = (rows(x), (1,)) if by_rows else (x, product.x_axes(x.ndim))
         if self._integers:
             numbers, scale = self._numbers(given, axes)
+            # Numbers above 127, which int8 has not, are moved down by 128.
+            moved = 128 if activations.scheme.numbers.largest > 127 else 0
+            numbers = (numbers - moved).astype(jnp.int8)
             if not by_rows:
-                numbers, scale = rows(numbers), _of_rows(scale, product, x)
-            y = _integer_product(numbers, scale, kernel, activations.scheme.numbers.largest > 127)
+                # Windows of bytes: gathering those of float32 takes most of a convolution's time.
+                numbers, scale = product.rows(numbers, kernel, outside=-moved), _of_rows(scale, product, x)
+            y = _integer_product(numbers, moved, scale, kernel)
             y = product.result(y, x, kernel).astype(x.dtype)
             return self._with_exact(y, product, x, kernel) if activations.exact_first else y
         few, turned = self._rounded(given, axes), self.kernel(product, kernel).astype(x.dtype)
@@ -204,10 +208,9 @@ def _float_product(product: Any, x: jax.Array, kernel: Packed) -> jax.Array:
     return product.result(quantized_matmul(product.rows(x, kernel), codes, kernel.scales, bits=bits), x, kernel)
 
 
-def _integer_product(numbers: jax.Array, scale: jax.Array, kernel: Packed, numbers_above_127: bool) -> jax.Array:
-    """float32 [rows, N]. Numbers above 127, which int8 has not, are moved down by 128, and what that takes from the
-    sums, 128 times the sum of a channel's weights, is put back."""
+def _integer_product(numbers: jax.Array, moved: int, scale: jax.Array, kernel: Packed) -> jax.Array:
+    """float32 [rows, N] of int8 numbers that were moved down by so much. What that takes from the sums, `moved` times
+    the sum of a channel's weights, is put back."""
     codes, bits = kernel.integers
-    moved = 128 if numbers_above_127 else 0
-    y = quantized_matmul((numbers - moved).astype(jnp.int8), codes, kernel.scales, bits=bits, x_scale=scale)
+    y = quantized_matmul(numbers, codes, kernel.scales, bits=bits, x_scale=scale)
     return y + scale * moved * kernel.rows().sum(-1) if moved else y

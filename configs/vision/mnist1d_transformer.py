@@ -5,10 +5,14 @@ A mode of `configs/few_bits.py` trains it for few bits (float: measured as round
 Paper: Greydanus & Kobak 2020, arXiv:2011.14439 (the data).
 Command: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py \
     --vary=model.mixer=attention,window,none --match=params --tune=optim.learning_rate=2e-3,6e-3,1.8e-2
+results/mnist1d_transformer_few_bits: uv run scripts/compare.py --config=configs/vision/mnist1d_transformer.py \
+    --config.model.mixer=window --config.model.width=32 --config.train.steps=600 --config.optim.learning_rate=6e-3 \
+    --vary=mode=float,int8,int4,int2,int2_learned,fp4,fp4_all,reactnet --seeds=3
 results/steps_mnist1d_transformer: uv run scripts/training_steps.py --config=configs/vision/mnist1d_transformer.py \
     --config.model.mixer=window --config.model.width=32 --repeats=20 \
     --vary=mode=float,int8,int4,int2_learned,fp4,fp4_all,reactnet
-Time: about two minutes a run on 2 CPU cores. Result: see the table in README.md.
+Time: about two minutes a run on 2 CPU cores. Result: see the table in README.md; of few bits: float 85.8 %,
+int8 85.7, int4 80.8, int2 with learned scales 65.4, FP4 27.4 and with all its options 80.3 (600 steps).
 Sweep: model.mixer=attention,window,none  model.ffn=mlp,swiglu  model.norm=layernorm,rmsnorm,none
 """
 

@@ -187,6 +187,19 @@ def test_operations_of_thresholds_by_hand():
     }
 
 
+@pytest.mark.parametrize("channels", [3, 8, 16, 20, 32, 40])
+@pytest.mark.parametrize(("shape", "kernel", "stride"), [((7, 6), (3, 3), 2), ((5, 5), (2, 2), 1), ((9,), (5,), 1)])
+def test_windows_of_bits_are_those_of_signs(channels, shape, kernel, stride):
+    """Exactly, whether eight channels fill a byte, and a window a word, or not; NaN and both zeros too."""
+    layer = Conv(channels, 5, kernel, stride=stride, rngs=nnx.Rngs(0))
+    layer.quantizer = nnx.data(Binary("bnn", layer.kernel[...], Convolution(stride)))
+    x = np.random.default_rng(0).normal(size=(2, *shape, channels)).astype(np.float32)
+    x[0, 0, ..., 0], x[0, 1, ..., 0], x[1, 0, ..., 1] = 0.0, -0.0, np.nan
+    want = layer(x)
+    layer.kernel, layer.quantizer = map(nnx.data, layer.quantizer.stored(layer.kernel[...], Convolution(stride)))
+    np.testing.assert_array_equal(layer(x), want)
+
+
 def test_outside_of_a_picture_signs_are_1():
     layer = Conv(1, 1, (3,), rngs=nnx.Rngs(0))
     layer.kernel[...] = jnp.asarray([1.0, 1.0, 1.0]).reshape(3, 1, 1)

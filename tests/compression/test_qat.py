@@ -30,6 +30,7 @@ from lissom.train import train
 from lissom.training.building import build_network, load_dataset
 from lissom.training.config import load_recipe, overridden
 from lissom.training.errors import UserError
+from tests.ops.traced import operations
 
 FP4 = {"format": "fp4_e2m1", "per": 8, "scale_format": "ue4m3", "tensor_scale": True}
 RULES = {
@@ -189,6 +190,20 @@ def test_a_convolution_is_a_product_of_its_windows(shape, kernel, stride):
     np.testing.assert_allclose(y, layer(x), rtol=1e-5, atol=1e-5)
     assert len(product.rows(x, w)) == len(x) * product.places(x)
     np.testing.assert_array_equal(product.kernel(product.matrix(w), w.shape), w)
+    lit = product.result(product.rows(x, w, outside=-2) @ product.matrix(w), x, w)
+    np.testing.assert_allclose(lit, product(x, w, outside=-2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["int8", "int8, unsigned", "int8, a scale a row"])
+def test_windows_of_integers_are_gathered_as_bytes(rule):
+    """Nothing as large as the windows of a stored convolution is float32, which would take longer than its product."""
+    packed = PackedLayers().structure(quantized("resnet", RULES[rule]))
+    conv = layer_paths(packed, (Conv,))["blocks/1/conv2"]
+    x = jnp.ones((16, 6, 6, 16))
+    windows = 16 * 6 * 6 * conv.kernel.length
+    made = operations(jax.make_jaxpr(conv)(x).jaxpr)
+    large = [v.aval for equation in made for v in equation.outvars if v.aval.size >= windows]
+    assert large and {str(aval.dtype) for aval in large} == {"int8"}
 
 
 def test_products_are_noted():

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from lissom.evaluation import costs
 from lissom.ops import testing
 from lissom.ops.quantized_matmul import OP, quantized_matmul, xla
 from lissom.ops.quantized_matmul.cases import REAL, TINY, Case, arrays
 from lissom.ops.quantized_matmul.decoding import halves, in_halves, in_order
+from tests.ops.traced import operations
 
 PLAIN = [name for name in OP.implementations if not name.startswith("pallas")]
 BF16 = jnp.bfloat16
@@ -191,14 +191,6 @@ def test_numbers_of_few_bits_are_constants(implementation):
     f = lambda x, codes: call(TINY["fp8_fp8"], codes, implementation, x, scale, x_scale).sum()
     for gradient in jax.grad(f, argnums=(0, 1))(x, codes):
         assert not gradient.astype(jnp.float32).any()
-
-
-def operations(jaxpr):
-    """All equations, of inner programs too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from operations(inner)
 
 
 @pytest.mark.parametrize("name", ["gemv_int8", "gemv_int4", "m16_int4", "m512_int8", "int8_2048"])

@@ -10,6 +10,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.extend.core import jaxprs_in_params
 
 
+def operations(jaxpr) -> Iterator:
+    """All equations, of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from operations(inner)
+
+
 def grids(function: Callable, *args) -> list[tuple[int, ...]]:
     """The grid of each Pallas kernel in `function`, in order. AssertionError for one in a loop, which is how jax takes
     a kernel under vmap where it cannot add a dimension to the grid."""
