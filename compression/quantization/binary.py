@@ -239,8 +239,8 @@ class StoredBinary(Quantizer):
 
 
 def _packed_rows(product: Any, x: jax.Array, kernel: PackedSigns) -> jax.Array:
-    """The signs of the rows of the product, as `pack_signs` packs them. Windows are gathered of bytes, of eight channels
-    each where they come out even: of float32 that takes longer than the product itself."""
+    """The signs of the rows of the product, as `pack_signs` packs them. Windows are gathered of bytes, eight channels
+    each, where they come out even: of float32 that takes longer than the product itself."""
     if not isinstance(product, Convolution):
         return pack_signs(product.rows(x, kernel))
     channels = x.shape[-1]

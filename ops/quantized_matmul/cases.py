@@ -83,5 +83,7 @@ TINY = {
     "int8_int8": Case(6, 12, 7, "int8", "int8", None, "int8_2048"),
     "int8_int8_row": Case(1, 12, 7, "int8", "int8", 4, "a step of decoding in integers"),
     "int4_int8": Case(3, 24, 21, "int4", "int8", 6, "weights of 4 bits, activations of 8"),
+    "int4_int8_few": Case(3, 24, 21, "int4", "int8", None, "the same without groups"),
+    "int4_int8_many": Case(9, 24, 7, "int4", "int8", None, "windows of a convolution"),
     "fp8_fp8": Case(5, 12, 7, "float8_e4m3fn", "float8_e5m2", 6, "fp8_8192"),
 }

@@ -1,8 +1,8 @@
 """What the forms of the op share: which codes there are, their numbers, and how rows lie beside them.
 
-Numbers of 4 bits are never laid side by side as they are counted: of each byte the low halves are one matrix, the high
+Numbers of 4 bits need not lie side by side as they are counted: of each byte the low halves are one matrix, the high
 halves another, and x is cut into its even and odd columns to go with them (`halves`, `in_halves`). A sum over k is the
-same in any order, and x is small.
+same in any order, and x is mostly small; where it is not, the numbers can be put in order (`in_order`).
 """
 
 import jax

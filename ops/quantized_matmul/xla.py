@@ -12,6 +12,9 @@ Measured on two cores of an AMD EPYC (AVX-512, jax 0.11.2), 4096 by 11008, scale
 * int8 x: the product of int8 that gives int32, whole, or a group at a time. It takes x [m, k] and codes [n, k] as they
   lie (n last is as fast; transposed before, 10 times as slow). Of one row the compiler makes a loop instead, in 70 ms;
   padded rows cost nothing (5 ms).
+* int8 x, codes of 4 bits: x cut into halves costs as many moves as x is large, numbers put in order as many as they are.
+  50,176 rows of 144 times 16 channels: 8.6 ms cut, 2.0 in order; 16 rows of 4096 times 4096: 3.3 cut, 15 in order, but
+  with scales of groups of 128 38 cut (each group is a part of both halves) and 19 in order.
 """
 
 import functools
@@ -115,10 +118,13 @@ def _integers(bits: int, x, codes, scale) -> jax.Array:
     if m < LEAST_ROWS:
         # The barrier keeps the compiler from taking the padding off again.
         x = lax.optimization_barrier(jnp.pad(x, ((0, LEAST_ROWS - m), (0, 0))))
-    rows = in_halves(x, bits)
+    ordered = bits == 4 and (groups > 1 or m >= len(codes))
+    rows = x[:, None] if ordered else in_halves(x, bits)
 
     def block(codes, scale):
         numbers = codes[:, None] if bits == 8 else lax.optimization_barrier(halves(codes, bits))
+        if ordered:
+            numbers = in_order(numbers, bits)[:, None]
         if groups == 1:
             return _int32(rows, numbers).astype(wide) * scale[:, 0].astype(wide)
         size = rows.shape[2] // groups

@@ -88,7 +88,7 @@ class Sensitivity:
         self.problem, self._known = problem, {}
 
     def __call__(self, method: str) -> tuple[np.ndarray, float, int]:
-        """(table [layers, options], seconds, passes)."""
+        """(table [layers, options], seconds, passes); of "decoupled" a table of each kind of examples."""
         if method not in self._known:
             mixed, start = self.problem.mixed, time.perf_counter()
             before, seconds, passes = mixed.passes, 0.0, 0
@@ -110,6 +110,10 @@ class Sensitivity:
             return sensitivities.curvature(problem.mixed, problem.loss, problem.batches, key, problem.samples)
         if method == "divergence":
             return sensitivities.divergence(problem.mixed, problem.batches)
+        if method == "decoupled":
+            if len(problem.kinds) != 2:
+                raise ValueError(f"'decoupled' takes examples of two kinds, and there are {len(problem.kinds)}")
+            return np.stack([sensitivities.divergence(problem.mixed, batches) for batches in problem.kinds])
         shape = problem.batches[0]["inputs"].shape[1:]
         inputs, _ = distilled(merge(problem.mixed.source), shape, key, input_statistics=problem.input_statistics)
         return sensitivities.divergence(problem.mixed, [{"inputs": inputs}])
@@ -126,7 +130,7 @@ def allocate(method: str, sensitivity: Sensitivity, budget: float) -> Allocation
         choice = solvers.random(sizes, budget, np.random.default_rng(problem.seed))
         return Allocation(choice, time.perf_counter() - start, 0)
     if method == "decoupled":
-        return _decoupled(problem, budget)
+        return _decoupled(sensitivity, budget)
     table, seconds, passes = sensitivity(method)
     start = time.perf_counter()
     if method == "inter_layer":
@@ -136,17 +140,16 @@ def allocate(method: str, sensitivity: Sensitivity, budget: float) -> Allocation
     return Allocation(choice, seconds + time.perf_counter() - start, passes)
 
 
-def _decoupled(problem: Problem, budget: float) -> Allocation:
-    if len(problem.kinds) != 2:
-        raise ValueError(f"'decoupled' takes examples of two kinds, and there are {len(problem.kinds)}")
-    mixed, start, before = problem.mixed, time.perf_counter(), problem.mixed.passes
-    tables = np.stack([sensitivities.divergence(mixed, batches) for batches in problem.kinds])
+def _decoupled(sensitivity: Sensitivity, budget: float) -> Allocation:
+    tables, seconds, passes = sensitivity("decoupled")
+    problem, mixed = sensitivity.problem, sensitivity.problem.mixed
+    start, before = time.perf_counter(), mixed.passes
     # Of each metric what a choice loses, in units of what all layers lose of it alone at their worst.
     units = [table.max(1).sum() or 1.0 for table in tables]
     lost = [sensitivities.divergence_of(mixed, batches) for batches in problem.kinds]
     value = lambda choice: sum(of(np.asarray(choice, np.int32)) / unit for of, unit in zip(lost, units, strict=True))
     choice = solvers.decoupled(tables, mixed.sizes, budget, value)
-    return Allocation(choice, time.perf_counter() - start, mixed.passes - before)
+    return Allocation(choice, seconds + time.perf_counter() - start, passes + mixed.passes - before)
 
 
 def lowest(method: str, sensitivity: Sensitivity, least: float) -> Allocation:
