@@ -95,7 +95,8 @@ class Convolution:
         return tuple(range(axes - 1))
 
     def rows(self, x: jax.Array, kernel: jax.Array, outside: float = 0) -> jax.Array:
-        """The windows of x, each flattened as the kernel is, of as many numbers a place as x has."""
+        """The windows of x, each flattened as the kernel is, of as many numbers a place as x has. Beyond its edges x is
+        `outside`, a number of x's dtype."""
         stride, places, padded, shifted = self.stride, self._reached(x), self._padded(x, kernel, outside), []
         for offset in _offsets(kernel.shape[:-2]):
             starts = (0, *offset, 0)

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from lissom.compression.quantization import binary
 from lissom.compression.quantization.binary import (
     OPERATORS,
     SCORED,
@@ -30,6 +31,7 @@ from lissom.models.products import Convolution, Dense, noted
 from lissom.models.registry import UnknownName
 from lissom.models.resnet import ResNet
 from lissom.models.variables import flatten, map_paths, merge, split
+from lissom.ops.binary_matmul import pack_signs
 from lissom.training.errors import UserError
 
 
@@ -198,6 +200,16 @@ def test_windows_of_bits_are_those_of_signs(channels, shape, kernel, stride):
     want = layer(x)
     layer.kernel, layer.quantizer = map(nnx.data, layer.quantizer.stored(layer.kernel[...], Convolution(stride)))
     np.testing.assert_array_equal(layer(x), want)
+
+
+def test_windows_of_bits_are_gathered_as_bytes(monkeypatch):
+    """What is packed is the picture, once, and not each of its windows."""
+    layer = Conv(16, 5, (3, 3), rngs=nnx.Rngs(0))
+    quantizer, packed = Binary("bnn", layer.kernel[...], Convolution()), []
+    layer.kernel, layer.quantizer = map(nnx.data, quantizer.stored(layer.kernel[...], Convolution()))
+    monkeypatch.setattr(binary, "pack_signs", lambda x: packed.append(x.shape) or pack_signs(x))
+    layer(jnp.ones((2, 8, 8, 16)))
+    assert packed == [(2, 8, 8, 16)]
 
 
 def test_outside_of_a_picture_signs_are_1():

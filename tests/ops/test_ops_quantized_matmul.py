@@ -193,6 +193,19 @@ def test_numbers_of_few_bits_are_constants(implementation):
         assert not gradient.astype(jnp.float32).any()
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "group", "moved"), [(8, 64, None, "x"), (64, 8, None, "codes"), (8, 64, 8, "codes")]
+)
+def test_numbers_of_4_bits_meet_x_where_less_is_moved(m, n, group, moved):
+    """x is cut into halves where it is smaller than the matrix, else the numbers are put in order, as where groups have
+    scales, each of which lies in both halves."""
+    case = Case(m, 32, n, "int4", "int8", group, "")
+    x, codes, *scales = arrays(case, jax.random.key(0))
+    made = operations(jax.make_jaxpr(lambda *a: call(case, codes, "xla", a[0], *a[1:]))(x, *scales).jaxpr)
+    sizes = {e.invars[0].aval.size for e in made if e.primitive.name == "transpose" and e.invars[0].aval.ndim == 3}
+    assert sizes == {{"x": m, "codes": n}[moved] * 32}
+
+
 @pytest.mark.parametrize("name", ["gemv_int8", "gemv_int4", "m16_int4", "m512_int8", "int8_2048"])
 def test_the_matrix_is_neither_transposed_nor_whole_in_numbers(name):
     """One row of int8 is multiplied without a product of matrices, others in blocks; nothing of floats or of int8 has
