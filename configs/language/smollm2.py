@@ -16,6 +16,9 @@ Mode `domains`, 20 steps: 45.8 % of the tokens; int8 with a range a layer 35.7, 
 scale a token 45.2.
 results/smollm2_int8: uv run --extra pretrained scripts/compare.py --config=configs/language/smollm2.py:domains \
     --config.train.steps=20 --config.optim.learning_rate=1e-4 --seeds=3
+results/smollm2_allocation: of its first run, uv run --extra pretrained scripts/allocate_bits.py \
+    --run=runs/compare/smollm2_domains/recipe_seed0 --method=uniform,random,decoupled --domains=python,english \
+    --options=int4,int8 --activations=none --batches=1 --bytes=80000000,100000000
 Sweep: transforms  model.mixer=gqa,window,block_sparse  optim.learning_rate  train.steps
 """
 
