@@ -19,6 +19,10 @@ results/mnist1d_calibration: of the same runs, uv run scripts/allocate_bits.py \
 results/mnist1d_bisection: of the same runs, uv run scripts/allocate_bits.py \
     --run='runs/compare/digits_resnet/recipe_seed*' --activations=int8 --options=int2,int8 \
     --method=random,hessian,divergence,inter_layer --accuracy=0.9,0.97,0.99
+results/mnist1d_resnet_widths: uv run scripts/compare.py --config=configs/vision/digits_resnet.py \
+    --config.data.name=mnist1d --config.data.batch_size=100 --vary=mode=float,int8,int4,int2_learned \
+    --vary=model.widths="(4,8,16),(8,16,32),(16,32,64)" --tune=optim.learning_rate=5e-3,1.5e-2 --seeds=3 \
+    --cost=bit_operations
 results/mnist5k_few_bits: uv run scripts/compare.py --config=configs/vision/digits_resnet.py \
     --config.data.name=mnist5k --config.train.epochs=6 \
     --vary=mode=float,int8,int4,int2,fp4,bnn,reactnet,insta,insta_plus \
