@@ -36,6 +36,8 @@ results/stdlib_few_bits: uv run scripts/compare.py --config=configs/language/std
     --config.data.batch_size=8 --config.model.ffn_kwargs.swiglu.expansion=2.625 \
     --vary=mode=float,int8,int4,int2,int2_learned,int4_weights,int2_weights,fp4,fp4_all,bnn,reactnet \
     --tune=optim.learning_rate=2e-3,6e-3,1.8e-2 --seeds=3
+results/stdlib_fp4: the same with \
+    --vary=mode=fp4,fp4_rotation,fp4_tensor_scale,fp4_stochastic,fp4_ue5m3,fp4_e8m0,fp4_all
 results/steps_stdlib_lm: uv run scripts/training_steps.py --config=configs/language/stdlib_lm.py --repeats=12 \
     --config.data.batch_size=8 --config.model.ffn_kwargs.swiglu.expansion=2.625 \
     --vary=mode=float,int8,int4,int4_weights,int2_learned,fp4,fp4_all,reactnet

@@ -13,6 +13,8 @@ results/mnist1d_allocation: uv run scripts/compare.py --config=configs/vision/di
     --config.data.name=mnist1d --config.data.batch_size=100 --tune=optim.learning_rate=1.7e-3,5e-3,1.5e-2 --seeds=3
     and uv run scripts/allocate_bits.py --run='runs/compare/digits_resnet/recipe_seed*' --activations=weights \
     --method=uniform,random,hessian,divergence,distilled,inter_layer --bytes=14000,18072,24000
+results/mnist1d_allocation_tuned: of the same runs, with --method=uniform,random,hessian,divergence,distilled \
+    --bytes=14000,18072 --fine_tune=200 --fine_tune_rate=1
 results/mnist1d_calibration: of the same runs, uv run scripts/allocate_bits.py \
     --run='runs/compare/digits_resnet/recipe_seed*' --activations=weights --batches=2 --method=uniform,distilled \
     --ranges=training,distilled,noise --bytes=18072,31976
