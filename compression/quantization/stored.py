@@ -123,7 +123,6 @@ class Stored(Quantizer):
         return self.one_matrix and both and isinstance(x.scheme.per, str)
 
     def __call__(self, product: Any, x: jax.Array, kernel: Packed) -> jax.Array:
-        rows = lambda x: product.rows(x, kernel)
         activations = self.rule.activations
         if activations is None:
             apart = isinstance(product, Convolution) or not self.one_matrix
@@ -132,7 +131,7 @@ class Stored(Quantizer):
             return _float_product(product, x, kernel)
         # Where the three products of training were rounded, each row of the product was.
         by_rows = self.rule.gradients is not None
-        given, axes = (rows(x), (1,)) if by_rows else (x, product.x_axes(x.ndim))
+        given, axes = (product.rows(x, kernel), (1,)) if by_rows else (x, product.x_axes(x.ndim))
         if self._integers:
             numbers, scale = self._numbers(given, axes)
             # Numbers above 127, which int8 has not, are moved down by 128.

@@ -29,7 +29,7 @@ results/mnist5k_few_bits: uv run scripts/compare.py --config=configs/vision/digi
     --config.data.name=mnist5k --config.train.epochs=6 \
     --vary=mode=float,int8,int4,int2,fp4,bnn,reactnet,insta,insta_plus \
     --tune=optim.learning_rate=5e-3,1.5e-2 --seeds=3 (when the first and the last layer had unsigned activations)
-    and measured again by uv run eval.py --runs='runs/compare/digits_resnet/mode=*'
+    and measured again by uv run eval.py --runs='runs/compare/digits_resnet/mode=*' (rows named by their modes by hand)
 results/steps_digits_resnet: uv run scripts/training_steps.py --config=configs/vision/digits_resnet.py --repeats=15 \
     --config.data.name=mnist5k --vary=mode=float,int8,int4,int2_learned,fp4,bnn,reactnet,insta
 Sweep: model.size=tiny,small,20  optim.learning_rate
