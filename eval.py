@@ -361,15 +361,20 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
             raise
         raise UserError(f"{run / 'exports'} can't be written: {error.strerror}") from error
     parts = reload(directory)
-    network = nnx.eval_shape(lambda: merge(parts))
+    network, objective = nnx.eval_shape(lambda: merge(parts)), build_objective(config)
     batches = lambda dataset: lambda: data.eval_batches(dataset, batch_size=config.evaluation.batch_size)
     return Subject(
         run=str(run),
-        blank=dataclasses.replace(blank, identity=dataclasses.replace(blank.identity, transform=name)),
+        blank=dataclasses.replace(
+            blank,
+            identity=dataclasses.replace(blank.identity, transform=name),
+            notes=(*blank.notes, *objective.notes(network)),
+        ),
         graph=parts.graph,
         state=tuple(parts[1:]),
         merge=lambda graph, state: merge(type(parts)(graph, *state)),
-        judge=build_objective(config).judge,
+        judge=objective.judge,
+        answers=objective.answers,
         batches=batches(dataset),
         examples=dataset.test,
         kind=dataset.kind,

@@ -25,9 +25,13 @@ class Definition:
     content depends on (the patch version of Python, of Pillow). Settings, version and facts together name the
     prepared directory, so that a stale one is never read. `choice` is (setting, its values): the chosen
     function's keyword arguments are settings too.
+
+    A `virtual` dataset is not written to disk: its examples are made when they are asked for, and `generate(load,
+    **settings)` returns a `Dataset`; `load(name, **settings)` gives it others that it is made of.
     """
 
-    generate: Callable[..., Content]
+    generate: Callable[..., Any]
     version: str = "1.0.0"
     facts: Callable[[], dict[str, Any]] = dict
     choice: tuple[str, dict[str, Callable[..., Content]]] | None = None
+    virtual: bool = False

@@ -1,5 +1,6 @@
 """`load`: a name or a path -> `Dataset`."""
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -55,7 +56,10 @@ def load(name: str, *, data_dir: str | None = None, **settings) -> Dataset:
     """
     if name in DATASETS:
         definition = DATASETS[name]
-        return prepared(name, definition, complete_settings(name, definition, settings), data_dir)
+        complete = complete_settings(name, definition, settings)
+        if definition.virtual:
+            return definition.generate(functools.partial(load, data_dir=data_dir), **complete)
+        return prepared(name, definition, complete, data_dir)
     if ":" in name and not Path(name).exists():
         return _plug_in(name, settings)
     if "/" in name or "\\" in name or name.startswith((".", "~")) or Path(name).is_dir():
@@ -77,7 +81,7 @@ def complete_settings(name: str, definition: Definition, settings: dict[str, Any
         name = f"{name} ({key}={chosen})"
     defaults = {}
     for function in functions:
-        defaults |= keywords(function)
+        defaults |= keywords(function, skip=1 if definition.virtual else 0)
     unknown = [setting for setting in settings if setting not in defaults]
     if unknown:
         raise DataError(f"dataset {name} has no setting {unknown[0]!r}{nearest(unknown[0], defaults)}")

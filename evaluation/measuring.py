@@ -28,8 +28,8 @@ COMPARED = 4  # test examples on which a transformed network's outputs are compa
 @dataclasses.dataclass
 class Subject:
     """One network to be measured. `blank` is its row without measurements, `state` is (params, stats, frozen),
-    `merge(graph, state)` the network, `judge` an objective's (network, batch, key) -> {name: (sum, count)},
-    `batches()` the test set."""
+    `merge(graph, state)` the network, `judge` an objective's (network, batch, key) -> {name: (sum, count)}, `answers`
+    its (network, inputs, **given) -> output, `batches()` the test set."""
 
     run: str
     blank: Row
@@ -37,6 +37,7 @@ class Subject:
     state: tuple
     merge: Callable
     judge: Callable
+    answers: Callable
     batches: Callable[[], Iterable[dict]]
     examples: Sequence[dict]
     kind: str
@@ -55,7 +56,7 @@ class Subject:
         """The network's output for a batch of what it is given (`_batches_of`)."""
         inputs, *more = given
         others = dict(zip(_given(self.examples)[1:], more, strict=True))
-        return self.merge(self.graph, (params, stats, frozen))(inputs, **others)[0]
+        return self.answers(self.merge(self.graph, (params, stats, frozen)), inputs, **others)
 
     @property
     def decodes(self) -> bool:

@@ -22,7 +22,7 @@ from lissom.training.fields import BY_CLASS
 from lissom.training.objectives.base import Objective
 from lissom.training.optimizers import build_optimizer
 
-FACTS = ("input_shape", "classes", "vocab_size", "length", "environments", "interval")
+FACTS = ("input_shape", "classes", "outputs", "vocab_size", "length", "environments", "interval")
 
 
 class Assembly(NamedTuple):
@@ -117,7 +117,8 @@ def build_objective(config) -> Objective:
 
 
 def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
-    """The network of `config.model`: the named size, fields that are set on top, and what the data dictates."""
+    """The network of `config.model`: the named size, fields that are set on top, and what the data dictates; with the
+    structure that the objective gives it."""
     settings = config.model.to_dict()
     name, size = settings.pop("name"), settings.pop("size", None)
     network = resolve(MODELS, name, "model")
@@ -141,7 +142,7 @@ def build_network(config, facts: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Modul
         sizes = f", or config.model.size to one of {', '.join(SIZES[name])}" if name in SIZES else ""
         raise UserError(f"model {name!r} needs {', '.join(missing)}: set config.model.{missing[0]}{sizes}")
     try:
-        return network(**given, rngs=rngs)
+        return build_objective(config).structure(network(**given, rngs=rngs))
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -40,6 +40,21 @@ class Objective:
             module = getattr(module, name)
         return module
 
+    def structure(self, model: nnx.Module) -> nnx.Module:
+        """The network that `build` is given, as the objective wants it: another head, inner learning rates. Unlike what
+        `build` puts beside it, this is exported with the network."""
+        return model
+
+    def answers(self, network: nnx.Module, inputs: jax.Array, **given: jax.Array) -> Any:
+        """What the network says of a batch when it is used: what latencies and FLOPs are of. `given` are the further
+        fields of the examples (`evaluation/measuring.py`)."""
+        return network(inputs, **given)[0]
+
+    def notes(self, network: nnx.Module) -> tuple[str, ...]:
+        """Sentences that a reader of the network's rows needs."""
+        del network
+        return ()
+
     def fill(self, params: Tree, stats: Tree, frozen: Tree) -> tuple[Tree, Tree, Tree]:
         """Puts values that no initialiser can give (a teacher's weights) into a fresh state."""
         return params, stats, frozen
