@@ -207,7 +207,7 @@ def evaluate(
     `skip` it is left out and said there, and only when none is left is it an error.
     """
     from lissom.data.errors import DataError
-    from lissom.evaluation.measuring import compare_outputs, decoding, few_bits, latencies, measure_subject
+    from lissom.evaluation.measuring import adapting, compare_outputs, decoding, few_bits, latencies, measure_subject
     from lissom.evaluation.rows import provenance
     from lissom.models.registry import UnknownName
 
@@ -239,6 +239,7 @@ def evaluate(
     for group in tasks.values():
         few_bits(group)
         latencies(group)
+        adapting(group)
         decoding(group)
     _tell_apart(subjects)
     rows = [subject.row() for subject in subjects]
@@ -375,6 +376,7 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
         merge=lambda graph, state: merge(type(parts)(graph, *state)),
         judge=objective.judge,
         answers=objective.answers,
+        adaptation=getattr(objective, "adaptation", None),
         batches=batches(dataset),
         examples=dataset.test,
         kind=dataset.kind,
@@ -394,6 +396,7 @@ def _floor_rows(task: str, dataset, provenance) -> list:
     import functools
 
     from lissom.data import cue_match, dynamics
+    from lissom.data.episodes import nearest_of_all, regression
     from lissom.evaluation.measuring import floor_rows
 
     # The generated data whose answer can be worked out.
@@ -401,6 +404,8 @@ def _floor_rows(task: str, dataset, provenance) -> list:
     oracles = {
         "cue_match": functools.partial(cue_match.solve, classes=info.get("classes")),
         "dynamics": functools.partial(dynamics.solve, systems=info.get("systems"), interval=info.get("interval")),
+        "episodes": nearest_of_all,
+        **({"regression_tasks": regression.solve} if set(info.get("families", ())) <= set(regression.CURVES) else {}),
     }
     oracle = oracles.get(dataset.name)
     return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance, oracle)
@@ -449,6 +454,13 @@ def write(rows: list, out: pathlib.Path | str, cost: str = COST) -> None:
 # What is printed; table.csv and rows.jsonl hold everything.
 SHOWN = (
     "accuracy",
+    "accuracy_interval",
+    "prototype_accuracy",
+    "kmeans_accuracy",
+    "laplacian_accuracy",
+    "transported_accuracy",
+    "mse",
+    "mse_interval",
     "corruption_accuracy",
     "forgetting",
     "token_accuracy",
@@ -473,6 +485,8 @@ SHOWN = (
     "train_flops",
     "train_peak_memory",
     "latency_p50",
+    "adaptation_p50",
+    "adaptation_memory",
     "decode_p50",
     "cache_bytes_per_token",
     "peak_memory",
@@ -485,7 +499,7 @@ SHOWN = (
 
 def shown(rows: list) -> tuple[str, ...]:
     """The metrics that are printed: of the loss only where no other number says what it would."""
-    others = {"accuracy", "bits_per_byte", "log_likelihood", "trajectory_error"}
+    others = {"accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "mse"}
     told = {measurement.name for row in rows for measurement in row.measurements} & others
     return tuple(name for name in SHOWN if name != "loss" or not told)
 

@@ -4,6 +4,7 @@ from lissom.data.augmentations import AUGMENTATIONS
 from lissom.data.class_stream import ClassStream
 from lissom.data.corruptions import corrupted
 from lissom.data.dataset import ArraySource, Dataset
+from lissom.data.episodes import single_examples
 from lissom.data.errors import DataError
 from lissom.data.loading import DATASETS, load
 from lissom.data.meta_tokens import with_meta_tokens
@@ -19,6 +20,7 @@ __all__ = [
     "corrupted",
     "eval_batches",
     "load",
+    "single_examples",
     "train_batch",
     "train_batches",
     "with_meta_tokens",

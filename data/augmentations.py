@@ -52,6 +52,6 @@ def augmentations(names: str | Sequence[str] | None, kind: str) -> list:
         if name not in AUGMENTATIONS:
             raise DataError(f"unknown augmentation {name!r}{nearest(name, AUGMENTATIONS)}")
         if kind not in ("image", "signal", "frames"):
-            of = {"tokens": "tokens", "set": "sets", "trajectory": "trajectories"}[kind]
+            of = {"tokens": "tokens", "set": "sets", "trajectory": "trajectories", "episode": "episodes"}[kind]
             raise DataError(f"augmentation {name!r} changes images, signals and frames, and this dataset is of {of}")
     return [AUGMENTATIONS[name] for name in names]

@@ -42,6 +42,9 @@ STYLES = {
 LATIN_ONLY = ("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10")
 FONTS = tuple(family + style for family, styles in STYLES.items() for style in styles) + LATIN_ONLY
 MIN_FONTS = 4
+# Correlation of two pictures, blurred by 1.5 pixels, above which one is a copy of the other: Lisu capitals are turned
+# Latin ones (0.951 and more), and of letters below it a reader can say what the difference is.
+COPY = 0.95
 OVERSAMPLING = 2  # letters are drawn once at twice the size, then warped down
 
 
@@ -161,8 +164,13 @@ class Letters:
             require(len(letters) > 0, f"glyphs: no letter of {', '.join(names)} in the fonts asked for")
             return sorted(rng.permutation(letters)[:limit].tolist())
 
-        train = pick([name for name in scripts if name not in test_scripts], train_fonts, test_fonts or None)
-        return train, pick(test_scripts, test_fonts or FONTS) if test_scripts else train
+        train_scripts = [name for name in scripts if name not in test_scripts]
+        train = pick(train_scripts, train_fonts, test_fonts or None)
+        if not test_scripts:
+            return train, train
+        of = lambda names: [letter for letter in known if letter_script(letter) in names]
+        known = self.without_copies(of(test_scripts), of(train_scripts))
+        return train, pick(test_scripts, test_fonts or FONTS)
 
     def classes(self) -> list[str]:
         """Letters that at least `MIN_FONTS` fonts have, without those that look like an earlier one."""
@@ -180,6 +188,20 @@ class Letters:
                 found.append(letter)
             seen |= looks
         return found
+
+    def without_copies(self, letters: list[str], others: list[str]) -> list[str]:
+        """The `letters` that in none of two fonts, turned by 0, 1, 2 or 3 quarters, are a copy of one of the others."""
+        known: dict[str, np.ndarray] = {}
+
+        def is_copy(letter: str, font: str) -> bool:
+            if font not in known:
+                drawn = [blurred(self.picture(other, font)) for other in others if font in self.fonts_of[other]]
+                known[font] = np.reshape(drawn, (len(drawn), -1))
+            turned = [blurred(np.rot90(self.picture(letter, font), turns)) for turns in range(4)]
+            return len(known[font]) > 0 and (known[font] @ np.stack(turned, 1)).max() > COPY
+
+        ends = lambda letter: (self.fonts_of[letter][0], self.fonts_of[letter][-1])
+        return [letter for letter in letters if not any(is_copy(letter, font) for font in ends(letter))]
 
     def picture(self, letter: str, font: str) -> np.ndarray:
         """uint8 [n, n], n = OVERSAMPLING * size: the letter with its ink centred, shrunk if it is wide."""
@@ -217,6 +239,15 @@ class Letters:
             writers[index] = FONTS.index(font)
             inputs[index, ..., 0] = warp(self.picture(letters[label], font), self.size, jitter, rng)
         return {"inputs": inputs, "labels": labels, "writer": writers}
+
+
+def blurred(picture: np.ndarray) -> np.ndarray:
+    """float32 [n * n]: the picture, blurred, less its mean, of norm 1: products of such are correlations."""
+    from scipy.ndimage import gaussian_filter
+
+    smooth = gaussian_filter(picture.astype(np.float32), 1.5)
+    smooth -= smooth.mean()
+    return (smooth / max(np.linalg.norm(smooth), 1e-6)).ravel()
 
 
 def warp(picture: np.ndarray, size: int, jitter: float, rng: np.random.Generator) -> np.ndarray:

@@ -5,7 +5,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lissom.data import (
     cue_match,
@@ -21,6 +21,7 @@ from lissom.data import (
 )
 from lissom.data.content import Definition
 from lissom.data.dataset import Dataset
+from lissom.data.episodes import episodes, linear_tasks, regression_tasks
 from lissom.data.errors import DataError, nearest, require
 from lissom.data.events import moving_digits, pen_strokes
 from lissom.data.events.files import is_recordings, load_recordings
@@ -32,10 +33,13 @@ DATASETS = {
     "digits": Definition(digits.digits),
     "mnist5k": Definition(mnist5k.mnist5k),
     "mnist1d": Definition(mnist1d.mnist1d),
-    "glyphs": Definition(glyphs.glyphs, facts=glyphs.facts),
+    "glyphs": Definition(glyphs.glyphs, version="1.1.0", facts=glyphs.facts),
     "cue_match": Definition(cue_match.cue_match),
     "dynamics": Definition(dynamics.dynamics),
     "gaussian_mixtures": Definition(gaussian_mixtures.gaussian_mixtures),
+    "episodes": Definition(episodes, virtual=True),
+    "regression_tasks": Definition(regression_tasks, virtual=True),
+    "linear_tasks": Definition(linear_tasks, virtual=True),
     "moving_digits": Definition(moving_digits.moving_digits),
     "pen_strokes": Definition(pen_strokes.pen_strokes, facts=pen_strokes.facts),
     "sequences": Definition(sequences.sequences, version="1.1.0", choice=("task", sequences.TASKS)),
@@ -79,13 +83,20 @@ def complete_settings(name: str, definition: Definition, settings: dict[str, Any
         require(chosen in variants, f"{name} has no {key} {chosen!r}{nearest(chosen, variants)}")
         functions.append(variants[chosen])
         name = f"{name} ({key}={chosen})"
-    defaults = {}
+    defaults, optional = {}, set()
     for function in functions:
         defaults |= keywords(function, skip=1 if definition.virtual else 0)
+        optional |= {key for key, p in inspect.signature(function).parameters.items() if _may_be_none(p.annotation)}
     unknown = [setting for setting in settings if setting not in defaults]
     if unknown:
         raise DataError(f"dataset {name} has no setting {unknown[0]!r}{nearest(unknown[0], defaults)}")
-    return defaults | {key: typed(name, key, value, defaults[key]) for key, value in settings.items()}
+    given = {key: value for key, value in settings.items() if value is not None or key not in optional}
+    absent = dict.fromkeys(settings.keys() - given.keys())
+    return defaults | absent | {key: typed(name, key, value, defaults[key]) for key, value in given.items()}
+
+
+def _may_be_none(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
 
 
 def typed(name: str, key: str, value: Any, default: Any) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lissom.evaluation import costs, energy, floors, memory, mixtures
+from lissom.evaluation import costs, energy, few_shot, floors, memory, mixtures
 from lissom.evaluation.latency import latency_measurements, measure_interleaved
 from lissom.evaluation.metrics import JUDGED, METRICS
 from lissom.evaluation.rows import Identity, Measurement, Provenance, Row, measure
@@ -29,7 +29,8 @@ COMPARED = 4  # test examples on which a transformed network's outputs are compa
 class Subject:
     """One network to be measured. `blank` is its row without measurements, `state` is (params, stats, frozen),
     `merge(graph, state)` the network, `judge` an objective's (network, batch, key) -> {name: (sum, count)}, `answers`
-    its (network, inputs, **given) -> output, `batches()` the test set."""
+    its (network, inputs, **given) -> output, `batches()` the test set; `adaptation` what an episode's support makes of
+    the network, None where it learns from none."""
 
     run: str
     blank: Row
@@ -38,6 +39,7 @@ class Subject:
     merge: Callable
     judge: Callable
     answers: Callable
+    adaptation: Callable | None
     batches: Callable[[], Iterable[dict]]
     examples: Sequence[dict]
     kind: str
@@ -57,6 +59,11 @@ class Subject:
         inputs, *more = given
         others = dict(zip(_given(self.examples)[1:], more, strict=True))
         return self.answers(self.merge(self.graph, (params, stats, frozen)), inputs, **others)
+
+    def adapted(self, params: Any, stats: Any, frozen: Any, inputs: jax.Array, labels: jax.Array) -> Any:
+        """What a batch of supports makes of the network."""
+        network = self.merge(self.graph, (params, stats, frozen))
+        return self.adaptation(network, support_inputs=inputs, support_labels=labels)
 
     @property
     def decodes(self) -> bool:
@@ -168,6 +175,9 @@ def _test_means(subject: Subject, totals: tallies.Totals, settings: Mapping[str,
             continue
         value = mean if math.isfinite(mean) else None
         conditions = {"tokens" if tokens else "examples": int(count), **settings}
+        if subject.kind == "episode":  # counted are episodes, judged their queries
+            queries = len(subject.examples[0]["labels"])
+            conditions = {"examples": int(count) * queries, **settings}
         found.append(measure(name, value, **conditions))
         if name == "loss" and tokens and subject.vocab_size == 256 and value is not None:
             found.append(measure("bits_per_byte", value / math.log(2), **conditions))
@@ -215,6 +225,31 @@ def latencies(subjects: Sequence[Subject]) -> None:
         repeats = max(subjects[number].repeats for number in candidates)
         for number, latency in measure_interleaved(candidates, repeats=repeats).items():
             subjects[number].measurements += latency_measurements(latency, batch, subjects[number].clocked)
+
+
+def adapting(subjects: Sequence[Subject]) -> None:
+    """Time in which the networks that learn from episodes adapt to one support, and to as many as the largest batch has,
+    interleaved; and the compiled peak memory of the latter."""
+    subjects = [subject for subject in subjects if subject.adaptation is not None]
+    for batch in sorted({size for subject in subjects for size in subject.latency_batches}):
+        candidates = {}
+        for number, subject in enumerate(subjects):
+            if batch not in subject.latency_batches:
+                continue
+            supports = [arrays[-2:] for arrays in _batches_of(subject.examples, batch)]
+            compiled = jax.jit(subject.adapted).lower(*subject.state, *supports[0]).compile()
+            candidates[number] = (functools.partial(compiled, *subject.state), supports)
+            if batch == max(subject.latency_batches):
+                peak = memory.peak_measurement(compiled, batch=batch)
+                subject.measurements.append(dataclasses.replace(peak, name="adaptation_memory"))
+        repeats = max(subjects[number].repeats for number in candidates)
+        for number, latency in measure_interleaved(candidates, repeats=repeats).items():
+            of = {"batch": batch}
+            kind = subjects[number].clocked
+            subjects[number].measurements += [
+                measure("adaptation_p50", latency.p50, kind, **of),
+                measure("adaptation_p90", latency.p90, kind, **of),
+            ]
 
 
 def decoding(subjects: Sequence[Subject]) -> None:
@@ -296,8 +331,9 @@ LENGTH = jax.tree_util.DictKey("length")
 
 def _given(examples: Sequence[dict]) -> list[str]:
     """The fields that a network is given: inputs, and the places of their meta-tokens or the environments of their
-    trajectories where the data has some."""
-    return [name for name in ("inputs", "meta", "environment") if name in examples[0]]
+    trajectories where the data has some; of episodes, the support last."""
+    names = ("inputs", "meta", "environment", "support_inputs", "support_labels")
+    return [name for name in names if name in examples[0]]
 
 
 def _batches_of(examples: Sequence[dict], batch: int, length: int = 0) -> list[tuple[jax.Array, ...]]:
@@ -324,7 +360,8 @@ def floor_rows(
     oracle: Callable[..., np.ndarray] | None = None,
 ) -> list[Row]:
     """The trivial methods of a task, as rows of role "floor"; and as the ceiling, where the data has one, its
-    `oracle`: inputs of all test examples -> labels; of trajectories (inputs, environments) -> states."""
+    `oracle`: inputs of all test examples -> labels; of trajectories (inputs, environments) -> states; of episodes the
+    test source -> what is asked in each."""
     rows = []
 
     def add(name: str, *measurements: Measurement, role: str = "floor") -> None:
@@ -339,6 +376,11 @@ def floor_rows(
             add("bigram", measure("bits_per_byte", floors.bigram_bits_per_byte(*ends), tokens=ends[1].size))
         elif "chance" in info:
             add("chance", measure("token_accuracy", float(info["chance"]), "modelled"))
+        return rows
+    if kind == "episode":
+        for name, role, values in few_shot.rows(train, test, oracle):
+            examples = {"examples": len(test) * len(test[0]["labels"])}
+            add(name, *(measure(key, value, **examples) for key, value in values.items()), role=role)
         return rows
     if kind == "set":
         for name, role, values in mixtures.rows(test):

@@ -23,6 +23,13 @@ METRICS = {
     # What the model is worth.
     "accuracy": Metric("fraction", "higher", "test examples whose class is predicted"),
     "token_accuracy": Metric("fraction", "higher", "masked-in test tokens that are predicted"),
+    "accuracy_interval": Metric("fraction", "lower", "half width of the 95 % interval of accuracy over test episodes"),
+    "mse": Metric("1", "lower", "mean squared error of the targets of the queries of test episodes"),
+    "mse_interval": Metric("1", "lower", "half width of the 95 % interval of mse over test episodes"),
+    "prototype_accuracy": Metric("fraction", "higher", "accuracy of the nearest class mean of the same features"),
+    "kmeans_accuracy": Metric("fraction", "higher", "the same of k-means over all queries, from these means on"),
+    "laplacian_accuracy": Metric("fraction", "higher", "the same of Laplacian-regularised prototypes"),
+    "transported_accuracy": Metric("fraction", "higher", "the same of means that transport moves to the queries"),
     "corruption_accuracy": Metric("fraction", "higher", "accuracy, mean over corrupted test sets"),
     "loss": Metric("nats", "lower", "mean cross-entropy of a test example, token or element of a set"),
     "bits_per_byte": Metric("bits", "lower", "cross-entropy a byte of test text"),
@@ -96,6 +103,9 @@ METRICS = {
     # What using it costs.
     "latency_p50": Metric("s", "lower", "median time of one call, warm", machine="measuring"),
     "latency_p90": Metric("s", "lower", "90th percentile of the time of one call, warm", machine="measuring"),
+    "adaptation_p50": Metric("s", "lower", "median time of adapting to a task's support, warm", machine="measuring"),
+    "adaptation_p90": Metric("s", "lower", "90th percentile of the time of adapting, warm", machine="measuring"),
+    "adaptation_memory": Metric("B", "lower", "arguments, results and temporaries of adapting", machine="measuring"),
     "throughput": Metric("1/s", "higher", "examples a second at the median latency", machine="measuring"),
     "peak_memory": Metric("B", "lower", "arguments, outputs and temporaries of one call", machine="measuring"),
     "energy": Metric("J", "lower", "energy of one example", machine="measuring"),
@@ -142,12 +152,16 @@ METRICS = {
 # What a network is worth, the first that rows have before the others: the metrics whose difference to the first variant
 # is shown.
 QUALITIES = (
-    *("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "loss"),
+    *("accuracy", "token_accuracy", "bits_per_byte", "log_likelihood", "trajectory_error", "mse", "loss"),
     "corruption_accuracy",
 )
 
 # What objectives say of a test set, and not layers of themselves: what further test sets have.
-JUDGED = (*QUALITIES, "likelihood_gap", "adjusted_rand")
+JUDGED = (
+    *QUALITIES,
+    *("likelihood_gap", "adjusted_rand", "accuracy_interval", "mse_interval"),
+    *("prototype_accuracy", "kmeans_accuracy", "laplacian_accuracy", "transported_accuracy"),
+)
 
 
 def metric(name: str) -> Metric:

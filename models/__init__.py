@@ -10,6 +10,7 @@ MODELS = {
     "vit": "lissom.models.vit:VisionTransformer",
     "sequence_transformer": "lissom.models.sequence_classifier:SequenceTransformer",
     "cnn": "lissom.models.cnn:ConvNet",
+    "mlp": "lissom.models.perceptron:Perceptron",
     "resnet": "lissom.models.resnet:ResNet",
     "biformer": "lissom.models.biformer:BiFormer",
     "language": "lissom.models.language:LanguageModel",
@@ -71,6 +72,12 @@ SIZES = {
     "cnn": {
         "tiny": {"channels": (4, 4), "kernel": 3, "stride": 2},
         "mnist1d": {"channels": (25, 25, 25), "kernel": 5, "stride": 2},
+        # Conv-4 of the few-shot literature, with strides in the place of pooling.
+        "conv4": {"channels": (32, 32, 32, 32), "kernel": 3, "stride": 2, "batch_norm": True},
+    },
+    "mlp": {
+        "tiny": {"hidden": (8,)},
+        "sinusoid": {"hidden": (40, 40)},
     },
     "resnet": {
         "tiny": {"widths": (8, 16), "blocks": (1, 1)},

@@ -1,5 +1,6 @@
 """A plain convolutional classifier over one to three axes of space, or of time and space."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,11 +11,13 @@ from lissom.models.activations import activation as activation_named
 from lissom.models.bounds import at_least_one, rate
 from lissom.models.ffn import NO_AUX
 from lissom.models.linear import Conv, Linear, dropout
+from lissom.models.norms import BatchNorm
 
 
 class ConvNet(nnx.Module):
     """inputs [B, *spatial, C] -> logits [B, classes]: strided convolutions with relu (`activation`), then one product
-    over the flattened rest. With channels (25, 25, 25), kernel 5 and stride 2 on 40 samples it is the convolutional
+    over the flattened rest (`features` [B, feature_size]; these are the output where there is no `head`). `batch_norm`
+    stands between a convolution and its relu, in the place of its bias. With channels (25, 25, 25), kernel 5 and stride 2 on 40 samples it is the convolutional
     baseline of MNIST-1D (Greydanus & Kobak 2020, arXiv:2011.14439)."""
 
     def __init__(
@@ -27,6 +30,7 @@ class ConvNet(nnx.Module):
         stride: int = 2,
         dropout: float = 0.0,
         activation: str = "relu",
+        batch_norm: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -34,7 +38,7 @@ class ConvNet(nnx.Module):
         rate("model", dropout=dropout)
         self.activation = activation_named(activation)
         *spatial, inputs = input_shape
-        layers = []
+        layers, norms = [], []
         for outputs in channels:
             layers.append(
                 Conv(
@@ -42,22 +46,27 @@ class ConvNet(nnx.Module):
                     outputs,
                     (kernel,) * len(spatial),
                     stride=stride,
-                    bias=True,
+                    bias=not batch_norm,
                     dtype=dtype,
                     rngs=rngs,
                 )
             )
+            if batch_norm:
+                norms.append(BatchNorm(outputs, rngs=rngs))
             inputs, spatial = outputs, [-(-size // stride) for size in spatial]
-        self.convs = nnx.List(layers)
-        flat = inputs
-        for size in spatial:
-            flat *= size
-        self.head = Linear(flat, classes, axes=("mlp", "classes"), rngs=rngs)
+        self.convs, self.norms = nnx.List(layers), nnx.List(norms)
+        self.feature_size = inputs * math.prod(spatial)
+        self.head = Linear(self.feature_size, classes, axes=("mlp", "classes"), rngs=rngs)
         self.dropout = dropout
 
-    def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
+    def features(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> jax.Array:
+        """What the head reads, float32."""
         x = inputs
-        for conv in self.convs:
-            x = self.activation(conv(x))
-        x = dropout(x.reshape(x.shape[0], -1), self.dropout, key, train)
-        return self.head(x.astype(jnp.float32)), NO_AUX
+        for number, conv in enumerate(self.convs):
+            x = conv(x)
+            x = self.activation(self.norms[number](x, train=train) if self.norms else x)
+        return dropout(x.reshape(x.shape[0], -1), self.dropout, key, train).astype(jnp.float32)
+
+    def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
+        x = self.features(inputs, train=train, key=key)
+        return x if self.head is None else self.head(x), NO_AUX

@@ -76,12 +76,17 @@ class ResNet(nnx.Module):
                 stride = 2 if stage and i == 0 else 1
                 layers.append(ResidualBlock(inputs, outputs, len(space), stride=stride, **shared))
                 inputs = outputs
-        self.blocks = nnx.List(layers)
+        self.blocks, self.feature_size = nnx.List(layers), inputs
         self.head = Linear(inputs, classes, axes=("mlp", "classes"), rngs=rngs)
 
-    def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
+    def features(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> jax.Array:
+        """What the head reads [B, feature_size], float32; the output of a network without a head."""
         del key
         x = self.activation(self.stem_norm(self.stem(inputs), train=train))
         for block in self.blocks:
             x = block(x, train=train)
-        return self.head(x.astype(jnp.float32).mean(tuple(range(1, x.ndim - 1)))), NO_AUX
+        return x.astype(jnp.float32).mean(tuple(range(1, x.ndim - 1)))
+
+    def __call__(self, inputs: jax.Array, *, train: bool = False, key: jax.Array | None = None):
+        x = self.features(inputs, train=train, key=key)
+        return x if self.head is None else self.head(x), NO_AUX

@@ -6,10 +6,13 @@ set, and what they say is read off the sums.
     class_hits   float32 [C, 2] of an objective: examples of class c that are predicted, and all of them
     layer_activity   float32 [L, 4] of a spiking network, of each layer: spikes, spikes that there could have been,
                  synaptic operations (of each spike that comes in the outputs that it goes to), and the examples
+    episode_accuracy, episode_mse   float32 [3] of an objective: the sum of the episodes' values, of their squares, and
+                 the episodes
 
 Only a network that is judged (not one in training) counts.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -61,7 +64,21 @@ def firing(activity: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()} | rates
 
 
+EPISODES = 600  # an interval over fewer test episodes is none
+
+
+def interval(name: str, moments: np.ndarray) -> dict[str, float]:
+    """[3] -> 1.96 standard errors of the mean over episodes: half the width of its 95 % interval."""
+    total, squares, count = moments
+    if count < EPISODES:
+        return {}
+    variance = max(squares / count - (total / count) ** 2, 0.0) * count / (count - 1)
+    return {name: float(1.96 * np.sqrt(variance / count))}
+
+
 TALLIES = {
+    "episode_accuracy": functools.partial(interval, "accuracy_interval"),
+    "episode_mse": functools.partial(interval, "mse_interval"),
     "domain_use": domain_information,
     "family_use": purity,
     "class_hits": class_accuracy,

@@ -7,6 +7,14 @@ OBJECTIVES = {
     "router_tuning": "lissom.training.objectives.router_tuning:RouterTuning",
     "mixture_likelihood": "lissom.training.objectives.mixture_likelihood:MixtureLikelihood",
     "trajectories": "lissom.training.objectives.trajectories:Trajectories",
+    "maml": "lissom.training.meta.gradient_based:MAML",
+    "fomaml": "lissom.training.meta.gradient_based:FirstOrderMAML",
+    "anil": "lissom.training.meta.gradient_based:ANIL",
+    "meta_sgd": "lissom.training.meta.gradient_based:MetaSGD",
+    "imaml": "lissom.training.meta.implicit:ImplicitMAML",
+    "reptile": "lissom.training.meta.reptile:Reptile",
+    "protonet": "lissom.training.meta.prototypes:PrototypicalNetworks",
+    "supervised": "lissom.training.meta.supervised:Supervised",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }
 

@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from lissom.models.moe.routing import Choices, Everyone, Picks, Routing, Slots
+from lissom.models.transport import sinkhorn
 from lissom.models.variables import Param, Stat
 
 ROUNDS = 30
@@ -52,7 +53,7 @@ class LocalSearch(nnx.Module):
         # Behind the search it stays: what is not used must not overflow either, or gradients are 0 x infinity.
         share = jnp.minimum(self.done[...], self.steps - 1) / max(self.steps - 1, 1)
         temperature = first * (last / first) ** share
-        return sinkhorn(self.weights[...] / temperature)
+        return balanced(self.weights[...] / temperature)
 
     def losses(self) -> dict[str, jax.Array]:
         """`search_entropy` x the mean entropy of the rows of P, while it searches."""
@@ -111,14 +112,10 @@ def dense(routing: Choices | Everyone | Picks, shape: tuple[int, int], experts: 
             return rows.at[tokens, jnp.arange(experts)[:, None]].add(weights).reshape(*shape, experts)
 
 
-def sinkhorn(scores: jax.Array, rounds: int = ROUNDS) -> jax.Array:
+def balanced(scores: jax.Array, rounds: int = ROUNDS) -> jax.Array:
     """exp(scores), its columns and rows divided by their sums in turn; rows sum to one, columns nearly."""
-
-    def one(_, log_p):
-        log_p = log_p - jax.nn.logsumexp(log_p, 0, keepdims=True)
-        return log_p - jax.nn.logsumexp(log_p, 1, keepdims=True)
-
-    return jnp.exp(jax.lax.fori_loop(0, rounds, one, scores))
+    ones = jnp.ones(len(scores))
+    return sinkhorn(-scores, epsilon=1.0, rows=ones, columns=ones, rounds=rounds)
 
 
 def nearest(weights: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from lissom.models.context import Context
 from lissom.models.moe import GATES
 from lissom.models.moe.layer import MoE
-from lissom.models.moe.local_search import nearest, sinkhorn
+from lissom.models.moe.local_search import balanced, nearest
 from lissom.models.variables import merge, split
 from lissom.ops.attention import masks
 
@@ -31,14 +31,14 @@ def close(a, b, tolerance=1e-5):
 
 
 def test_sinkhorn():
-    p = sinkhorn(jax.random.normal(jax.random.key(0), (5, 5)), 100)
+    p = balanced(jax.random.normal(jax.random.key(0), (5, 5)), 100)
     close(p.sum(0), np.ones(5))
     close(p.sum(1), np.ones(5))
-    close(sinkhorn(jnp.zeros((4, 4))), np.full((4, 4), 0.25))
+    close(balanced(jnp.zeros((4, 4))), np.full((4, 4), 0.25))
     # Two: exp of (a, b; c, d) becomes (q, 1 - q; 1 - q, q) with q / (1 - q) = exp((a + d - b - c) / 2).
     odds = np.exp((1.0 + 0.5 - 0.2 - 0.3) / 2)
-    close(sinkhorn(jnp.array([[1.0, 0.2], [0.3, 0.5]]), 100)[0, 0], odds / (1 + odds))
-    cold = sinkhorn(jnp.array([[1.0, 0.2], [0.3, 0.5]]) / 0.01)
+    close(balanced(jnp.array([[1.0, 0.2], [0.3, 0.5]]), 100)[0, 0], odds / (1 + odds))
+    cold = balanced(jnp.array([[1.0, 0.2], [0.3, 0.5]]) / 0.01)
     close(cold, np.eye(2), 1e-4)
 
 
@@ -82,7 +82,7 @@ def test_while_it_searches_an_output_is_a_mixture_and_has_a_gradient():
         grads, (y, entropy, p) = jax.grad(run, has_aux=True)(parts.params, done)
         # t = 1, 1 / sqrt 10, 1 / 10
         if searching:
-            close(p, sinkhorn(moe.search.weights[...] * 10 ** (done / 2)))
+            close(p, balanced(moe.search.weights[...] * 10 ** (done / 2)))
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
         assert bool((grads["search"]["weights"] != 0).any()) == searching
         close(entropy, 0.5 * float(-(p * jnp.log(p)).sum(-1).mean()) if searching else 0.0, 1e-4)

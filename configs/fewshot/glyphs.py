@@ -1,0 +1,55 @@
+"""Few-shot classification of letters whose scripts no training task had.
+
+Paper: Finn et al. 2017, MAML, arXiv:1703.03400; Snell et al. 2017, arXiv:1703.05175; and the objectives' docstrings.
+Command: uv run scripts/compare.py --config=configs/fewshot/glyphs.py --vary=objective=maml,fomaml,anil,reptile,protonet
+Time: not measured yet.
+Result: not measured yet.
+Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised  data.kwargs.episodes.shots=1,5
+    objective_kwargs.maml.inner_steps=1,3,5  objective_kwargs.maml.remat=none,step,tree
+    objective_kwargs.maml.statistics=support,queries,running  data.kwargs.episodes.support_candidates=0,10
+    data.kwargs.episodes.query_concentration=0.0,2.0
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+HELD_OUT = ("georgian", "armenian", "hebrew", "lisu", "lao", "old_italic")
+
+
+def get_config(arg: str = ""):
+    config = base()
+    letters = {"test_scripts": HELD_OUT, "classes": None, "size": 28, "train_size": 51_200, "test_size": 26_000}
+    episodes = {
+        "source": "glyphs",
+        "source_kwargs": letters,
+        "ways": 5,
+        "shots": 1,
+        "queries": 15,
+        "support_candidates": 0,
+        "query_concentration": 0.0,
+        "test_size": 1_000,
+    }
+    config.data.update({"name": "episodes", "batch_size": 4, "kwargs": {"episodes": episodes}})
+    config.model.update({"name": "cnn", "size": "conv4", "batch_norm": True, "dropout": 0.0, "activation": "relu"})
+    config.objective = "maml"
+    config.objective_kwargs = {
+        "maml": {"inner_rate": 0.1, "inner_steps": 5, "remat": "none", "statistics": "support"},
+        "fomaml": {"inner_rate": 0.1, "inner_steps": 5, "statistics": "support"},
+        "anil": {"inner_rate": 0.1, "inner_steps": 5, "remat": "none", "statistics": "support"},
+        "meta_sgd": {"inner_rate": 0.1, "inner_steps": 1, "remat": "none", "statistics": "support"},
+        "imaml": {"inner_rate": 0.1, "inner_steps": 10, "proximity": 2.0, "solver_steps": 5, "statistics": "support"},
+        "reptile": {"inner_rate": 0.1, "inner_steps": 5, "inner_batch": 10, "statistics": "support"},
+        "protonet": {"statistics": "running"},
+        "supervised": {"statistics": "running"},
+    }
+    config.optim.update({"learning_rate": 3e-3, "weight_decay": 0.0})
+    config.train = {"steps": 3000}
+    config.log.every = 100
+    config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8)})
+    if mode(arg, ("tiny",)):
+        config = tiny(config)
+        config.data.batch_size = 2
+        config.data.kwargs.episodes.update({"queries": 2, "test_size": 6})
+        config.data.kwargs.episodes.source_kwargs.update({"size": 16, "train_size": 240, "test_size": 60, "classes": 8})
+        config.evaluation.batch_size = 4
+        config.objective_kwargs.maml.inner_steps = 2
+    return config

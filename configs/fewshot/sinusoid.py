@@ -1,0 +1,42 @@
+"""Few-shot regression: sinusoids of new amplitudes and phases, from ten points each.
+
+Paper: Finn et al. 2017, MAML, arXiv:1703.03400, section 5.1.
+Command: uv run scripts/compare.py --config=configs/fewshot/sinusoid.py \
+    --vary=objective=maml,fomaml,anil,reptile,protonet
+Time: not measured yet.
+Result: not measured yet.
+Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised
+    data.kwargs.regression_tasks.families=sinusoid,ramp,('sinusoid','ramp'),('duffing','van_der_pol')
+    data.kwargs.regression_tasks.shots=5,10,20  data.kwargs.regression_tasks.noise=0.0,0.3
+    objective_kwargs.maml.inner_steps=1,5,10  objective_kwargs.maml.inner=sgd,adamw
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    tasks = {"families": ("sinusoid",), "shots": 10, "queries": 20, "noise": 0.0, "test_size": 1_000}
+    config.data.update({"name": "regression_tasks", "batch_size": 25, "kwargs": {"regression_tasks": tasks}})
+    config.model.update({"name": "mlp", "size": "sinusoid", "activation": "relu"})
+    config.objective = "maml"
+    inner = {"inner": "sgd", "inner_rate": 0.01, "inner_steps": 5}
+    config.objective_kwargs = {
+        "maml": {**inner, "remat": "none"},
+        "fomaml": inner,
+        "anil": {**inner, "remat": "none"},
+        "meta_sgd": {**inner, "inner_steps": 1, "remat": "none"},
+        "imaml": {**inner, "inner_steps": 16, "proximity": 0.5, "solver_steps": 5},
+        "reptile": {**inner, "inner_batch": 10},
+        "protonet": {},
+        "supervised": {**inner, "classes": False},
+    }
+    config.optim.update({"learning_rate": 1e-3, "weight_decay": 0.0})
+    config.train = {"steps": 10_000}
+    config.log.every = 500
+    config.evaluation.update({"batch_size": 250, "latency_batches": (1, 32)})
+    if mode(arg, ("tiny",)):
+        config = tiny(config)
+        config.data.batch_size = 4
+        config.data.kwargs.regression_tasks.test_size = 20
+    return config

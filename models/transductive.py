@@ -1,0 +1,160 @@
+"""Few-shot classification of frozen features, by the support alone or by all queries at once.
+
+Support features [S, D] with labels [S] in 0..ways - 1, query features [Q, D] -> scores [Q, ways], the largest of which
+is the answer. Functions of one episode, to be vmapped.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lissom.models.transport import sinkhorn
+
+
+def unit(features: jax.Array) -> jax.Array:
+    """Each row divided by its norm."""
+    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
+
+
+def centred(support: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both less their common mean, every row then of norm 1: the space of the transductive methods below. (The mean
+    reads the queries: it is transductive itself.)"""
+    mean = jnp.concatenate([support, queries]).mean(0)
+    return unit(support - mean), unit(queries - mean)
+
+
+def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
+    """||x_i - y_j||^2 [N, M]."""
+    products = x @ y.T
+    return jnp.maximum(jnp.square(x).sum(-1)[:, None] + jnp.square(y).sum(-1)[None] - 2 * products, 0)
+
+
+def means(weights: jax.Array, features: jax.Array) -> jax.Array:
+    """sum_i w_in z_i / sum_i w_in [ways, D]."""
+    return (weights.T @ features) / jnp.maximum(weights.sum(0), 1e-9)[:, None]
+
+
+def prototypes(support: jax.Array, labels: jax.Array, ways: int) -> jax.Array:
+    """The mean of each class's support [ways, D] (Snell et al. 2017, arXiv:1703.05175)."""
+    return means(jax.nn.one_hot(labels, ways), support)
+
+
+def nearest_prototype(support: jax.Array, labels: jax.Array, queries: jax.Array, ways: int) -> jax.Array:
+    """-||z - c_n||^2."""
+    return -squared_distances(queries, prototypes(support, labels, ways))
+
+
+def k_means(support: jax.Array, labels: jax.Array, queries: jax.Array, ways: int, *, rounds: int = 10) -> jax.Array:
+    """Lloyd's algorithm from the prototypes on: every query goes to its nearest centre, the support stays with its
+    class, and centres become means of both. What clustering alone gives (Boudiaf et al. 2021, arXiv:2106.09516, report
+    it as a strong baseline of few-shot classification)."""
+    fixed, rows = jax.nn.one_hot(labels, ways), jnp.concatenate([support, queries])
+
+    def one(_, centres):
+        taken = jax.nn.one_hot((-squared_distances(queries, centres)).argmax(-1), ways)
+        return means(jnp.concatenate([fixed, taken]), rows)
+
+    centres = jax.lax.fori_loop(0, rounds, one, means(fixed, support))
+    return -squared_distances(queries, centres)
+
+
+class Clustering(NamedTuple):
+    """Settings of `laplacian`. sharpness: what squared distances, at most 4 between rows of norm 1, are multiplied by
+    (the paper's energies have none, and its features any norm); strength: lambda; neighbours: of a row in the graph."""
+
+    sharpness: float = 10.0
+    strength: float = 1.0
+    neighbours: int = 3
+    shifted: bool = True
+    rounds: int = 20
+
+
+def affinity(rows: jax.Array, neighbours: int, shifted: bool = True) -> jax.Array:
+    """w [n, n]: (a + a^T) / 2, a_ij = 1 where j is among the nearest `neighbours` of i. `shifted`: its least possible
+    eigenvalue is added to the diagonal, minus the largest sum of a row (Gershgorin), which makes it positive
+    semidefinite."""
+    apart = squared_distances(rows, rows) + 1e9 * jnp.eye(len(rows))
+    _, near = jax.lax.top_k(-apart, min(neighbours, len(rows) - 1))
+    chosen = jax.nn.one_hot(near, len(rows)).sum(1)
+    w = (chosen + chosen.T) / 2
+    return w + w.sum(1).max() * jnp.eye(len(rows)) if shifted else w
+
+
+def energy(y: jax.Array, centres: jax.Array, rows: jax.Array, w: jax.Array, settings: Clustering) -> jax.Array:
+    """sum_in y_in d_in - (lambda / 2) sum_ij w_ij y_i . y_j + sum_in y_in log y_in, d the sharpened squared distances."""
+    apart = settings.sharpness * squared_distances(rows, centres)
+    entropy = (y * jnp.log(jnp.maximum(y, 1e-30))).sum()
+    return (y * apart).sum() - settings.strength / 2 * (w * (y @ y.T)).sum() + entropy
+
+
+def laplacian(
+    support: jax.Array,
+    labels: jax.Array,
+    queries: jax.Array,
+    ways: int,
+    settings: Clustering = Clustering(),
+) -> tuple[jax.Array, jax.Array]:
+    """(log assignments [Q, ways], energies [rounds + 1]): Laplacian-regularised prototypes (Ziko et al. 2021,
+    arXiv:2106.09516, of which Ziko et al. 2020, arXiv:2006.15486, is the case without moving prototypes).
+
+    Rows are the support, whose y is fixed to its classes, and the queries. In turn all y at once,
+
+        y_i = softmax(-d_i + lambda sum_j w_ij y_j)
+
+    and the centres, weighted means. Each lowers `energy`: the first minimises a bound of its concave part, which is one
+    only where w is positive semidefinite (`affinity` shifts it); the second its distances. lambda = 0 is soft k-means.
+    Open in the paper is how lambda is chosen (there, by validation); here the defaults were chosen on training classes.
+    """
+    fixed, rows = jax.nn.one_hot(labels, ways), jnp.concatenate([support, queries])
+    w = affinity(rows, settings.neighbours, settings.shifted)
+    given = len(support)
+
+    def with_support(logits):
+        return jnp.concatenate([fixed, jax.nn.softmax(logits[given:])])
+
+    def distances(centres):
+        return settings.sharpness * squared_distances(rows, centres)
+
+    def one(state, _):
+        y, centres = state
+        y = with_support(-distances(centres) + settings.strength * (w @ y))
+        centres = means(y, rows)
+        return (y, centres), energy(y, centres, rows, w, settings)
+
+    centres = means(fixed, support)
+    y = with_support(-distances(centres))
+    first = energy(y, centres, rows, w, settings)
+    (y, _), energies = jax.lax.scan(one, (y, centres), None, length=settings.rounds)
+    return jnp.log(jnp.maximum(y[given:], 1e-30)), jnp.concatenate([first[None], energies])
+
+
+def transported(
+    support: jax.Array,
+    labels: jax.Array,
+    queries: jax.Array,
+    ways: int,
+    *,
+    epsilon: float = 0.05,
+    passes: int = 5,
+    kept: float | None = None,
+) -> jax.Array:
+    """Scores by prototypes that optimal transport has moved to the queries (OpTA of BECLR: Poulakakis-Daktylidis &
+    Jamali-Rad 2024, arXiv:2402.02444). In each of the `passes`, with even marginals over prototypes and queries and
+    squared distances as the cost,
+
+        plan = sinkhorn(cost, epsilon);    c_n <- sum_q plan_nq z_q / sum_q plan_nq
+
+    and at the end kept x the prototype + (1 - kept) c_n. None is what the authors' code does: 0 of one shot, 0.3 of
+    more. The even marginal says that every class has as many queries: where that is not so it does harm.
+    """
+    first = prototypes(support, labels, ways)
+    kept = (0.0 if len(support) == ways else 0.3) if kept is None else kept
+
+    def one(centres, _):
+        plan = sinkhorn(squared_distances(centres, queries), epsilon=epsilon)
+        return means(plan.T, queries), None
+
+    centres, _ = jax.lax.scan(one, first, None, length=passes)
+    centres = kept * first + (1 - kept) * centres
+    return -squared_distances(queries, centres)

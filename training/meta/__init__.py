@@ -1,0 +1,1 @@
+"""Meta-learning: objectives that learn from episodes, in the one training loop (docs/fewshot.md)."""

@@ -1,0 +1,117 @@
+"""A network as functions of its parameters: what an inner loop needs, a network a task under one `vmap`."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models import products
+from lissom.models.norms import BatchNorm
+from lissom.models.variables import Parts, Tree, map_paths, merge, split, stats_of
+from lissom.ops import dispatch
+from lissom.training.objectives.base import cross_entropy
+
+STATISTICS = {
+    "support": "by those of the task's support, queries too",
+    "queries": "by those of the batch that a row stands in, so that a query's answer depends on the other queries "
+    "(transductive)",
+    "running": "by running averages over all training tasks",
+}
+
+
+class TaskNetwork:
+    """The network without its values. `statistics` says by which mean and variance BatchNorm normalises (`STATISTICS`);
+    `method`: whether its outputs or its
+    features are asked for; `ways`: the classes that a headless network is for (`headless`).
+
+    support(params, stats, inputs, key, train)   (outputs, stats for the queries)
+    queries(params, stats, inputs, key, train)   (outputs, new stats), with the stats that `support` gave
+
+    train: whether this is a training step, in which running averages are moved, and the batch's own normalise.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, frozen: Tree, statistics: str, method: str, ways: int | None):
+        self.graph, self.frozen, self.statistics, self.method, self.ways = graph, frozen, statistics, method, ways
+
+    @classmethod
+    def of(cls, network: nnx.Module, statistics: str, method: str = "outputs") -> tuple["TaskNetwork", Tree, Tree]:
+        """(the network, its params, its stats)."""
+        graph, params, stats, frozen = split(network)
+        return cls(graph, frozen, statistics, method, getattr(network, "ways", None)), params, stats
+
+    def by(self, method: str) -> "TaskNetwork":
+        """The same network, of which another method is run: "outputs" or "features"."""
+        return TaskNetwork(self.graph, self.frozen, self.statistics, method, self.ways)
+
+    def support(self, params: Tree, stats: Tree, inputs: jax.Array, key: jax.Array, train: bool = False):
+        network = self._merged(params, stats)
+        outputs = self._run(network, inputs, self.statistics != "running" or train, key)
+        return outputs, stats if self.statistics == "queries" else stats_of(network)
+
+    def queries(self, params: Tree, stats: Tree, inputs: jax.Array, key: jax.Array, train: bool = False):
+        network = self._merged(params, stats)
+        own = self.statistics == "queries" or (self.statistics == "running" and train)
+        outputs = self._run(network, inputs, own, key)
+        return outputs, stats_of(network) if self.statistics == "running" else stats
+
+    def _run(self, network: nnx.Module, inputs: jax.Array, train: bool, key: jax.Array) -> jax.Array:
+        if self.method == "features":
+            return network.features(inputs, train=train, key=key)
+        return network(inputs, train=train, key=key)[0]
+
+    def _merged(self, params: Tree, stats: Tree) -> nnx.Module:
+        network = merge(Parts(self.graph, params, stats, self.frozen))
+        if self.statistics == "support":
+            # Running averages that keep nothing are the statistics of the last batch.
+            for node in batch_norms(network):
+                node.momentum = 0.0
+        return network
+
+
+def headless(model: nnx.Module) -> nnx.Module:
+    """The network without the product that its features end in; `ways` says how many outputs it had."""
+    if not hasattr(model, "features"):
+        raise ValueError(f"model: {type(model).__name__} has no features without a head, which this objective is about")
+    model.ways = model.head.kernel.shape[-1]
+    model.head = None
+    return model
+
+
+def batch_norms(network: nnx.Module) -> list[BatchNorm]:
+    """Every BatchNorm of the network."""
+    return [node for _, node in nnx.iter_graph(network) if isinstance(node, BatchNorm)]
+
+
+def note(network: nnx.Module, statistics: str) -> tuple[str, ...]:
+    """What a row says of BatchNorm, where the network has one."""
+    return (f"BatchNorm normalises {STATISTICS[statistics]}",) if batch_norms(network) else ()
+
+
+def task_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean cross-entropy of classes [n] (whole numbers), or mean squared error of targets [n, D]."""
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        return cross_entropy(outputs, targets).mean()
+    return jnp.square(outputs.astype(jnp.float32) - targets).mean()
+
+
+@contextlib.contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """A network a task, and gradients of gradients: convolutions as batched products of matrices, and ops in plain
+    jax.numpy, since a kernel's backward pass has no derivative."""
+    with products.as_matrices(), dispatch.use("reference"):
+        yield
+
+
+def parts(tree: Any, pattern: Any) -> tuple[Any, Any]:
+    """(the leaves whose path `pattern` matches, the others): each with None in the places of the other's."""
+    mine = map_paths(lambda name, leaf: leaf if pattern.search(name) else None, tree)
+    others = map_paths(lambda name, leaf: None if pattern.search(name) else leaf, tree)
+    return mine, others
+
+
+def together(mine: Any, others: Any) -> Any:
+    """The inverse of `parts`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, mine, others, is_leaf=lambda leaf: leaf is None)

@@ -1,0 +1,77 @@
+"""What needs no meta-learning: a network that is trained on all tasks at once."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from lissom.models import transductive
+from lissom.models.linear import Linear
+from lissom.training.errors import UserError
+from lissom.training.meta.gradient_based import MAML
+from lissom.training.meta.networks import TaskNetwork, headless
+from lissom.training.objectives.base import auxiliary, cross_entropy, reported
+
+
+class WithClasses(nnx.Module):
+    """A network without its head, and a head for all training classes."""
+
+    def __init__(self, network: nnx.Module, classes: int, rngs: nnx.Rngs):
+        self.network = network
+        self.classes = Linear(network.feature_size, classes, axes=("mlp", "classes"), rngs=rngs)
+
+
+class Supervised(MAML):
+    """The baseline of every meta-learner, on the same batches of episodes, their tasks forgotten.
+
+    Of classes: cross-entropy of all training classes, supports and queries alike; an episode is answered by the nearest
+    class mean of the features, which are divided by their norms (Chen et al. 2019, arXiv:1904.04232; Wang et al. 2019,
+    arXiv:1911.04623). Of targets: one network for all tasks, which is then fine-tuned on the support by the inner loop
+    (the pretraining baseline of Finn et al. 2017, arXiv:1703.03400).
+    """
+
+    def __init__(self, *, classes: bool = True, statistics: str = "running", **settings):
+        super().__init__(statistics=statistics, **settings)
+        self.of_classes = classes
+        self.path = ("network",) if classes else ()
+        self.method = "features" if classes else "outputs"
+
+    def prepare(self, facts):
+        if self.of_classes and "train_classes" not in facts:
+            raise UserError(
+                "objective 'supervised' learns classes that tasks share, and the tasks of this data share none: set "
+                "config.objective_kwargs.supervised.classes=False"
+            )
+        self._classes = facts.get("train_classes")
+
+    def structure(self, model):
+        return headless(model) if self.of_classes else super().structure(model)
+
+    def build(self, model, rngs):
+        return WithClasses(model, self._classes, rngs) if self.of_classes else model
+
+    def loss(self, module, batch, key, step):
+        del step
+        flat = lambda name: batch[name].reshape(-1, *batch[name].shape[2:])
+        inputs = jnp.concatenate([flat("support_inputs"), flat("inputs")])
+        targets = jnp.concatenate([flat("support_labels"), flat("labels")])
+        if not self.of_classes:
+            outputs, aux = module(inputs, train=True, key=key)
+            error = jnp.square(outputs.astype(jnp.float32) - targets).mean()
+            return error + auxiliary(aux), {"mse": error, **reported(aux)}
+        numbered = lambda name: jnp.take_along_axis(batch["classes"], batch[name], 1).reshape(-1)
+        labels = jnp.concatenate([numbered("support_labels"), numbered("labels")])
+        logits = module.classes(module.network.features(inputs, train=True, key=key))
+        hits = (logits.argmax(-1) == labels).mean()
+        return cross_entropy(logits, labels).mean(), {"accuracy": hits}
+
+    def adapt(self, network: TaskNetwork, params, stats, inputs, targets, key, train=False):
+        if not self.of_classes:
+            return super().adapt(network, params, stats, inputs, targets, key, train)
+        found, stats = network.support(params, stats, inputs, key, train)
+        return params, stats, transductive.prototypes(transductive.unit(found), targets, network.ways)
+
+    def answer(self, network: TaskNetwork, adapted, inputs, key, train=False):
+        if not self.of_classes:
+            return super().answer(network, adapted, inputs, key, train)
+        params, stats, centres = adapted
+        found, stats = network.queries(params, stats, inputs, key, train)
+        return -transductive.squared_distances(transductive.unit(found), centres), stats
