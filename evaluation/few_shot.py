@@ -17,8 +17,8 @@ RIDGES = (1e-4, 1e-2, 1.0)
 def rows(
     train: Sequence[dict], test: Sequence[dict], oracle: Callable[[Sequence[dict]], list[np.ndarray]] | None = None
 ) -> list[tuple[str, str, dict[str, float]]]:
-    """[(name, role, {metric: value})] of the trivial methods on test episodes; of role "ceiling" what the `oracle` says:
-    the test source -> predicted labels or targets of each episode."""
+    """[(name, role, {metric: value})] of the trivial methods on test episodes; of role "ceiling" what the `oracle`
+    says: the test source -> predicted labels or targets of each episode."""
     known = [train[i] for i in range(min(FITTED, len(train)))]
     asked = [test[i] for i in range(len(test))]
     of_classes = np.issubdtype(asked[0]["labels"].dtype, np.integer)
@@ -78,8 +78,8 @@ def within_class_whitening(known: Sequence[Mapping]) -> np.ndarray:
 
 
 def regressed(known: Sequence[Mapping], asked: Sequence[Mapping]) -> dict[str, list[np.ndarray]]:
-    """Targets by the support alone: its mean, its nearest example, and kernel ridge regression whose width and ridge are
-    those that are best on training episodes."""
+    """Targets by the support alone: its mean, its nearest example, and kernel ridge regression whose width and ridge
+    are those that are best on training episodes."""
     settings = [(scale, ridge) for scale in SCALES for ridge in RIDGES]
     spread = np.concatenate([episode["inputs"] for episode in known]).std()
     error = lambda s: np.mean([np.square(kernel_ridge(e, s[0] * spread, s[1]) - e["labels"]).mean() for e in known])

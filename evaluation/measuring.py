@@ -228,8 +228,8 @@ def latencies(subjects: Sequence[Subject]) -> None:
 
 
 def adapting(subjects: Sequence[Subject]) -> None:
-    """Time in which the networks that learn from episodes adapt to one support, and to as many as the largest batch has,
-    interleaved; and the compiled peak memory of the latter."""
+    """Time in which the networks that learn from episodes adapt to as many supports as each batch has, interleaved; and
+    the compiled peak memory of the largest."""
     subjects = [subject for subject in subjects if subject.adaptation is not None]
     for batch in sorted({size for subject in subjects for size in subject.latency_batches}):
         candidates = {}

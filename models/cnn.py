@@ -16,9 +16,10 @@ from lissom.models.norms import BatchNorm
 
 class ConvNet(nnx.Module):
     """inputs [B, *spatial, C] -> logits [B, classes]: strided convolutions with relu (`activation`), then one product
-    over the flattened rest (`features` [B, feature_size]; these are the output where there is no `head`). `batch_norm`
-    stands between a convolution and its relu, in the place of its bias. With channels (25, 25, 25), kernel 5 and stride 2 on 40 samples it is the convolutional
-    baseline of MNIST-1D (Greydanus & Kobak 2020, arXiv:2011.14439)."""
+    (`head`) over the flattened rest, the `features` [B, feature_size]; these are the output of a network without a
+    head. `batch_norm` stands between a convolution and its relu, in the place of its bias. With channels (25, 25, 25),
+    kernel 5 and stride 2 on 40 samples it is the convolutional baseline of MNIST-1D (Greydanus & Kobak 2020,
+    arXiv:2011.14439)."""
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """A multilayer perceptron, for few numbers in and few out."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ class Perceptron(nnx.Module):
             raise ValueError("model 'mlp' is for data with classes, or with targets of so many numbers")
         self.activation = activation_named(activation)
         sizes = (math.prod(input_shape), *hidden)
-        layers = zip(sizes, sizes[1:], strict=False)
+        layers = itertools.pairwise(sizes)
         self.layers = nnx.List([Linear(i, o, axes=("embed", "mlp"), dtype=dtype, rngs=rngs) for i, o in layers])
         self.feature_size = sizes[-1]
         self.head = Linear(self.feature_size, classes or outputs, axes=("mlp", "classes"), rngs=rngs)

@@ -266,9 +266,9 @@ _as_matrices: list[bool] = []
 
 @contextlib.contextmanager
 def as_matrices() -> Iterator[None]:
-    """Convolutions inside of it are computed as products of matrices, of windows with the flattened kernel. Under `vmap`
-    over kernels, a network a task, XLA makes of a convolution one of as many groups as there are kernels, which took 42
-    times as long on a CPU as the batched product of matrices (32 tasks, four layers of 32 channels, 28 x 28)."""
+    """Convolutions inside of it are computed as products of matrices, of windows with the flattened kernel. Under
+    `vmap` over kernels, a network a task, XLA makes of a convolution one of as many groups as there are kernels, which
+    on a CPU takes a multiple of the time of the batched product (scripts/meta_steps.py)."""
     _as_matrices.append(True)
     try:
         yield

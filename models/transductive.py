@@ -82,7 +82,8 @@ def affinity(rows: jax.Array, neighbours: int, shifted: bool = True) -> jax.Arra
 
 
 def energy(y: jax.Array, centres: jax.Array, rows: jax.Array, w: jax.Array, settings: Clustering) -> jax.Array:
-    """sum_in y_in d_in - (lambda / 2) sum_ij w_ij y_i . y_j + sum_in y_in log y_in, d the sharpened squared distances."""
+    """sum_in y_in d_in - (lambda / 2) sum_ij w_ij y_i . y_j + sum_in y_in log y_in, d the squared distances times
+    `sharpness`."""
     apart = settings.sharpness * squared_distances(rows, centres)
     entropy = (y * jnp.log(jnp.maximum(y, 1e-30))).sum()
     return (y * apart).sum() - settings.strength / 2 * (w * (y @ y.T)).sum() + entropy
@@ -93,7 +94,7 @@ def laplacian(
     labels: jax.Array,
     queries: jax.Array,
     ways: int,
-    settings: Clustering = Clustering(),
+    settings: Clustering | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(log assignments [Q, ways], energies [rounds + 1]): Laplacian-regularised prototypes (Ziko et al. 2021,
     arXiv:2106.09516, of which Ziko et al. 2020, arXiv:2006.15486, is the case without moving prototypes).
@@ -106,6 +107,7 @@ def laplacian(
     only where w is positive semidefinite (`affinity` shifts it); the second its distances. lambda = 0 is soft k-means.
     Open in the paper is how lambda is chosen (there, by validation); here the defaults were chosen on training classes.
     """
+    settings = settings or Clustering()
     fixed, rows = jax.nn.one_hot(labels, ways), jnp.concatenate([support, queries])
     w = affinity(rows, settings.neighbours, settings.shifted)
     given = len(support)

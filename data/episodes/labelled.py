@@ -19,8 +19,8 @@ class EpisodeSource:
     their examples). Episode i is drawn by (seed, split, i) alone.
 
     The `ways` classes are drawn evenly and without repetition, and numbered in the order in which they are drawn. Of
-    each, `queries` examples (a mean over the classes, where `concentration` is over 0) and then `shots` others are drawn
-    without repetition. See `episodes` for the settings.
+    each, `queries` examples (a mean over the classes, where `concentration` is over 0) and then `shots` others are
+    drawn without repetition. See `episodes` for the settings.
     """
 
     def __init__(

@@ -54,9 +54,9 @@ def linear_tasks(
     test_size: int = 1_000,
     seed: int = 0,
 ) -> Dataset:
-    """Classes of x ~ N(0, I) in `dims` dimensions: label = argmax_c w_c . x, with directions w_c even on the sphere, new
-    ones in every task, which `directions` [dims, ways] names for judging alone. Each of the `ways` has `shots` in the
-    support and `queries` queries; a task in which one is so rare that of 16 times as many points there are fewer is
+    """Classes of x ~ N(0, I) in `dims` dimensions: label = argmax_c w_c . x, with directions w_c even on the sphere,
+    new ones in every task, which `directions` [dims, ways] names for judging alone. Each of the `ways` has `shots` in
+    the support and `queries` queries; a task in which one is so rare that of 16 times as many points there are fewer is
     drawn again."""
     del load
     least = {"dims": (dims, 2), "ways": (ways, 2), "shots": (shots, 1), "queries": (queries, 1)}

@@ -18,8 +18,9 @@ class ImplicitMAML(MAML):
         (I + H / proximity)^-1 grad L_query(phi),    H = grad^2 L_support(phi)
 
     by `solver_steps` steps of conjugate gradients with products of H: its memory does not grow with inner_steps. It is
-    exact as far as both loops have converged. The regulariser needs a `key` that is the same in all inner steps: dropout
-    draws one mask a task.
+    exact as far as both loops have converged, and asks that I + H / proximity is positive definite: where the loss
+    curves down by more than `proximity`, there is no such minimum. All inner steps of a task have one key, so that
+    dropout draws one mask.
     """
 
     def __init__(self, *, proximity: float = 2.0, solver_steps: int = 5, second_order: bool = True, **settings):
@@ -56,8 +57,8 @@ class ImplicitMAML(MAML):
 def implicit(
     solve: Callable[[Any, Any, Any], Any], gradient: Callable[[Any, Any, Any], Any], proximity: float, steps: int
 ) -> Callable[[Any, Any, Any], Any]:
-    """solve(theta, task, key), whose result phi is differentiated by theta as the argmin that it stands for: a cotangent
-    v becomes w with (I + H / proximity) w = v, H v the derivative of gradient(phi, task, key) along v."""
+    """solve(theta, task, key), whose result phi is differentiated by theta as the argmin that it stands for: a
+    cotangent v becomes w with (I + H / proximity) w = v, H v the derivative of gradient(phi, task, key) along v."""
 
     @jax.custom_vjp
     def found(theta, task, key):
@@ -84,15 +85,16 @@ def conjugate_gradients(product: Callable[[Any], Any], target: Any, steps: int) 
     """x with product(x) = target after `steps` steps from 0, `product` symmetric and positive definite (Hestenes &
     Stiefel 1952). Once the residual is 0 it stays there."""
     dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
+    ratio = lambda a, b: jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
     add = lambda a, scale, b: jax.tree.map(lambda x, y: x + scale * y, a, b)
 
     def step(state, _):
         x, residual, direction, norm = state
         curved = product(direction)
-        length = norm / jnp.maximum(dot(direction, curved), 1e-30)
+        length = ratio(norm, dot(direction, curved))
         x, residual = add(x, length, direction), add(residual, -length, curved)
         after = dot(residual, residual)
-        direction = add(residual, after / jnp.maximum(norm, 1e-30), direction)
+        direction = add(residual, ratio(after, norm), direction)
         return (x, residual, direction, after), None
 
     zeros = jax.tree.map(jnp.zeros_like, target)
