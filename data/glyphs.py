@@ -191,14 +191,16 @@ class Letters:
 
     def without_copies(self, letters: list[str], others: list[str]) -> list[str]:
         """The `letters` that in none of two fonts, turned by 0, 1, 2 or 3 quarters, are a copy of one of the others."""
-        known: dict[str, np.ndarray] = {}
+        known: dict[str, np.ndarray | None] = {}
 
         def is_copy(letter: str, font: str) -> bool:
             if font not in known:
                 drawn = [blurred(self.picture(other, font)) for other in others if font in self.fonts_of[other]]
-                known[font] = np.reshape(drawn, (len(drawn), -1))
+                known[font] = np.stack(drawn) if drawn else None
+            if known[font] is None:
+                return False
             turned = [blurred(np.rot90(self.picture(letter, font), turns)) for turns in range(4)]
-            return len(known[font]) > 0 and (known[font] @ np.stack(turned, 1)).max() > COPY
+            return (known[font] @ np.stack(turned, 1)).max() > COPY
 
         ends = lambda letter: (self.fonts_of[letter][0], self.fonts_of[letter][-1])
         return [letter for letter in letters if not any(is_copy(letter, font) for font in ends(letter))]
