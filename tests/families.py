@@ -12,6 +12,10 @@ FAMILIES = {
     "sequence_scan": ("vision/mnist1d_transformer", {"model.stack": "scan", "model.dropout": 0.1}),
     "sets": ("sets/gaussian_mixtures", {}),
     "dynamics": ("dynamics/mixer", {}),
+    "meta": ("fewshot/sinusoid", {}),
+    "meta_sgd": ("fewshot/sinusoid", {"objective": "meta_sgd"}),
+    "episodes": ("fewshot/glyphs", {"objective": "protonet"}),
+    "base_classes": ("fewshot/glyphs", {"objective": "supervised"}),
     "language": ("language/recall_lm", {}),
     "meta_tokens": ("language/meta_tokens_lm", {}),
     "branches": (

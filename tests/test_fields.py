@@ -37,6 +37,8 @@ CHANGED = {
     "encoder": "deep_sets",
     "least_variance": 0.1,
     "channels": (5, 5),
+    "batch_norm": False,
+    "hidden": (5,),
     "kernel": 5,
     "experts": 2,
     "context_size": 5,
@@ -112,6 +114,17 @@ SETTINGS = {
     },
     "vision/digits_resnet": {},
     "vision/mnist1d_cnn": {},
+    "fewshot/glyphs": {
+        "objective_kwargs.maml.inner_rate": 0.3,
+        "objective_kwargs.maml.inner_steps": 3,
+        "objective_kwargs.maml.inner": "adamw",
+        "objective_kwargs.maml.inner_kwargs": {"sgd": {"momentum": 0.5}},
+        "objective_kwargs.maml.second_order": False,
+        "objective_kwargs.maml.parameters": "^head/",
+        "objective_kwargs.maml.remat": "step",
+        "objective_kwargs.maml.statistics": "queries",
+    },
+    "fewshot/sinusoid": {},
     "vision/digits_vit": {},
 }
 
@@ -154,6 +167,37 @@ DATA = {
     "dynamics": (
         {"train_size": 20, "test_size": 18, "environments": 1, "length": 4},
         {**FEWER, "families": ("selkov", "duffing"), "environments": 3, "length": 5, "interval": 0.3, "seed": 5},
+    ),
+    "episodes": (
+        {"source": "digits", "held_out": 5, "ways": 4, "queries": 2, "train_size": 20, "test_size": 10},
+        {
+            "source": "mnist5k",
+            "source_kwargs": {"config": "shifted"},
+            "ways": 3,
+            "shots": 2,
+            "queries": 3,
+            "support_candidates": 3,
+            "query_concentration": 1.0,
+            "held_out": 4,
+            "train_size": 30,
+            "test_size": 20,
+            "seed": 5,
+        },
+    ),
+    "regression_tasks": (
+        {"families": ("oscillator",), "shots": 3, "queries": 2, **FEW},
+        {
+            "families": ("duffing",),
+            "shots": 4,
+            "queries": 3,
+            "noise": 0.1,
+            "interval": 0.3,
+            **FEWER,
+        },
+    ),
+    "linear_tasks": (
+        {"dims": 3, "ways": 3, "shots": 2, "queries": 2, **FEW},
+        {"dims": 4, "ways": 2, "shots": 3, "queries": 3, **FEWER},
     ),
     "moving_digits": (
         {**FEW, "size": 16, "steps": 4, "binning": "surface"},
@@ -237,9 +281,18 @@ def program(config) -> str:
     if config.objective == "trajectories":
         facts |= {"input_shape": (6, 2), "environments": 12, "interval": 0.2}
         batch = {"inputs": (16, 6, 2), "environment": (16,), "mask": (16,)}
+    if config.data.name == "episodes":
+        facts |= {"input_shape": (16, 16, 1), "classes": 5, "train_classes": 8}
+        batch = {"support_inputs": (4, 5, 16, 16, 1), "support_labels": (4, 5), "inputs": (4, 10, 16, 16, 1)}
+        batch |= {"labels": (4, 10), "classes": (4, 5), "mask": (4,)}
+    if config.data.name == "regression_tasks":
+        facts = {"input_shape": (1,), "outputs": 1}
+        batch = {"support_inputs": (4, 3, 1), "support_labels": (4, 3, 1), "inputs": (4, 6, 1), "labels": (4, 6, 1)}
+        batch |= {"mask": (4,)}
     if config.data.meta_tokens != "none":
         batch["meta"] = (16, 32)
     whole = ("labels", "inputs") if config.objective == "language_modelling" else ("labels", "sizes", "environment")
+    whole = () if config.data.name == "regression_tasks" else (*whole, "support_labels", "classes")
     shapes = {
         name: jax.ShapeDtypeStruct(shape, "int32" if name in whole else "bool" if name == "meta" else "float32")
         for name, shape in batch.items()

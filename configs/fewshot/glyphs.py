@@ -41,13 +41,13 @@ def get_config(arg: str = ""):
         "protonet": {"statistics": "running"},
         "supervised": {"statistics": "running"},
     }
-    config.optim.update({"learning_rate": 3e-3, "weight_decay": 0.0})
+    config.optim.learning_rate = 3e-3
     config.train = {"steps": 3000}
     config.log.every = 100
     config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8)})
     if mode(arg, ("tiny",)):
         config = tiny(config)
-        config.data.batch_size = 2
+        config.data.batch_size = 8
         config.data.kwargs.episodes.update({"queries": 2, "test_size": 6})
         config.data.kwargs.episodes.source_kwargs.update({"size": 16, "train_size": 240, "test_size": 60, "classes": 8})
         config.evaluation.batch_size = 4

@@ -31,12 +31,12 @@ def get_config(arg: str = ""):
         "protonet": {},
         "supervised": {**inner, "classes": False},
     }
-    config.optim.update({"learning_rate": 1e-3, "weight_decay": 0.0})
+    config.optim.learning_rate = 1e-3
     config.train = {"steps": 10_000}
     config.log.every = 500
     config.evaluation.update({"batch_size": 250, "latency_batches": (1, 32)})
     if mode(arg, ("tiny",)):
         config = tiny(config)
-        config.data.batch_size = 4
+        config.data.batch_size = 8
         config.data.kwargs.regression_tasks.test_size = 20
     return config

@@ -83,7 +83,9 @@ def test_held_out_classes_are_in_no_training_episode():
     assert seen["train"] & seen["test"] == set() and len(seen["train"]) == 4 and len(seen["test"]) == 6
     with pytest.raises(DataError, match="10 of the 10 test classes of 'numbered' are training classes: hold"):
         made(both)
-    with pytest.raises(DataError, match="held_out=10 of the 10 classes that both splits of 'numbered' have leaves none"):
+    with pytest.raises(
+        DataError, match="held_out=10 of the 10 classes that both splits of 'numbered' have leaves none"
+    ):
         made(both, held_out=10)
 
 

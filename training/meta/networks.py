@@ -15,9 +15,8 @@ from lissom.ops import dispatch
 from lissom.training.objectives.base import cross_entropy
 
 STATISTICS = {
-    "support": "by those of the task's support, queries too",
-    "queries": "by those of the batch that a row stands in, so that a query's answer depends on the other queries "
-    "(transductive)",
+    "support": "by the statistics of the task's support, queries too",
+    "queries": "queries by their own statistics, so that an answer depends on the other queries (transductive)",
     "running": "by running averages over all training tasks",
 }
 
