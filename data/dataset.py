@@ -13,6 +13,8 @@ Fields of one example, by kind (H height, W width, C channels, L length, T token
              that it was drawn from log_weights [C], means [C, D], log_variances [C, D] float32
     trajectory   inputs [T, D] float32, the states of a system at T times;  environment int32 scalar, which system it
              is;  families [F] float32, one-hot: which of F families the system is of, for judging alone
+    stream   inputs [T, D + C] float32: D features of an example and, one-hot, the label of the one before, of C (zeros
+             at first);  labels [T] int32
 """
 
 from collections.abc import Mapping
@@ -23,7 +25,7 @@ import numpy as np
 
 from lissom.data.errors import DataError
 
-KINDS = ("image", "signal", "frames", "tokens", "set", "trajectory")
+KINDS = ("image", "signal", "frames", "tokens", "set", "trajectory", "stream")
 
 Example = dict[str, np.ndarray]
 
@@ -40,7 +42,7 @@ class Source(Protocol):
 class Dataset:
     """A named dataset with a training and a test source.
 
-    `info` holds `classes` (image, signal, frames, set), `vocab_size` (tokens) or `environments` and `interval`
+    `info` holds `classes` (image, signal, frames, set, stream), `vocab_size` (tokens) or `environments` and `interval`
     (trajectory: how many systems there are, and the time from one state to the next), `input_shape` (of one example),
     `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `systems` (the equation
     of each environment), `anchors` (name -> published or exact accuracy) and facts that belong into a row, such as
@@ -82,7 +84,7 @@ def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
             "weights": weights.astype(np.float32),
             **pauses,
         }
-    if kind in ("set", "trajectory"):
+    if kind in ("set", "trajectory", "stream"):
         whole = ("labels", "sizes", "environment")
         return {name: np.asarray(x).astype(np.int32 if name in whole else np.float32) for name, x in stored.items()}
     inputs = np.asarray(stored["inputs"])
