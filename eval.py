@@ -449,6 +449,8 @@ def write(rows: list, out: pathlib.Path | str, cost: str = COST) -> None:
 # What is printed; table.csv and rows.jsonl hold everything.
 SHOWN = (
     "accuracy",
+    "first_accuracy",
+    "last_accuracy",
     "corruption_accuracy",
     "forgetting",
     "token_accuracy",

@@ -59,7 +59,7 @@ def in_context(
     """
     where = "in_context"
     for name, value, least in (
-        *(("classes", classes, 2), ("dims", dims, 1), ("length", length, 1), ("tasks", tasks, 0)),
+        *(("classes", classes, 2), ("dims", dims, 1), ("length", length, 2), ("tasks", tasks, 0)),
         *(("train_size", train_size, 1), ("test_size", test_size, 1), ("seed", seed, 0)),
     ):
         require(value >= least, f"{where}: {name} must be at least {least}, got {value}")

@@ -21,7 +21,9 @@ class Metric:
 
 METRICS = {
     # What the model is worth.
-    "accuracy": Metric("fraction", "higher", "test examples whose class is predicted"),
+    "accuracy": Metric("fraction", "higher", "test examples (of streams: their positions) whose class is predicted"),
+    "first_accuracy": Metric("fraction", "higher", "streams whose first label is predicted"),
+    "last_accuracy": Metric("fraction", "higher", "streams whose last label is predicted"),
     "token_accuracy": Metric("fraction", "higher", "masked-in test tokens that are predicted"),
     "corruption_accuracy": Metric("fraction", "higher", "accuracy, mean over corrupted test sets"),
     "loss": Metric("nats", "lower", "mean cross-entropy of a test example, token or element of a set"),
@@ -147,7 +149,7 @@ QUALITIES = (
 )
 
 # What objectives say of a test set, and not layers of themselves: what further test sets have.
-JUDGED = (*QUALITIES, "likelihood_gap", "adjusted_rand")
+JUDGED = (*QUALITIES, "first_accuracy", "last_accuracy", "likelihood_gap", "adjusted_rand")
 
 
 def metric(name: str) -> Metric:

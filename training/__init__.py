@@ -7,6 +7,7 @@ OBJECTIVES = {
     "router_tuning": "lissom.training.objectives.router_tuning:RouterTuning",
     "mixture_likelihood": "lissom.training.objectives.mixture_likelihood:MixtureLikelihood",
     "trajectories": "lissom.training.objectives.trajectories:Trajectories",
+    "in_context": "lissom.training.objectives.in_context:InContext",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }
 
