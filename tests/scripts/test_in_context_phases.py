@@ -2,6 +2,7 @@
 
 import pytest
 
+from lissom.data.errors import DataError
 from lissom.evaluation.rows import Identity, Row, measure, read_rows
 from lissom.training.errors import UserError
 from scripts import in_context_phases as script
@@ -34,7 +35,7 @@ def test_the_grid_is_what_was_asked():
     assert (config.model.mixer, config.model.width, config.data.kwargs.in_context.tasks) == ("lstm", 16, 64)
     with pytest.raises(UserError, match="must be a multiple of heads=2"):
         script.grid(ASKED._replace(mixers=("attention",), widths=(9,)))
-    with pytest.raises(UserError, match="no setting 'tasted'"):
+    with pytest.raises(DataError, match="no setting 'tasted'"):
         script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("evaluation.data", "({'tasted': 'seen'},)"))))
 
 
