@@ -42,9 +42,10 @@ class Source(Protocol):
 class Dataset:
     """A named dataset with a training and a test source.
 
-    `info` holds `classes` (image, signal, frames, set, stream), `vocab_size` (tokens) or `environments` and `interval`
-    (trajectory: how many systems there are, and the time from one state to the next), `input_shape` (of one example),
-    `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `systems` (the equation
+    `info` holds `classes` (image, signal, frames, set, stream), `vocab_size` (tokens), `features` (stream: numbers at a
+    position) or `environments` and `interval` (trajectory: how many systems there are, and the time from one state to
+    the next), `input_shape` (of one example), `train_examples`, `test_examples`, and where they are known `chance`
+    (accuracy of guessing), `systems` (the equation
     of each environment), `anchors` (name -> published or exact accuracy) and facts that belong into a row, such as
     `sha256`.
     """

@@ -91,6 +91,7 @@ def in_context(
         test=Sequences(test, test_size, TEST, known, unseen=tested != "seen", **shared),
         info={
             "classes": classes,
+            "features": dims + classes,
             "input_shape": (length, dims + classes),
             "chance": 1 / classes,
             "length": length,

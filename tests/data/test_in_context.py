@@ -25,6 +25,7 @@ def test_fields():
     assert data.kind == "stream"
     assert data.info == {
         "classes": 3,
+        "features": 7,
         "input_shape": (6, 7),
         "chance": 1 / 3,
         "length": 6,

@@ -35,6 +35,8 @@ def test_the_grid_is_what_was_asked():
     assert (config.model.mixer, config.model.width, config.data.kwargs.in_context.tasks) == ("lstm", 16, 64)
     with pytest.raises(UserError, match="must be a multiple of heads=2"):
         script.grid(ASKED._replace(mixers=("attention",), widths=(9,)))
+    with pytest.raises(UserError, match="has features 13; the network is for 21"):
+        script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("evaluation.data", "({'dims': 8},)"))))
     with pytest.raises(DataError, match="no setting 'tasted'"):
         script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("evaluation.data", "({'tasted': 'seen'},)"))))
 
