@@ -1,12 +1,10 @@
 """A decoder of labelled examples: it says the label of each by the ones before."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.bounds import at_least_one, shape_of
+from lissom.models.bounds import at_least_one
 from lissom.models.context import Context
 from lissom.models.linear import Linear
 from lissom.models.products import placed
@@ -15,8 +13,9 @@ from lissom.ops.attention import masks
 
 
 class InContextLearner(Decoder):
-    """inputs float32 [B, T, D] -> logits float32 [B, T, classes] (Kirsch et al. 2022, arXiv:2212.04458, whose inputs
-    are (x_t, y_{t-1})): a product into the stream, causal residual stack, norm, a product that begins as 0.
+    """inputs float32 [B, T, D], D = `features` -> logits float32 [B, T, classes] (Kirsch et al. 2022, arXiv:2212.04458,
+    whose inputs are (x_t, y_{t-1})): a product into the stream, causal residual stack, norm, a product that begins
+    as 0.
 
     The cache is all that a prediction knows of the examples before: by its size, `cache_bytes` in the rows of a run,
     the paper orders mixers. `learned_positions`: as in `LanguageModel` (0: positions are the mixer's affair).
@@ -25,7 +24,7 @@ class InContextLearner(Decoder):
     def __init__(
         self,
         *,
-        input_shape: Sequence[int],
+        features: int,
         classes: int,
         width: int,
         norm: str = "layernorm",
@@ -35,7 +34,6 @@ class InContextLearner(Decoder):
         **settings,
     ):
         at_least_one("model", width=width)
-        _, features = shape_of("in_context", input_shape, "length, features")
         self.embed = Linear(features, width, axes=("channels", "embed"), dtype=dtype, rngs=rngs)
         self.make_table(learned_positions, width, dtype=dtype, rngs=rngs)
         super().__init__(width=width, norm=norm, dtype=dtype, rngs=rngs, **settings)

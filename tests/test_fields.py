@@ -254,7 +254,7 @@ def program(config) -> str:
         facts |= {"input_shape": (6, 2), "environments": 12, "interval": 0.2}
         batch = {"inputs": (16, 6, 2), "environment": (16,), "mask": (16,)}
     if config.objective == "in_context":
-        facts |= {"input_shape": (12, 21), "classes": 5}
+        facts |= {"features": 21, "classes": 5}
         batch = {"inputs": (16, 12, 21), "labels": (16, 12), "mask": (16,)}
     if config.data.meta_tokens != "none":
         batch["meta"] = (16, 32)

@@ -22,7 +22,7 @@ from lissom.training.fields import BY_CLASS
 from lissom.training.objectives.base import Objective
 from lissom.training.optimizers import build_optimizer
 
-FACTS = ("input_shape", "classes", "outputs", "vocab_size", "length", "environments", "interval")
+FACTS = ("input_shape", "classes", "outputs", "vocab_size", "length", "features", "environments", "interval")
 
 
 class Assembly(NamedTuple):

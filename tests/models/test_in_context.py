@@ -13,7 +13,7 @@ from lissom.models.in_context import InContextLearner
 
 def network(**settings):
     made = InContextLearner(
-        **{"input_shape": (9, 7), "classes": 3, "width": 16, "depth": 2, "heads": 2, **settings}, rngs=nnx.Rngs(0)
+        **{"features": 7, "classes": 3, "width": 16, "depth": 2, "heads": 2, **settings}, rngs=nnx.Rngs(0)
     )
     made.head.kernel[...] = jax.random.normal(jax.random.key(5), made.head.kernel.shape)
     return made
@@ -62,7 +62,7 @@ def test_a_label_is_said_by_the_examples_before_alone(mixer):
 
 
 def test_it_begins_without_an_opinion():
-    made = InContextLearner(input_shape=(9, 7), classes=3, width=16, depth=1, heads=2, rngs=nnx.Rngs(0))
+    made = InContextLearner(features=7, classes=3, width=16, depth=1, heads=2, rngs=nnx.Rngs(0))
     assert not made(examples())[0].any()
 
 
@@ -93,5 +93,3 @@ def test_positions_are_learned_where_they_are_asked_for():
 def test_bad_settings_give_a_sentence():
     with pytest.raises(ValueError, match=r"model\.width=0 must be at least 1"):
         network(width=0)
-    with pytest.raises(ValueError, match=r"the model in_context reads examples \[length, features\]"):
-        network(input_shape=(8, 8, 1))

@@ -15,7 +15,7 @@ from lissom.models.mixers import MIXERS
 from lissom.models.registry import WrongType, check_types, construct, resolve, settings_of
 from lissom.training import OBJECTIVES, OPTIMIZERS
 
-FACTS = {"input_shape": (40, 1), "classes": 10, "vocab_size": 11, "environments": 3, "interval": 0.1}
+FACTS = {"input_shape": (40, 1), "classes": 10, "vocab_size": 11, "features": 7, "environments": 3, "interval": 0.1}
 
 
 def build(name, **settings):
