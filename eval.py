@@ -461,6 +461,8 @@ SHOWN = (
     "transported_accuracy",
     "mse",
     "mse_interval",
+    "first_accuracy",
+    "last_accuracy",
     "corruption_accuracy",
     "forgetting",
     "token_accuracy",

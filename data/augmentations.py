@@ -46,12 +46,12 @@ AUGMENTATIONS = {"shift": shift, "flip": flip, "noise": noise}
 
 
 def augmentations(names: str | Sequence[str] | None, kind: str) -> list:
-    """The functions of one name or several, in order; none of them takes tokens, sets or trajectories."""
+    """The functions of one name or several, in order; none of them takes tokens, sets, trajectories or streams."""
     names = [names] if isinstance(names, str) else list(names or ())
     for name in names:
         if name not in AUGMENTATIONS:
             raise DataError(f"unknown augmentation {name!r}{nearest(name, AUGMENTATIONS)}")
         if kind not in ("image", "signal", "frames"):
-            of = {"tokens": "tokens", "set": "sets", "trajectory": "trajectories", "episode": "episodes"}[kind]
+            of = {"tokens": "tokens", "trajectory": "trajectories"}.get(kind, f"{kind}s")
             raise DataError(f"augmentation {name!r} changes images, signals and frames, and this dataset is of {of}")
     return [AUGMENTATIONS[name] for name in names]

@@ -17,6 +17,8 @@ Fields of one example, by kind (H height, W width, C channels, L length, T token
              float32 (a target each): what is given;  inputs [Q, ...] with labels [Q] or [Q, D]: what is asked;
              classes [N] int32, which training (or test) classes the N of the episode are, where it has classes that
              others share
+    stream   inputs [T, D + C] float32: D features of an example and, one-hot, the label of the one before, of C (zeros
+             at first);  labels [T] int32
 """
 
 from collections.abc import Mapping
@@ -27,7 +29,7 @@ import numpy as np
 
 from lissom.data.errors import DataError
 
-KINDS = ("image", "signal", "frames", "tokens", "set", "trajectory", "episode")
+KINDS = ("image", "signal", "frames", "tokens", "set", "trajectory", "episode", "stream")
 
 Example = dict[str, np.ndarray]
 
@@ -44,11 +46,12 @@ class Source(Protocol):
 class Dataset:
     """A named dataset with a training and a test source.
 
-    `info` holds `classes` (image, signal, frames, set; of one episode), `outputs` (of an episode of regression: numbers
-    in a target), `vocab_size` (tokens) or `environments` and `interval` (trajectory: how many systems there are, and
-    the time from one state to the next), `input_shape` (of one example), `train_examples`, `test_examples`, and where
-    they are known `chance` (accuracy of guessing), `systems` (the equation of each environment), `anchors` (name ->
-    published or exact accuracy) and facts that belong into a row, such as `sha256`.
+    `info` holds `classes` (image, signal, frames, set, stream; of one episode), `outputs` (of an episode of regression:
+    numbers in a target), `vocab_size` (tokens), `features` (stream: numbers at a position) or `environments` and
+    `interval` (trajectory: how many systems there are, and the time from one state to the next), `input_shape` (of one
+    example), `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `systems` (the
+    equation of each environment), `anchors` (name -> published or exact accuracy) and facts that belong into a row, such
+    as `sha256`.
     """
 
     name: str
@@ -86,7 +89,7 @@ def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
             "weights": weights.astype(np.float32),
             **pauses,
         }
-    if kind in ("set", "trajectory", "episode"):
+    if kind in ("set", "trajectory"):
         whole = ("labels", "sizes", "environment")
         return {name: np.asarray(x).astype(np.int32 if name in whole else np.float32) for name, x in stored.items()}
     inputs = np.asarray(stored["inputs"])

@@ -38,6 +38,29 @@ def linear(train_inputs: np.ndarray, train_labels: np.ndarray, test_inputs: np.n
     return model.fit(_flat(train_inputs), train_labels).predict(_flat(test_inputs))
 
 
+def nearest_in_context(inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For inputs [N, T, D] and labels [N, T] of N sequences, the label of the nearest earlier input of the same
+    sequence (of equals the first) [N, T]; 0 at the first position, which has none."""
+    predicted = np.zeros_like(labels)
+    for row, (points, known) in enumerate(zip(inputs.astype(np.float64), labels, strict=True)):
+        apart = np.square(points[:, None] - points[None]).sum(-1)
+        apart[np.triu_indices(len(points))] = np.inf
+        predicted[row, 1:] = known[apart[1:].argmin(1)]
+    return predicted
+
+
+def centroid_in_context(inputs: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The same, with the class whose earlier inputs have the nearest mean (of equals the smallest)."""
+    predicted = np.zeros_like(labels)
+    for row, (points, known) in enumerate(zip(inputs.astype(np.float64), labels, strict=True)):
+        one_hot = known[:, None] == np.arange(classes)
+        counts = one_hot.cumsum(0)[:-1, :, None]  # up to t, for t + 1
+        means = (one_hot[:, :, None] * points[:, None]).cumsum(0)[:-1] / np.maximum(counts, 1)
+        apart = np.where(counts[..., 0] > 0, np.square(points[1:, None] - means).sum(-1), np.inf)
+        predicted[row, 1:] = apart.argmin(1)
+    return predicted
+
+
 def trajectory_error(predicted: np.ndarray, states: np.ndarray) -> float:
     """Mean squared error of states [N, T, D] behind the first of each trajectory, which is given."""
     if predicted.shape != states.shape or states.ndim != 3 or states.shape[1] < 2:

@@ -286,9 +286,10 @@ class _Decoder:
     end where the cache is full."""
 
     def __init__(self, subject: Subject, inputs: tuple[jax.Array, ...], steps: int):
+        # Tokens are numbers [B, T], or vectors [B, T, D].
         def fill(state, tokens, *meta):
             network = subject.merge(subject.graph, state)
-            return network.extend(tokens, network.init_cache(*inputs[0].shape), *meta)[1]
+            return network.extend(tokens, network.init_cache(*inputs[0].shape[:2]), *meta)[1]
 
         def step(cache, lengths, state, tokens, *meta):
             cache = _with_lengths(cache, lengths)
@@ -401,6 +402,11 @@ def floor_rows(
             role = "ceiling" if name == "true system" else "floor"
             add(name, measure("trajectory_error", error, examples=len(asked[0])), role=role)
         return rows
+    if kind == "stream":
+        for name, found in _stream_floors(test, info["classes"]).items():
+            add(name, *found)
+        add("chance", *(measure(key, float(info["chance"]), "modelled") for key in POSITIONS))
+        return rows
     (x, y), (x_test, y_test) = (_arrays(split) for split in (train, test))
     methods = {"1-nearest neighbour": floors.nearest_neighbour, "linear": floors.linear}
     for name, method in methods.items():
@@ -410,6 +416,24 @@ def floor_rows(
             "oracle", measure("accuracy", floors.accuracy(oracle(x_test), y_test), examples=len(y_test)), role="ceiling"
         )
     return rows
+
+
+# The accuracies of streams, by which positions they are of.
+POSITIONS = {"accuracy": np.s_[:], "first_accuracy": np.s_[:, 0], "last_accuracy": np.s_[:, -1]}
+
+
+def _stream_floors(test: Sequence[dict], classes: int) -> dict[str, list[Measurement]]:
+    """What the earlier examples of each sequence alone tell."""
+    x, y = _arrays(test)
+    x = x[..., : x.shape[-1] - classes]  # behind them is the label before
+    found = {
+        "1-nearest neighbour in context": floors.nearest_in_context(x, y),
+        "nearest centroid in context": floors.centroid_in_context(x, y, classes),
+    }
+    return {
+        name: [measure(key, floors.accuracy(said[part], y[part]), examples=len(y)) for key, part in POSITIONS.items()]
+        for name, said in found.items()
+    }
 
 
 def _arrays(split: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,9 @@ class Metric:
 
 METRICS = {
     # What the model is worth.
-    "accuracy": Metric("fraction", "higher", "test examples whose class is predicted"),
+    "accuracy": Metric("fraction", "higher", "test examples (of streams: their positions) whose class is predicted"),
+    "first_accuracy": Metric("fraction", "higher", "streams whose first label is predicted"),
+    "last_accuracy": Metric("fraction", "higher", "streams whose last label is predicted"),
     "token_accuracy": Metric("fraction", "higher", "masked-in test tokens that are predicted"),
     "accuracy_interval": Metric("fraction", "lower", "half width of the 95 % interval of accuracy over test episodes"),
     "mse": Metric("1", "lower", "mean squared error of the targets of the queries of test episodes"),
@@ -159,7 +161,7 @@ QUALITIES = (
 # What objectives say of a test set, and not layers of themselves: what further test sets have.
 JUDGED = (
     *QUALITIES,
-    *("likelihood_gap", "adjusted_rand", "accuracy_interval", "mse_interval"),
+    *("first_accuracy", "last_accuracy", "likelihood_gap", "adjusted_rand", "accuracy_interval", "mse_interval"),
     *("prototype_accuracy", "kmeans_accuracy", "laplacian_accuracy", "transported_accuracy"),
 )
 

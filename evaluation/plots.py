@@ -94,9 +94,16 @@ class Curve:
     points: tuple[tuple[float, float, float, float], ...]
 
 
-def curve_plot(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike, *, x_label: str, y_label: str) -> None:
+def curve_plot(
+    panels: Mapping[str, Sequence[Curve]],
+    path: str | os.PathLike,
+    *,
+    x_label: str,
+    y_label: str,
+    x_scale: str = "linear",
+) -> None:
     """Writes the PNG: under each title its curves, side by side in panels of one y axis; curves of one label look alike
-    in all of them."""
+    in all of them. x_scale: "linear" or "log"."""
     if not panels or not all(panels.values()):
         raise ValueError("nothing to plot")
     looks, shown = curve_looks(panels), {}
@@ -116,6 +123,7 @@ def curve_plot(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike, *
             shown[curve.label] = axis.errorbar(x, y, y_error, x_error, fmt=fmt, color=color, ms=size, lw=1.3)
         axis.set_title(title, fontsize=9, loc="left", wrap=True)
         axis.set_xlabel(x_label)
+        axis.set_xscale(x_scale)
         axis.grid(True, color="#e4e4e4", lw=0.7)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)

@@ -14,6 +14,7 @@ MODELS = {
     "resnet": "lissom.models.resnet:ResNet",
     "biformer": "lissom.models.biformer:BiFormer",
     "language": "lissom.models.language:LanguageModel",
+    "in_context": "lissom.models.in_context:InContextLearner",
     "set_clusterer": "lissom.models.set_clusterer:SetClusterer",
     "mixture_of_fields": "lissom.models.mixture_of_fields:MixtureOfFields",
     "block_transformer": "lissom.models.block_transformer:BlockTransformer",
@@ -95,6 +96,10 @@ SIZES = {
         "small": {"width": 128, "depth": 4, "heads": 4},
         "medium": {"width": 512, "depth": 8, "heads": 8},
         "smollm2-135M": {"width": 576, "depth": 30, "heads": 9},
+    },
+    "in_context": {
+        "tiny": {"width": 16, "depth": 2, "heads": 2},
+        "small": {"width": 64, "depth": 4, "heads": 4},
     },
     "set_clusterer": {
         "tiny": {"width": 16, "heads": 2},

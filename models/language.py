@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models.bounds import UnsupportedForm, at_least_one
+from lissom.models.bounds import at_least_one
 from lissom.models.context import Context
 from lissom.models.linear import Embedding, Linear
 from lissom.models.products import placed
-from lissom.models.transformer import Transformer
+from lissom.models.transformer import Decoder
 from lissom.ops.attention import masks
 
 
-class LanguageModel(Transformer):
+class LanguageModel(Decoder):
     """inputs int32 [B, T] -> logits float32 [B, T, vocab]: embedding, causal residual stack, norm, logits.
 
     `tied` shares the embedding with the last product (Press & Wolf 2016, arXiv:1608.05859). Positions are the
@@ -26,8 +26,6 @@ class LanguageModel(Transformer):
     meta-tokens: mixers read it in their context. `zero_meta_positions` leaves the learned position of those tokens out
     at inference. `domains` [B, D], `expert` [B, T], `compare`: as in `Context`.
     """
-
-    period = 1  # decoding costs the same again after so many tokens
 
     places_tokens = True  # whether layers can tell which tokens of a sequence they see
 
@@ -51,18 +49,13 @@ class LanguageModel(Transformer):
             raise ValueError(f"model.embedding_multiplier={embedding_multiplier} must be above 0, or None: sqrt(width)")
         rows = {"multiplier": embedding_multiplier, "dtype": dtype, "rngs": rngs}
         self.embed = Embedding(vocab_size, width, **rows)
-        if learned_positions < 0:
-            raise ValueError(f"model.learned_positions={learned_positions} must be 0 or the greatest length")
         if zero_meta_positions and not learned_positions:
             raise ValueError(
                 "model.zero_meta_positions is for learned_positions; rotary ones are zeroed by "
                 "mixer_kwargs.meta_tokens.zero_positions"
             )
         self.zero_meta_positions = zero_meta_positions
-        self.learned_positions = learned_positions
-        self.table = (
-            Embedding(learned_positions, width, axes=("positions", "embed"), **rows) if learned_positions else None
-        )
+        self.make_table(learned_positions, width, **rows)
         super().__init__(width=width, ffn=ffn, norm=norm, dtype=dtype, rngs=rngs, **settings)
         self.head = (
             None if tied else Linear(width, vocab_size, axes=("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
@@ -92,34 +85,10 @@ class LanguageModel(Transformer):
         x = self.embed(inputs)
         if self.table is None:
             return x
-        if inputs.shape[1] > self.learned_positions:
-            raise UnsupportedForm(
-                f"{inputs.shape[1]} tokens are more than model.learned_positions={self.learned_positions}"
-            )
-        learned = self.table(positions)
+        learned = self.learned(positions)
         if self.zero_meta_positions and meta is not None:
             learned = jnp.where(meta[..., None], 0, learned)
         return x + learned
-
-    def init_cache(self, batch: int, length: int) -> dict:
-        """An empty cache for `batch` sequences of at most `length` tokens."""
-        if self.table is not None and length > self.learned_positions:
-            raise ValueError(
-                f"a cache of {length} tokens is longer than model.learned_positions={self.learned_positions}"
-            )
-        return {
-            "layers": self.blocks.init_cache(batch, length, self.dtype),
-            "length": jnp.zeros(batch, jnp.int32),
-        }
-
-    def branch(self, cache: dict, ways: int, more: int) -> dict:
-        """A cache for `ways` continuations of each sequence of `cache`, one behind the other, of at most `more` tokens
-        each; `extend` goes on from it as if each had a copy. Attention keeps what they share once and reads it as one
-        product for all of them (Hydragen, RelayAttention: `lissom.ops.attention.shared_prefix`); branched again, it is
-        a tree. ValueError for numbers below 1."""
-        at_least_one("branch", ways=ways, more=more)
-        layers = self.blocks.branch(cache["layers"], ways, more)
-        return {"layers": layers, "length": jnp.repeat(cache["length"], ways)}
 
     def extend(
         self, inputs: jax.Array, cache: dict, meta: jax.Array | None = None, expert: jax.Array | None = None

@@ -1,4 +1,4 @@
-"""What every transformer is between its ends: the residual stack and the last norm."""
+"""What every transformer is between its ends: the residual stack and the last norm; what a decoder adds, its cache."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from flax import nnx
 
 from lissom.models import NORMS
 from lissom.models.block import Block
-from lissom.models.bounds import at_least_one, rate
+from lissom.models.bounds import UnsupportedForm, at_least_one, rate
 from lissom.models.context import Context
-from lissom.models.linear import dropout
+from lissom.models.linear import Embedding, dropout
 from lissom.models.registry import construct
 from lissom.models.stack import Stack
 from lissom.ops.attention import masks
@@ -89,3 +89,50 @@ class Transformer(nnx.Module):
         context = Context(positions=positions, mask=masks.Causal(offset=at), meta=meta, tokens=tokens, expert=expert)
         x, caches, _ = self.blocks(x, context, caches=caches)
         return self.norm(x), caches
+
+
+class Decoder(Transformer):
+    """A causal `Transformer` that continues sequences through a cache, of tokens of any kind.
+
+    A subclass calls `make_table` between its embedding and this constructor, embeds with `learned`, and has
+    `extend(inputs, cache) -> (output, cache)`.
+    """
+
+    period = 1  # decoding costs the same again after so many tokens
+
+    def make_table(self, learned_positions: int, width: int, **rows) -> None:
+        """The table of so many learned positions; 0: none."""
+        if learned_positions < 0:
+            raise ValueError(f"model.learned_positions={learned_positions} must be 0 or the greatest length")
+        self.learned_positions = learned_positions
+        self.table = (
+            Embedding(learned_positions, width, axes=("positions", "embed"), **rows) if learned_positions else None
+        )
+
+    def learned(self, positions: jax.Array) -> jax.Array:
+        """What the table has for positions [B or 1, T]: [B or 1, T, M]."""
+        if positions.shape[1] > self.learned_positions:
+            raise UnsupportedForm(
+                f"{positions.shape[1]} tokens are more than model.learned_positions={self.learned_positions}"
+            )
+        return self.table(positions)
+
+    def init_cache(self, batch: int, length: int) -> dict:
+        """An empty cache for `batch` sequences of at most `length` tokens."""
+        if self.table is not None and length > self.learned_positions:
+            raise ValueError(
+                f"a cache of {length} tokens is longer than model.learned_positions={self.learned_positions}"
+            )
+        return {
+            "layers": self.blocks.init_cache(batch, length, self.dtype),
+            "length": jnp.zeros(batch, jnp.int32),
+        }
+
+    def branch(self, cache: dict, ways: int, more: int) -> dict:
+        """A cache for `ways` continuations of each sequence of `cache`, one behind the other, of at most `more` tokens
+        each; `extend` goes on from it as if each had a copy. Attention keeps what they share once and reads it as one
+        product for all of them (Hydragen, RelayAttention: `lissom.ops.attention.shared_prefix`); branched again, it is
+        a tree. ValueError for numbers below 1."""
+        at_least_one("branch", ways=ways, more=more)
+        layers = self.blocks.branch(cache["layers"], ways, more)
+        return {"layers": layers, "length": jnp.repeat(cache["length"], ways)}

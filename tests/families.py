@@ -11,6 +11,8 @@ FAMILIES = {
     "sequence": ("vision/mnist1d_transformer", {}),
     "sequence_scan": ("vision/mnist1d_transformer", {"model.stack": "scan", "model.dropout": 0.1}),
     "sets": ("sets/gaussian_mixtures", {}),
+    "in_context": ("fewshot/gpicl", {}),
+    "in_context_lstm": ("fewshot/gpicl", {"model.mixer": "lstm"}),
     "dynamics": ("dynamics/mixer", {}),
     "meta": ("fewshot/sinusoid", {}),
     "meta_sgd": ("fewshot/sinusoid", {"objective": "meta_sgd"}),

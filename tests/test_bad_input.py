@@ -99,6 +99,7 @@ LATE = [
     (("--config.model.size=",), ["needs width", "depth", "config.model.size"]),
     (("--config.objective=language_modelling",), ["tokens data", "digits", "image"]),
     (("--config.objective=mixture_likelihood",), ["learns from set data", "digits", "image"]),
+    (("--config.model.name=in_context", "--config.model.size=tiny"), ["in_context", "needs features", "digits"]),
     (("--config.objective=trajectories",), ["learns from trajectory data", "digits", "image"]),
     (("--config.objective=distillation",), ["distillation", "teacher"]),
     (("--config.model.mixer_kwargs.attention.implementation=cudnn",), ["cudnn", "CUDA plugin"]),

@@ -162,6 +162,33 @@ def test_floors_of_trajectories(tiny_run):
     assert network["skipped_updates"] is not None and network["latency_p50"] > 0
 
 
+def test_streams_have_floors_further_tests_and_a_state(tiny_run):
+    """Three test sets, each with first and last accuracy; the cache is h and c of two layers, and three lengths."""
+    settings = {"length": 20, "tasks": 4, "test_size": 100, "spread": 0.1}
+    _, run = tiny_run(
+        "fewshot/gpicl",
+        **{"evaluation.floor": True, "data.kwargs": {"in_context": settings}, "model.mixer": "lstm"},
+        **{"evaluation.decode_length": 30},
+    )
+    rows = evaluate([run])
+    assert [(row.identity.label, row.identity.role) for row in rows[1:]] == [
+        ("1-nearest neighbour in context", "floor"),
+        ("nearest centroid in context", "floor"),
+        ("chance", "floor"),
+    ]
+    for name in ("accuracy", "first_accuracy", "last_accuracy", "loss"):
+        found = [m.conditions for m in rows[0].measurements if m.name == name]
+        assert found == [{"examples": 100}, {"examples": 100, "tested": "seen"}, {"examples": 100, "tested": "other"}]
+    (cache,) = (m for m in rows[0].measurements if m.name == "cache_bytes")
+    assert cache.value == 4 * (2 * 2 * 16 + 3) and cache.conditions == {"length": 20}
+    (decoded,) = (m for m in rows[0].measurements if m.name == "decode_p50")
+    assert decoded.value > 0 and decoded.conditions == {"batch": 1, "length": 30}
+    for floor in rows[1:3]:  # clusters this tight are known once they were seen
+        assert values(floor)["last_accuracy"] > 0.9 > values(floor)["accuracy"] > 0.6
+        assert values(floor)["first_accuracy"] < 0.4
+    assert "last accuracy" in render(rows)
+
+
 def test_names():
     from lissom.training.config import load_recipe, overridden
 

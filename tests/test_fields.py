@@ -97,6 +97,7 @@ SETTINGS = {
         "model.encoder_kwargs.umbc.gradient_chunks": 2,
         "objective_kwargs.mixture_likelihood.chunk": 4,
     },
+    "fewshot/gpicl": {},
     "dynamics/mixer": {
         "model.gate_kwargs.mixer.every": 3,
         "model.gate_kwargs.mixer.iterations": 5,
@@ -162,6 +163,21 @@ DATA = {
             "reach": 2.0,
             "deviations": (0.1, 0.2),
             "concentration": 3.0,
+        },
+    ),
+    "in_context": (
+        {**FEW, "length": 6, "classes": 3, "dims": 4, "tested": "other"},
+        {
+            **FEWER,
+            "base": "digits",
+            "classes": 4,
+            "dims": 5,
+            "spread": 0.5,
+            "length": 7,
+            "tasks": 3,
+            "tested": "seen",
+            "other_base": "digits",
+            "fixed_permutation": 0.5,
         },
     ),
     "dynamics": (
@@ -289,6 +305,9 @@ def program(config) -> str:
         facts = {"input_shape": (1,), "outputs": 1}
         batch = {"support_inputs": (4, 3, 1), "support_labels": (4, 3, 1), "inputs": (4, 6, 1), "labels": (4, 6, 1)}
         batch |= {"mask": (4,)}
+    if config.objective == "in_context":
+        facts |= {"features": 21, "classes": 5}
+        batch = {"inputs": (16, 12, 21), "labels": (16, 12), "mask": (16,)}
     if config.data.meta_tokens != "none":
         batch["meta"] = (16, 32)
     whole = ("labels", "inputs") if config.objective == "language_modelling" else ("labels", "sizes", "environment")
@@ -334,6 +353,12 @@ def test_field_of_the_block_transformer_changes_the_program():
     base = program(config)
     same = [key for key, value in changes.items() if program(overridden(config, [(f"model.{key}", value)])) == base]
     assert same == [], "these fields change nothing"
+
+
+def test_field_of_the_lstm_changes_the_program():
+    config = overridden(load_recipe("configs/fewshot/gpicl.py:tiny"), [("model.mixer", "lstm")])
+    changed = overridden(config, [("model.mixer_kwargs.lstm.hidden", 5)])
+    assert program(changed) != program(config)
 
 
 def contents(config) -> str:

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "reptile": "lissom.training.meta.reptile:Reptile",
     "protonet": "lissom.training.meta.prototypes:PrototypicalNetworks",
     "supervised": "lissom.training.meta.supervised:Supervised",
+    "in_context": "lissom.training.objectives.in_context:InContext",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }
 

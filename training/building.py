@@ -22,7 +22,7 @@ from lissom.training.fields import BY_CLASS
 from lissom.training.objectives.base import Objective
 from lissom.training.optimizers import build_optimizer
 
-FACTS = ("input_shape", "classes", "outputs", "vocab_size", "length", "environments", "interval")
+FACTS = ("input_shape", "classes", "outputs", "vocab_size", "length", "features", "environments", "interval")
 
 
 class Assembly(NamedTuple):
@@ -88,13 +88,13 @@ def epoch_examples(config, dataset: data.Dataset, stream: data.ClassStream | Non
 def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], data.Dataset]]:
     """[(settings, the dataset with them)] for each entry of `config.evaluation.data`, and for each of
     `config.evaluation.corruptions` at each severity: test sets beside that of `dataset`, which a network of its
-    vocabulary, classes or environments can be judged on."""
+    vocabulary, classes, features or environments can be judged on."""
     found = []
     for settings in map(dict, config.evaluation.data):
         if any(settings == earlier for earlier, _ in found):
             raise UserError(f"config.evaluation.data holds {settings} twice")
         other = load_dataset(config, **settings)
-        for name in ("classes", "vocab_size", "environments", "interval"):
+        for name in ("classes", "vocab_size", "features", "environments", "interval"):
             ours, theirs = dataset.info.get(name), other.info.get(name)
             if ours != theirs:
                 raise UserError(

@@ -22,7 +22,7 @@ from lissom.training.errors import UserError
 from lissom.training.stages import Stage, final_config, replaced
 
 # The facts that a network is built on.
-SHAPES = ("kind", "input_shape", "classes", "outputs", "vocab_size", "environments", "interval")
+SHAPES = ("kind", "input_shape", "classes", "outputs", "vocab_size", "features", "environments", "interval")
 KINDS = ("params", "stats", "frozen")
 
 

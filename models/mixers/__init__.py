@@ -16,5 +16,6 @@ MIXERS = {
     "block_sparse": "lissom.models.mixers.block_sparse:BlockSparseAttention",
     "token_elimination": "lissom.models.mixers.block_sparse:TokenElimination",
     "meta_tokens": "lissom.models.mixers.meta:MetaTokens",
+    "lstm": "lissom.models.mixers.lstm:LSTM",
     "none": "lissom.models.mixers.none:NoMixer",
 }

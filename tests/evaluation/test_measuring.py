@@ -106,6 +106,29 @@ def test_decoding_takes_the_steps_of_a_period_in_turn():
         assert [m.conditions["length"] for m in longer.measurements] == [length] * 3
 
 
+def test_decoding_of_vectors():
+    """A network of inputs [B, t, D]: the cache is for as many sequences and tokens, and D is none of its business."""
+
+    class Network:
+        def init_cache(self, batch, length):
+            return {"sum": jnp.zeros((batch, 3)), "length": jnp.zeros(batch, jnp.int32), "room": jnp.zeros(length)}
+
+        def extend(self, inputs, cache):
+            total = cache["sum"] + inputs.sum(1)
+            return total[:, None], {**cache, "sum": total, "length": cache["length"] + inputs.shape[1]}
+
+    fields = {field.name: None for field in dataclasses.fields(measuring.Subject)}
+    examples = [{"inputs": np.full((5, 3), number, np.float32), "labels": np.zeros(5, np.int32)} for number in range(6)]
+    given = {"merge": lambda *_: Network(), "examples": examples, "latency_batches": (2,), "repeats": 3}
+    subject = measuring.Subject(**fields | given | {"measurements": []})
+    decoder = measuring._Decoder(subject, (jnp.ones((2, 5, 3)),), 1)
+    # Filled with four ones, and one more while it was compiled; then two.
+    assert decoder([(2 * jnp.ones((2, 1, 3)),)]).tolist() == [[[7.0] * 3]] * 2
+    measuring.decoding([subject])
+    found = {m.name: m.conditions for m in subject.measurements}
+    assert found["decode_p50"] == {"batch": 2, "length": 5}
+
+
 def test_sequences_to_decode_are_examples_joined_or_cut():
     examples = [{"inputs": np.arange(3) + 10 * number} for number in range(5)]
     inputs = lambda length: [batch[0].tolist() for batch in measuring._batches_of(examples, 2, length)]
@@ -226,6 +249,36 @@ def test_floors_of_trajectories_with_known_answers():
         floors.nearest_trajectory(train, np.array([0, 0, 1]), test, np.array([0, 0, 2]))
     with pytest.raises(ValueError, match="do not match"):
         floors.trajectory_error(test[:2], test)
+
+
+def test_floors_of_streams_by_hand():
+    """Points on a line: 0, 10, 1, 4, 6, 12 of classes 1, 0, 1, 2, 0, 2."""
+    x, labels = np.array([[0.0, 10, 1, 4, 6, 12]])[..., None], np.array([[1, 0, 1, 2, 0, 2]])
+    # Nearest before: none; 0; 0; 1; 4 (not 10); 10.
+    assert floors.nearest_in_context(x, labels).tolist() == [[0, 1, 1, 1, 2, 0]]
+    # Means before: none; 1 at 0; also 0 at 10; 1 at 0.5; also 2 at 4; 0 at 8, 1 at 0.5, 2 at 4.
+    assert floors.centroid_in_context(x, labels, 4).tolist() == [[0, 1, 1, 1, 2, 0]]
+    # 4 is nearer to 6 than to -3, and nearer to the mean of -3 and 7 (class 1) than to 6.
+    x, labels = np.array([[-3.0, 6, 9, 4]])[..., None], np.array([[1, 0, 1, 1]])
+    assert floors.nearest_in_context(x, labels).tolist() == [[0, 1, 0, 0]]
+    assert floors.centroid_in_context(x, labels, 2).tolist() == [[0, 1, 0, 1]]
+    two = floors.nearest_in_context(np.concatenate([x, x]), np.concatenate([labels, 1 - labels]))
+    assert two.tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]]  # each by its own labels
+
+
+def test_floors_of_streams_do_not_read_the_label_that_stands_behind():
+    """Features all alike, so that the nearest is the first; the one-hot labels before would tell otherwise."""
+    labels = np.array([1, 0, 0, 1, 0])
+    inputs = np.zeros((5, 1 + 2), np.float32)
+    inputs[1:, 1:] = labels[:-1, None] == np.arange(2)
+    test = [{"inputs": inputs, "labels": labels}] * 3
+    rows = measuring.floor_rows("task", "stream", None, test, {"classes": 2, "chance": 0.5}, None)
+    found = {row.identity.variant: {m.name: m.value for m in row.measurements} for row in rows}
+    # Said: 0 at first, then always 1: of 1, 0, 0, 1, 0 one is right.
+    nearest = {"accuracy": 0.2, "first_accuracy": 0.0, "last_accuracy": 0.0}
+    assert found["1-nearest neighbour in context"] == pytest.approx(nearest)
+    assert found["chance"] == {"accuracy": 0.5, "first_accuracy": 0.5, "last_accuracy": 0.5}
+    assert {row.identity.role for row in rows} == {"floor"}
 
 
 def test_bits_per_byte_by_hand():

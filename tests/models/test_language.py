@@ -16,6 +16,7 @@ MIXERS = [
     ("window", {"window": 4}),
     ("neighborhood", {"window": 3, "dilation": 2}),
     ("token_elimination", {"block": 4}),
+    ("lstm", {"hidden": 6}),
     ("none", {}),
 ]
 

@@ -42,6 +42,8 @@ VARIANTS = [
     ("meta_tokens", {"kv_heads": 2, "bias": True, "zero_positions": True}),
     ("meta_tokens", {"meta_attention": False}),
     ("token_elimination", {"block": 4}),
+    ("lstm", {}),
+    ("lstm", {"hidden": 6}),
     ("none", {}),
 ]
 ids = lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
@@ -158,7 +160,7 @@ def test_bfloat16(name, settings):
     np.testing.assert_allclose(jnp.concatenate(parts, 1).astype(np.float32), want, atol=0.1)
 
 
-@pytest.mark.parametrize("mixer", ["mla", "cca", "window"])
+@pytest.mark.parametrize("mixer", ["mla", "cca", "window", "lstm"])
 def test_in_a_scanned_stack(mixer):
     loop, scan = (
         LanguageModel(vocab_size=11, width=16, depth=3, heads=4, mixer=mixer, stack=stack, rngs=nnx.Rngs(0))
@@ -190,6 +192,8 @@ def test_in_a_scanned_stack(mixer):
         ("neighborhood", {"window": 4, "dilation": 2}, 0, 2 * 3 * 2 * 4 * D),
         ("block_sparse", {}, 2 * 4 * D, 0),
         ("token_elimination", {}, 2 * 4 * D, 0),
+        ("lstm", {}, 0, 2 * WIDTH),
+        ("lstm", {"hidden": 6}, 0, 2 * 6),
         ("none", {}, 0, 0),
     ],
     ids=ids,

@@ -15,7 +15,7 @@ from lissom.models.mixers import MIXERS
 from lissom.models.registry import WrongType, check_types, construct, resolve, settings_of
 from lissom.training import OBJECTIVES, OPTIMIZERS
 
-FACTS = {"input_shape": (40, 1), "classes": 10, "vocab_size": 11, "environments": 3, "interval": 0.1}
+FACTS = {"input_shape": (40, 1), "classes": 10, "vocab_size": 11, "features": 7, "environments": 3, "interval": 0.1}
 
 
 def build(name, **settings):
@@ -57,7 +57,9 @@ EVERY_TRANSFORMER = [
     ({"ffn": "swiglu", "ffn_kwargs": {"swiglu": {"expansion": 0.0}}}, "ffn.expansion=0.0"),
 ]
 PATCH = [({"patch": patch}, f"model.patch={patch} must be at least 1") for patch in (0, -4)]
-OUT_OF_BOUNDS = [(name, *case) for name in ("vit", "sequence_transformer", "language") for case in EVERY_TRANSFORMER]
+OUT_OF_BOUNDS = [
+    (name, *case) for name in ("vit", "sequence_transformer", "language", "in_context") for case in EVERY_TRANSFORMER
+]
 OUT_OF_BOUNDS += [(name, *case) for name in ("vit", "sequence_transformer") for case in PATCH]
 OUT_OF_BOUNDS += [
     ("cnn", {"channels": ()}, "model.channels=() must hold one number or more, each at least 1"),
@@ -78,6 +80,12 @@ OUT_OF_BOUNDS += [
         "mixture_of_fields",
         {"gate": "softmax", "gate_kwargs": {"softmax": {"balance": -1.0}}},
         "gate.balance=-1.0 must be at least 0",
+    ),
+    ("in_context", {"learned_positions": -1}, "model.learned_positions=-1 must be 0 or the greatest length"),
+    (
+        "in_context",
+        {"mixer": "lstm", "mixer_kwargs": {"lstm": {"hidden": 0}}},
+        "mixer.hidden=0 must be at least 1 (set in mixer_kwargs.lstm)",
     ),
     ("resnet", {"blocks": (1, 0)}, "model.blocks=(1, 0) must hold one number or more, each at least 1"),
 ]

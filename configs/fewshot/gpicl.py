@@ -1,0 +1,54 @@
+"""A decoder that learns to learn: each sequence is a task, and what its labels mean only the sequence itself tells.
+
+Paper: Kirsch et al. 2022, General-Purpose In-Context Learning by Meta-Learning Transformers, arXiv:2212.04458.
+Command: uv run train.py --config=configs/fewshot/gpicl.py
+Time: not measured yet. Result: not measured yet.
+Gaussians in 16 dimensions, 5 classes, 50 examples a sequence. Test sets: unseen tasks, those of training ("seen"), and
+unseen tasks of another base set ("other"). first_accuracy and last_accuracy of each say what it is: memorised (no gain
+within a sequence), identified (a gain on seen tasks alone) or learned (a gain on unseen tasks too).
+On digits: --config.evaluation.data="({'tested':'seen'},{'tested':'other','other_base':'digits'})"
+The phase plot over the number of tasks, the mixer and the width: scripts/in_context_phases.py.
+Sweep: data.kwargs.in_context.tasks=1,16,256,4096,65536 (0: a new one for each sequence)
+    model.mixer=attention,lstm  model.width=32,64,128  data.batch_size=16,64,256
+    data.kwargs.in_context.fixed_permutation=0.0,0.1,0.5  data.kwargs.in_context.base=gaussians,digits,mnist5k
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    settings = {
+        "base": "gaussians",
+        "classes": 5,
+        "dims": 16,
+        "length": 50,
+        "tasks": 8192,
+        "fixed_permutation": 0.0,
+        "test_size": 5000,
+    }
+    config.data.update({"name": "in_context", "batch_size": 64, "kwargs": {"in_context": settings}})
+    config.model.update(
+        {
+            "name": "in_context",
+            "size": "small",
+            "mixer": "attention",
+            "mixer_kwargs": {"attention": {}, "lstm": {}},
+            "ffn": "mlp",
+            "ffn_kwargs": {},
+            "norm": "layernorm",
+            "norm_kwargs": {},
+            "learned_positions": 0,
+            "dropout": 0.0,
+            "stack": None,
+            "remat": False,
+        }
+    )
+    config.objective = "in_context"
+    config.optim.update({"learning_rate": 1e-3, "weight_decay": 1e-2})
+    config.train = {"steps": 10_000}
+    config.evaluation.update({"data": ({"tested": "seen"}, {"tested": "other"})})
+    if mode(arg, ("tiny",)):
+        config = tiny(config)
+        config.data.kwargs.in_context.update({"length": 12, "tasks": 8, "test_size": 50})
+    return config

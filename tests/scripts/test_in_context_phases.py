@@ -1,0 +1,121 @@
+"""The grid of in-context learners, and what is read of its runs."""
+
+import pytest
+
+from lissom.data.errors import DataError
+from lissom.evaluation.rows import Identity, Row, measure, read_rows
+from lissom.training.errors import UserError
+from scripts import in_context_phases as script
+from tests.scripts.lines import command_line
+
+TINY = {
+    "mesh.data": "1",
+    "model.size": "tiny",
+    "train.steps": "2",
+    "data.batch_size": "8",
+    "data.kwargs.in_context.length": "6",
+    "data.kwargs.in_context.test_size": "40",
+    "evaluation.batch_size": "40",
+    "evaluation.latency_batches": "(1,)",
+    "evaluation.latency_repeats": "3",
+}
+ASKED = script.Asked(("lstm",), (8, 16), (1, 64), 1, tuple(TINY.items()))
+
+
+def test_the_grid_is_what_was_asked():
+    runs = script.grid(ASKED._replace(seeds=2))
+    assert [run.name for run in runs[:4]] == [
+        "lstm_8_1_seed0",
+        "lstm_8_64_seed0",
+        "lstm_16_1_seed0",
+        "lstm_16_64_seed0",
+    ]
+    assert len(runs) == 8 and runs[-1].seed == runs[-1].config.seed == 1
+    config = runs[3].config
+    assert (config.model.mixer, config.model.width, config.data.kwargs.in_context.tasks) == ("lstm", 16, 64)
+    with pytest.raises(UserError, match="must be a multiple of heads=2"):
+        script.grid(ASKED._replace(mixers=("attention",), widths=(9,)))
+    with pytest.raises(UserError, match="has features 13; the network is for 21"):
+        script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("evaluation.data", "({'dims': 8},)"))))
+    with pytest.raises(DataError, match="no setting 'tasted'"):
+        script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("evaluation.data", "({'tasted': 'seen'},)"))))
+
+
+def test_runs_are_trained_once_and_reported(tmp_path, capsys):
+    runs = script.grid(ASKED)
+    with pytest.raises(UserError, match=r"--merge: the run .* is not finished"):
+        script.measured(runs, tmp_path / "runs")
+    script.trained(runs[::2], tmp_path / "runs")
+    script.trained(runs[1::2], tmp_path / "runs")
+    capsys.readouterr()
+    script.trained(runs, tmp_path / "runs")
+    assert "seed0" not in capsys.readouterr().err  # nothing was trained again
+    other = script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("optim.learning_rate", "0.5"))))
+    for again in (script.trained, script.measured):
+        with pytest.raises(UserError, match=r"holds a run of another config .*learning_rate"):
+            again(other, tmp_path / "runs")
+    script.report(runs, tmp_path / "runs", tmp_path / "out")
+    rows = read_rows(tmp_path / "out" / "rows.jsonl")
+    assert [row.identity.variant for row in rows[:4]] == ["lstm, width 8"] * 2 + ["lstm, width 16"] * 2
+    assert script.tests_of(rows) == ["unseen", "seen", "other"]
+    # h and c of two layers, and three lengths.
+    assert [script.value(row, "cache_bytes") for row in rows[:4]] == [4 * (2 * 2 * n + 3) for n in (8, 8, 16, 16)]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| lstm | 16 | 268 | 64 |" in text and "nearest centroid in context" in text
+    for name in ("phases", "state", "parameters"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("seen", "unseen", "phase"),
+    [
+        ((0.9, 0.95), (0.2, 0.2), "memorised"),
+        ((0.3, 0.9), (0.2, 0.25), "identified"),
+        ((0.2, 0.8), (0.2, 0.7), "learned"),
+        ((0.2, 0.28), (0.2, 0.22), "none"),
+    ],
+)
+def test_phases_by_hand(seen, unseen, phase):
+    assert script.phase({"unseen": unseen, "seen": seen, "other": (0.2, 0.2)}, 0.2) == phase
+
+
+def test_accuracies_are_told_apart_by_their_test_sets():
+    """The mean of two seeds, in percent, of each set."""
+    runs = [run for run in script.grid(ASKED._replace(seeds=2)) if (run.width, run.tasks) == (8, 64)]
+    rows = []
+    for first, last in ((0.1, 0.5), (0.3, 0.9)):
+        found = [measure("first_accuracy", first, examples=40), measure("last_accuracy", last, examples=40)]
+        found += [measure("first_accuracy", 0.7, examples=40, tested="seen")]
+        found += [measure("last_accuracy", 0.8, examples=40, tested="seen")]
+        rows.append(Row(Identity("r", "t"), None, (*found, measure("cache_bytes", 140, "compiled", length=6))))
+    table = script.phases(runs, rows).splitlines()
+    assert table[0] == (
+        "| mixer | width | state [B] | training tasks | unseen, first - last [%] | seen, first - last [%] | phase |"
+    )
+    assert table[2:] == ["| lstm | 8 | 140 | 64 | 20.0 - 70.0 | 70.0 - 80.0 | learned |"]
+    drawn = script.curve("unseen", [(64, 0.5), (64, 0.9), (1, 0.2)])
+    assert [point[:2] for point in drawn.points] == [(1, 20.0), (64, 70.0)]
+    assert drawn.points[1][3] == pytest.approx(20 * 2**0.5)
+    assert script.test_of({"examples": 40, "tested": "other", "other_base": "digits"}) == "other, other_base=digits"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tasks=1,0"], "--tasks=1,0 must be whole numbers above 0, none twice"),
+        (["--widths=wide"], "--widths=wide must be whole numbers above 0, none twice"),
+        (["--mixers=lstm,lstm"], "--mixers=lstm,lstm must name mixers, none twice"),
+        (["--mixers=lstmm"], "did you mean 'lstm'"),
+        (["--seeds=0"], "--seeds=0 must be at least 1"),
+        (["--config.model.width=64"], "--config.model.width is what the grid sets: give --widths"),
+        (["--config.data.kwargs.in_context.tested=seen"], "tested is the same in all of the grid"),
+        (["--config=configs/language/stdlib_lm.py"], "the recipe is configs/fewshot/gpicl.py"),
+        (["--shard=2/2"], "0 <= i < n"),
+        (["--merge", "--workdir=nowhere"], "is not finished"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(words, told, capsys):
+    with pytest.raises(SystemExit) as end, command_line(script):
+        script.main(["in_context_phases.py", *words])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and told in said
