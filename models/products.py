@@ -260,6 +260,20 @@ class Call(NamedTuple):
         return self.kernels * self.length * self.outputs
 
 
+_as_matrices: list[bool] = []
+
+
+@contextlib.contextmanager
+def as_matrices() -> Iterator[None]:
+    """Inside of it layers compute a convolution as the product of matrices that it equals. Where kernels are mapped
+    over, XLA makes a grouped convolution of many, which on a CPU is far slower than the products of their windows."""
+    _as_matrices.append(True)
+    try:
+        yield
+    finally:
+        _as_matrices.pop()
+
+
 _noting: list[list[Call]] = []
 
 
@@ -276,7 +290,13 @@ def noted() -> Iterator[list[Call]]:
 def multiplied(product: Any, x: jax.Array, kernel: Any, dtype: jnp.dtype, quantizer: Any = None) -> jax.Array:
     """The product in `dtype`, of a variable `kernel`; or what a `Quantizer` makes of them."""
     x = x.astype(dtype)
-    y = product(x, kernel[...].astype(dtype)) if quantizer is None else quantizer(product, x, kernel).astype(dtype)
+    if quantizer is not None:
+        y = quantizer(product, x, kernel).astype(dtype)
+    elif _as_matrices and isinstance(product, Convolution):
+        array = kernel[...].astype(dtype)
+        y = product.result(product.rows(x, array) @ product.matrix(array), x, array)
+    else:
+        y = product(x, kernel[...].astype(dtype))
     note(product, len(x), y.size, kernel, quantizer)
     return y
 
