@@ -7,6 +7,7 @@ OBJECTIVES = {
     "router_tuning": "lissom.training.objectives.router_tuning:RouterTuning",
     "mixture_likelihood": "lissom.training.objectives.mixture_likelihood:MixtureLikelihood",
     "trajectories": "lissom.training.objectives.trajectories:Trajectories",
+    "conditional_noise": "lissom.training.objectives.conditional_noise:ConditionalNoise",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }
 

@@ -110,7 +110,7 @@ class Hypernetwork(nnx.Module):
         for width in hidden:
             layers.append(Linear(inputs, width, axes=(None, None), init=HIDDEN_INIT, rngs=rngs))
             inputs = width
-        self.hidden = nnx.List(layers)
+        self.layers = nnx.List(layers)
         shapes = {name: leaf.shape for name, leaf in flatten(parts.params).items()}
         self.heads = nnx.List(
             Linear(inputs, shapes[name], axes=(None, *axes[name]), bias=False, init=HEAD_INIT, rngs=rngs)
@@ -166,7 +166,7 @@ class Hypernetwork(nnx.Module):
         if not isinstance(condition, jax.core.Tracer) and not ((condition >= 0) & (condition <= 1)).all():
             raise ValueError("a condition must lie in [0, 1]: map it there first")
         z = CODES[self.code](condition.astype(jnp.float32))
-        for layer in self.hidden:
+        for layer in self.layers:
             z = jax.nn.leaky_relu(layer(z), SLOPE)
         base = flatten(parts.params)
         return {name: base[name] + head(z) for name, head in zip(self.names, self.heads, strict=True)}
