@@ -42,6 +42,12 @@ CHANGED = {
     "context_size": 5,
     "substeps": 2,
     "gate": "softmax",
+    "hidden": (3,),
+    "code": "raw",
+    "residual": False,
+    "predicted": "head",
+    "network": "sequence_transformer",
+    "network_size": "mnist1d",
     "learning_rate": 0.123,
     "schedule": "linear",
     "warmup": 0.9,
@@ -65,7 +71,10 @@ KEYED = {
     "train_keys": False,
 }
 # Tables of settings: what stands in them is tested with the name that they belong to.
-TABLES = ("mixer_kwargs", "ffn_kwargs", "norm_kwargs", "encoder_kwargs", "gate_kwargs", "optim_kwargs", "name")
+TABLES = (
+    *("mixer_kwargs", "ffn_kwargs", "norm_kwargs", "encoder_kwargs", "gate_kwargs", "network_kwargs", "optim_kwargs"),
+    "name",
+)
 SETTINGS = {
     "vision/mnist1d_transformer": {
         "model.mixer_kwargs.attention.rope_theta": 500.0,
@@ -109,6 +118,13 @@ SETTINGS = {
         "objective_kwargs.classification.loss": "cross_entropy",
         "optim.optim_kwargs.lion.b1": 0.5,
         "optim.optim_kwargs.lion.b2": 0.5,
+    },
+    "vision/mnist1d_hypernetwork": {
+        "model.network_kwargs.cnn.kernel": 5,
+        "objective_kwargs.conditional_noise.largest": 1.0,
+        "objective_kwargs.conditional_noise.groups": 2,
+        "objective_kwargs.conditional_noise.condition": 0.5,
+        "optim.optim_kwargs.adamw.b1": 0.5,
     },
     "vision/digits_resnet": {},
     "vision/mnist1d_cnn": {},

@@ -63,9 +63,9 @@ class Hypernetwork(nnx.Module):
     From the authors' code (github.com/JJGO/hyperlight), since of the paper we had no more than the abstract and
     summaries: kernels of h begin normal with Kaiming's variance by fan-out, 2 / (1.0001 outputs), each predicted tensor
     of N numbers being a layer of its own, of variance 1 / N; biases begin at 0; theta_0 is the bias of the last layer,
-    where the parametrization has it (an earlier version had two). So both have the same parameters. Chosen here: a main
-    network begins as it does alone, where the authors' begins with Kaiming's variances; a batch has as many conditions
-    as its caller likes, where the authors' has one.
+    where the parametrization has it (an earlier version had two): but for what reads the wider code, all variants have
+    the same parameters. Chosen here: a main network begins as it does alone, where the authors' begins with Kaiming's
+    variances; a batch has as many conditions as its caller likes, where the authors' has one.
 
     A group's weights are predicted once, and the main network is mapped over the groups. A main network that carries
     statistics is refused: activations differ from condition to condition, and so do their statistics, of which one set
@@ -192,9 +192,7 @@ def _matched(pattern: str, names: Mapping[str, jax.Array]) -> tuple[str, ...]:
     return found
 
 
-def _main_network(
-    name: str, size: str | None, kwargs: Mapping | None, facts: Mapping, rngs: nnx.Rngs
-) -> nnx.Module:
+def _main_network(name: str, size: str | None, kwargs: Mapping | None, facts: Mapping, rngs: nnx.Rngs) -> nnx.Module:
     if name == "hypernetwork":
         raise ValueError("model.network='hypernetwork' must be a network without conditions")
     known, own = SIZES.get(name, {}), name if name in MODELS else name.rpartition(":")[2]
@@ -209,7 +207,9 @@ def _main_network(
     fixed = {key: value for key, value in facts.items() if key in taken}
     missing = required(main, {**settings, **fixed})
     if missing:
-        raise ValueError(f"model.network={name!r} must be made of {', '.join(FACTS)} and settings: it needs {missing[0]}")
+        raise ValueError(
+            f"model.network={name!r} must be made of {', '.join(FACTS)} and settings: it needs {missing[0]}"
+        )
     try:
         return construct(MODELS, name, {**kwargs, own: settings}, "network", **fixed, rngs=rngs)
     except ValueError as error:

@@ -79,6 +79,28 @@ OUT_OF_BOUNDS += [
         {"gate": "softmax", "gate_kwargs": {"softmax": {"balance": -1.0}}},
         "gate.balance=-1.0 must be at least 0",
     ),
+    ("hypernetwork", {"hidden": ()}, "model.hidden=() must hold one number or more, each at least 1"),
+    ("hypernetwork", {"conditions": 0}, "model.conditions=0 must be at least 1"),
+    ("hypernetwork", {"code": "cosin"}, "model.code='cosin' must be one of raw, cosine; did you mean 'cosine'?"),
+    ("hypernetwork", {"predicted": "gone"}, "model.predicted='gone' must match a parameter, of convs/0/bias"),
+    ("hypernetwork", {"predicted": "("}, "model.predicted='(' must be a pattern"),
+    ("hypernetwork", {"network": "resnet"}, "model.network='resnet' must carry no statistics"),
+    ("hypernetwork", {"network": "hypernetwork"}, "model.network='hypernetwork' must be a network without conditions"),
+    ("hypernetwork", {"network": "cn"}, "unknown network 'cn'"),
+    ("hypernetwork", {"network_size": "huge"}, "model.network_size='huge' must be one of tiny, mnist1d, of 'cnn'"),
+    ("hypernetwork", {"network_size": None}, "must be made of input_shape, classes and settings: it needs channels"),
+    ("hypernetwork", {"network": "language"}, "must be made of input_shape, classes and settings: it needs vocab_size"),
+    (
+        "hypernetwork",
+        {"network": "sequence_transformer", "network_kwargs": {"sequence_transformer": {"stack": "scan"}}},
+        "model.network_kwargs.sequence_transformer.stack='scan' must be 'loop'",
+    ),
+    (
+        "hypernetwork",
+        {"network_kwargs": {"cnn": {"kernel": 0}}},
+        "model.kernel=0 must be at least 1 (of the main network: model.network_kwargs.cnn)",
+    ),
+    ("hypernetwork", {"network_kwargs": {"cnn": {"widht": 3}}}, "network 'cnn' has no setting 'widht'"),
     ("resnet", {"blocks": (1, 0)}, "model.blocks=(1, 0) must hold one number or more, each at least 1"),
 ]
 

@@ -20,7 +20,7 @@ class ConditionalNoise(Objective):
     Training draws `groups` conditions a batch, uniform in [0, 1], each for as many examples in a row, and noise anew
     for each example and step. Judged is every test example at each condition of `grid`: accuracy and loss are means
     over the grid, `accuracy_at/c` and `loss_at/c` (in metrics.jsonl) those of one condition. z of a test example is
-    drawn by its own numbers, once for all conditions: every network is judged on the same noise, in batches of any size.
+    drawn by its own numbers, once for all conditions: every network is judged on the same noise.
 
     condition: instead, training and test are at this one, a hypernetwork's too. A network whose call takes no condition
     is not given it: trained on all of them it knows none of them, trained on one it needs none.
@@ -43,9 +43,10 @@ class ConditionalNoise(Objective):
             raise ValueError(f"{WHERE}.largest={largest} must be above 0")
         if groups < 1:
             raise ValueError(f"{WHERE}.groups={groups} must be at least 1")
-        for name, values in (("grid", grid), ("condition", () if condition is None else (condition,))):
-            if (name == "grid" and not values) or not all(0 <= value <= 1 for value in values):
-                raise ValueError(f"{WHERE}.{name}={condition if name == 'condition' else tuple(grid)} must lie in [0, 1]")
+        if not grid or not all(0 <= value <= 1 for value in grid):
+            raise ValueError(f"{WHERE}.grid={tuple(grid)} must hold one number or more, each in [0, 1]")
+        if condition is not None and not 0 <= condition <= 1:
+            raise ValueError(f"{WHERE}.condition={condition} must lie in [0, 1]")
         self.largest, self.groups, self.condition = largest, groups if condition is None else 1, condition
         self.grid = tuple(grid) if condition is None else (condition,)
 
