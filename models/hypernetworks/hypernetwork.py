@@ -195,10 +195,10 @@ def _matched(pattern: str, names: Mapping[str, jax.Array]) -> tuple[str, ...]:
 def _main_network(name: str, size: str | None, kwargs: Mapping | None, facts: Mapping, rngs: nnx.Rngs) -> nnx.Module:
     if name == "hypernetwork":
         raise ValueError("model.network='hypernetwork' must be a network without conditions")
+    main, kwargs = resolve(MODELS, name, "network"), dict(kwargs or {})
     known, own = SIZES.get(name, {}), name if name in MODELS else name.rpartition(":")[2]
     if size is not None and size not in known:
-        raise ValueError(f"model.network_size={size!r} must be one of {', '.join(known)}, of {name!r}")
-    main, kwargs = resolve(MODELS, name, "network"), dict(kwargs or {})
+        raise ValueError(f"model.network_size={size!r} must be one of {', '.join(known) or 'none'}, of {name!r}")
     taken = settings_of(main)
     # Layers apart: a head predicts each of them.
     settings = {**known.get(size, {}), **({"stack": "loop"} if "stack" in taken else {}), **kwargs.get(own, {})}
