@@ -50,7 +50,7 @@ VARIANTS = {
 FLOOR, CEILING = "no condition", "a network a condition"
 CONDITION = "objective_kwargs.conditional_noise.condition"
 PLAIN = (("optim.clip_norm", 0.0), ("optim.weight_decay", 0.0))
-FEW = (("data.kwargs.mnist1d.train_size", 60), ("data.kwargs.mnist1d.test_size", 40), ("data.batch_size", 12))
+FEW = (("data.kwargs.mnist1d.train_size", 60), ("data.kwargs.mnist1d.test_size", 40), ("data.batch_size", 16))
 SET = ("seed", "evaluation.every", "objective", "optim.name", "optim.learning_rate", CONDITION)
 SHOWN = ("loss", "accuracy", "steps_to_loss", "gradient_variance")
 DIVERGED = "diverged.json"
@@ -115,9 +115,11 @@ def tuned(network: Network, asked: Asked, workdir: pathlib.Path, merge: bool) ->
     """(the config with the best of the rates, what a reader must know of the choice)."""
     from lissom.training.config import overridden
 
+    rates = [float(f"{factor * asked.rates[network.optimizer]:.3g}") for factor in asked.factors]
+    if len(rates) == 1:
+        return overridden(network.config, [("optim.learning_rate", rates[0])]), None
     short, losses = max(1, asked.steps // 4), {}
-    for factor in asked.factors:
-        rate = float(f"{factor * asked.rates[network.optimizer]:.3g}")
+    for rate in rates:
         trial = overridden(network.config, [("optim.learning_rate", rate), *length_of(asked, short)])
         losses[rate] = trained(trial, workdir / "tuned" / f"{network.name}_{rate:g}", merge)
     best = min(losses, key=lambda rate: math.inf if losses[rate] is None else losses[rate])
@@ -127,7 +129,7 @@ def tuned(network: Network, asked: Asked, workdir: pathlib.Path, merge: bool) ->
         f"{network.label}, {network.optimizer}: learning rate {best:g} of {', '.join(map(str, losses))}",
         file=sys.stderr,
     )
-    edge = {min(losses): "smallest", max(losses): "largest"}.get(best) if len(losses) > 1 else None
+    edge = {min(losses): "smallest", max(losses): "largest"}.get(best)
     note = f"{network.label}: its learning rate {best:g} is the {edge} tried, so that one beyond may be better"
     return overridden(network.config, [("optim.learning_rate", best)]), note if edge else None
 
