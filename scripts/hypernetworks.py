@@ -12,7 +12,8 @@ are main networks each trained, and judged, at one condition of the grid. All le
 constant rate, unless --config.optim.FIELD=VALUE says so.
 
 Every network's learning rate is the best of --factors times that of --rates after a quarter of the steps, of seed 0, by
-the test loss. A run whose loss is not finite has diverged: it is worse than any other, and has no loss.
+the test loss; of one factor none is tried. A run whose loss is not finite has diverged: it is worse than any other, and
+has no loss.
 
     loss, accuracy       on the test set, means over the grid of conditions; the loss also at each condition
     steps_to_loss        to the first of the --evaluations whose loss is at most the last one of `default` (the first of
