@@ -1,7 +1,7 @@
 """What the magnitude-invariant parametrization is worth to a hypernetwork: losses, steps, variance of its gradients.
 
     uv run scripts/hypernetworks.py [--variants=default,code,residual,both] [--optimizers=adamw,sgd]
-        [--rates=adamw:1e-3,sgd:1e-1] [--factors=1/3,1,3] [--steps=3000] [--evaluations=30] [--seeds=3] [--batches=100]
+        [--rates=adamw:1e-3,sgd:3e-2] [--factors=1/3,1,3] [--steps=3000] [--evaluations=30] [--seeds=3] [--batches=100]
         [--workdir=runs/hypernetworks] [--shard=0/2 | --merge] [--tiny] [--out=results/hypernetworks]
         [--config.FIELD=VALUE]
 
@@ -354,7 +354,7 @@ def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_list("variants", list(VARIANTS), "of the parametrization")
     flags.DEFINE_list("optimizers", ["adamw", "sgd"], "names of OPTIMIZERS")
-    flags.DEFINE_list("rates", ["adamw:1e-3", "sgd:1e-1"], "the middle learning rate of each optimizer")
+    flags.DEFINE_list("rates", ["adamw:1e-3", "sgd:3e-2"], "the middle learning rate of each optimizer")
     flags.DEFINE_list("factors", ["1/3", "1", "3"], "of that, tried for each network")
     flags.DEFINE_integer("steps", 3000, "of every network")
     flags.DEFINE_integer("evaluations", 30, "over these steps")

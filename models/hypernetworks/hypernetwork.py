@@ -13,7 +13,7 @@ from lissom.models.bounds import UnsupportedForm, at_least_one
 from lissom.models.linear import Linear
 from lissom.models.registry import construct, nearest, required, resolve, settings_of
 from lissom.models.tallies import TALLIES
-from lissom.models.variables import Parts, flatten, logical_axes, map_paths, merge, path_name, split
+from lissom.models.variables import Param, flatten, logical_axes, map_paths, merge, path_name, split
 
 SLOPE = 0.01  # of the leaky relu below 0
 MIDDLE = 0.5
@@ -97,7 +97,7 @@ class Hypernetwork(nnx.Module):
         parts = split(main)
         if parts.stats:
             raise ValueError(
-                f"model.network={network!r} must carry no statistics, and it has {next(iter(flatten(parts.stats)))}: "
+                f"model.network={network!r} must carry no statistics, and it has {_first(parts.stats)}: "
                 "one set of them would stand for all conditions"
             )
         self.names = _matched(predicted, flatten(parts.params))
@@ -120,44 +120,6 @@ class Hypernetwork(nnx.Module):
 
     def weights(self, condition: jax.Array) -> dict[str, jax.Array]:
         """condition [G, C] -> {path in the main network: float32 [G, *shape]} of what is predicted."""
-        return self._weights(self._parts(), condition)
-
-    def __call__(
-        self,
-        inputs: jax.Array,
-        condition: jax.Array | None = None,
-        *,
-        train: bool = False,
-        key: jax.Array | None = None,
-    ):
-        parts = self._parts()
-        condition = jnp.full((1, self.conditions), MIDDLE) if condition is None else condition
-        predicted = self._weights(parts, condition)
-        groups = len(condition)
-        if len(inputs) % groups:
-            raise UnsupportedForm(f"{len(inputs)} examples can't be {groups} groups of one condition each")
-        run = lambda params, inputs, key: merge(parts._replace(params=params))(inputs, train=train, key=key)
-        if groups == 1:  # a plain call: mapped, its convolutions would be products of windows
-            return run(_replaced(parts, {name: leaf[0] for name, leaf in predicted.items()}), inputs, key)
-        of = map_paths(lambda name, _: 0 if name in predicted else None, parts.params)
-        keys = None if key is None else jax.random.split(key, groups)
-        grouped = inputs.reshape(groups, -1, *inputs.shape[1:])
-        with products.as_matrices():
-            mapped = jax.vmap(run, in_axes=(of, 0, None if key is None else 0))
-            output, aux = mapped(_replaced(parts, predicted), grouped, keys)
-        output = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), output)
-        return output, {kind: _over_groups(told) for kind, told in aux.items()}
-
-    def _parts(self) -> Parts:
-        """The main network, as what a transform has left of it."""
-        parts = split(self.network)
-        missing = [name for name in self.names if name not in flatten(parts.params)]
-        if missing or parts.stats:
-            what = f"{missing[0]} is no parameter" if missing else f"{next(iter(flatten(parts.stats)))} is a statistic"
-            raise UnsupportedForm(f"a hypernetwork predicts parameters, and of its main network {what} any more or yet")
-        return parts
-
-    def _weights(self, parts: Parts, condition: jax.Array) -> dict[str, jax.Array]:
         if condition.ndim != 2 or condition.shape[1] != self.conditions:
             raise UnsupportedForm(
                 f"the condition of a group is {self.conditions} numbers, [groups, {self.conditions}], and this one is "
@@ -168,12 +130,56 @@ class Hypernetwork(nnx.Module):
         z = CODES[self.code](condition.astype(jnp.float32))
         for layer in self.layers:
             z = jax.nn.leaky_relu(layer(z), SLOPE)
-        base = flatten(parts.params)
+        # theta_0 is what reads like the parameter: a transform may have stored it in fewer bits.
+        base = {name: getattr(*_place(self.network, name))[...] for name in self.names}
         return {name: base[name] + head(z) for name, head in zip(self.names, self.heads, strict=True)}
 
+    def __call__(
+        self,
+        inputs: jax.Array,
+        condition: jax.Array | None = None,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+    ):
+        parts = split(self.network)
+        if parts.stats:
+            raise UnsupportedForm(
+                f"the main network of a hypernetwork carries no statistics, and this one has {_first(parts.stats)}"
+            )
+        predicted = self.weights(jnp.full((1, self.conditions), MIDDLE) if condition is None else condition)
+        groups = 1 if condition is None else len(condition)
+        if len(inputs) % groups:
+            raise UnsupportedForm(f"{len(inputs)} examples can't be {groups} groups of one condition each")
 
-def _replaced(parts: Parts, predicted: Mapping[str, jax.Array]) -> dict:
-    return map_paths(lambda name, leaf: predicted.get(name, leaf), parts.params)
+        def run(predicted, inputs, key):
+            main = merge(parts)
+            for name, leaf in predicted.items():
+                setattr(*_place(main, name), Param(leaf))
+            return main(inputs, train=train, key=key)
+
+        if groups == 1:  # a plain call: mapped, its convolutions would be products of windows
+            return run({name: leaf[0] for name, leaf in predicted.items()}, inputs, key)
+        keys = None if key is None else jax.random.split(key, groups)
+        with products.as_matrices():
+            grouped = inputs.reshape(groups, -1, *inputs.shape[1:])
+            output, aux = jax.vmap(run, in_axes=(0, 0, None if key is None else 0))(predicted, grouped, keys)
+        output = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), output)
+        return output, {kind: _over_groups(told) for kind, told in aux.items()}
+
+
+def _place(network: nnx.Module, name: str) -> tuple[nnx.Module, str]:
+    """'convs/0/kernel' -> (the layer convs[0], 'kernel')."""
+    *path, last = name.split("/")
+    for part in path:
+        network = network[int(part)] if part.isdigit() else getattr(network, part, None)
+    if getattr(network, last, None) is None:
+        raise UnsupportedForm(f"a hypernetwork predicts {name}, which its main network does not have any more")
+    return network, last
+
+
+def _first(tree: dict) -> str:
+    return next(iter(flatten(tree)))
 
 
 def _over_groups(told: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lissom.compression.transforms import applied, build_transforms
 from lissom.models import products
 from lissom.models.bounds import UnsupportedForm
 from lissom.models.cnn import ConvNet
@@ -211,6 +212,18 @@ def test_everything_learns(settings):
     assert {name.split("/")[0] for name in norms} == {"network", "layers", "heads"}
 
 
+def test_a_main_network_in_fewer_bits():
+    """theta_0 is stored in int8, by one scale a channel, and what is predicted is added to what it stands for."""
+    net, x, at = made(), inputs(), jnp.array([[0.3], [0.8]])
+    small = applied(made(), build_transforms([{"name": "int8_weights", "rules": (("^network/", {}),)}]), iter(()))
+    assert split(small).frozen["network"]["convs"][0]["kernel"]["integers"].dtype == jnp.int8
+    for name, weights in net.weights(at).items():
+        error = np.abs(small.weights(at)[name] - weights).max()
+        largest = np.abs(params_of(net.network)[name]).max()
+        assert error == 0 if name.endswith("bias") else 0 < error <= largest / 254 * 1.001
+    assert 0 < np.abs(small(x, at)[0] - net(x, at)[0]).max() < 0.1
+
+
 def test_no_condition_is_the_middle():
     net, x = made(conditions=2), inputs()
     np.testing.assert_array_equal(net(x)[0], net(x, jnp.full((1, 2), 0.5))[0])
@@ -226,8 +239,12 @@ def test_bad_calls_are_one_sentence():
     for outside in (-0.1, 1.5, jnp.nan):
         with pytest.raises(ValueError, match=r"a condition must lie in \[0, 1\]"):
             net(x, jnp.full((2, 1), outside))
+    net.network.ranges = nnx.BatchStat(jnp.zeros(2))
+    with pytest.raises(UnsupportedForm, match="carries no statistics, and this one has ranges"):
+        net(x)
+    del net.network.ranges
     net.network.convs[0].kernel = None
-    with pytest.raises(UnsupportedForm, match="convs/0/kernel is no parameter"):
+    with pytest.raises(UnsupportedForm, match="predicts convs/0/kernel, which its main network does not have"):
         net(x)
 
 
