@@ -1,15 +1,16 @@
 """What the magnitude-invariant parametrization is worth to a hypernetwork: losses, steps, variance of its gradients.
 
-    uv run scripts/hypernetworks.py [--variants=default,code,residual,both] [--optimizers=adamw,sgd]
+    uv run scripts/hypernetworks.py [--variants=default,scaled,code,residual,both] [--optimizers=adamw,sgd]
         [--rates=adamw:1e-3,sgd:3e-2] [--factors=1/3,1,3] [--steps=3000] [--evaluations=30] [--seeds=3] [--batches=100]
         [--workdir=runs/hypernetworks] [--shard=0/2 | --merge] [--tiny] [--out=results/hypernetworks]
         [--config.FIELD=VALUE]
 
 Task: configs/vision/mnist1d_hypernetwork.py, signals under noise whose strength is the condition. Variants: `default`
 (the weights are h of the raw condition), `code` and `residual` (one part of the parametrization each), `both` (the
-paper's). "no condition" (floor) is the main network alone, trained at all conditions; "a network a condition" (ceiling)
-are main networks each trained, and judged, at one condition of the grid. All learn without clipping and decay, at a
-constant rate, unless --config.optim.FIELD=VALUE says so.
+paper's); and a control that is not the paper's: `scaled`, the default with weights that begin as large as those of the
+main network alone. "no condition" (floor) is the main network alone, trained at all conditions; "a network a condition"
+(ceiling) are main networks each trained, and judged, at one condition of the grid. All learn without clipping and
+decay, at a constant rate, unless --config.optim.FIELD=VALUE says so.
 
 Every network's learning rate is the best of --factors times that of --rates after a quarter of the steps, of seed 0, by
 the test loss; of one factor none is tried. A run whose loss is not finite has diverged: it is worse than any other, and
@@ -44,6 +45,7 @@ RECIPE = "configs/vision/mnist1d_hypernetwork.py"
 OUT = ROOT / "results" / "hypernetworks"
 VARIANTS = {
     "default": {"model.code": "raw", "model.residual": False},
+    "scaled": {"model.code": "raw", "model.residual": False, "model.head_init": "main"},
     "code": {"model.code": "cosine", "model.residual": False},
     "residual": {"model.code": "raw", "model.residual": True},
     "both": {"model.code": "cosine", "model.residual": True},

@@ -46,6 +46,7 @@ CHANGED = {
     "code": "raw",
     "residual": False,
     "predicted": "head",
+    "head_init": "main",
     "network": "sequence_transformer",
     "network_size": "mnist1d",
     "learning_rate": 0.123,

@@ -5,7 +5,7 @@ Command: uv run scripts/hypernetworks.py
 Time: not measured yet. Result: not measured yet.
 Modes: default, the parametrization without both of its parts; plain, the main network alone, which knows no condition.
 Sweep: model.code=raw,cosine  model.residual=False,True  model.hidden  model.predicted=head,kernel,convs
-    model.network_kwargs.cnn.channels  optim.name=adamw,sgd  optim.learning_rate
+    model.head_init=fan_out,main  model.network_kwargs.cnn.channels  optim.name=adamw,sgd  optim.learning_rate
     objective_kwargs.conditional_noise.groups=1,4,20  objective_kwargs.conditional_noise.condition=0.5
 """
 
@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     else:
         parts = {"code": "raw", "residual": False} if chosen == "default" else {"code": "cosine", "residual": True}
         config.model.update({"name": "hypernetwork", "size": "small", "hidden": None, **parts, "predicted": ""})
-        config.model.update({"network": None, "network_size": None, "network_kwargs": {}})
+        config.model.update({"head_init": "fan_out", "network": None, "network_size": None, "network_kwargs": {}})
     config.objective = "conditional_noise"
     config.objective_kwargs = {"conditional_noise": {"largest": 2.0, "groups": 4}}
     config.optim.update({"learning_rate": 1e-3, "schedule": "constant", "warmup": 0.0})

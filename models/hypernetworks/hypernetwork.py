@@ -37,6 +37,7 @@ def cosine(condition: jax.Array) -> jax.Array:
 
 CODES: dict[str, Callable[[jax.Array], jax.Array]] = {"raw": raw, "cosine": cosine}
 WIDENED = {"raw": 1, "cosine": 2}  # numbers of a code for one of a condition
+HEAD_INITS = ("fan_out", "main")
 
 
 class Hypernetwork(nnx.Module):
@@ -67,6 +68,12 @@ class Hypernetwork(nnx.Module):
     the same parameters. Chosen here: a main network begins as it does alone, where the authors' begins with Kaiming's
     variances; a batch has as many conditions as its caller likes, where the authors' has one.
 
+    By that every predicted tensor begins with a norm of about |e|, where one of a main network alone has a larger one
+    (a kernel about the root of 1 or 2 x outputs). head_init "main" is not the paper's: kernels W_theta are multiplied
+    with the norm that theta has in a main network that begins alone, so that it is as large at |e| = 1 (which the
+    variances of Chang et al. 2020, arXiv:2312.08399, reach by formulas); "fan_out" is the above. It tells what the
+    default suffers from the condition's magnitude from what it suffers from weights that begin too small.
+
     A group's weights are predicted once, and the main network is mapped over the groups. A main network that carries
     statistics is refused: activations differ from condition to condition, and so do their statistics, of which one set
     would be kept. Without a condition it is 0.5 in every coordinate, for all inputs: what latencies are measured of.
@@ -86,12 +93,15 @@ class Hypernetwork(nnx.Module):
         code: str = "cosine",
         residual: bool = True,
         predicted: str = "",
+        head_init: str = "fan_out",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         at_least_one("model", hidden=hidden, conditions=conditions)
         if code not in CODES:
             raise ValueError(f"model.code={code!r} must be one of {', '.join(CODES)}{nearest(code, CODES)}")
+        if head_init not in HEAD_INITS:
+            raise ValueError(f"model.head_init={head_init!r} must be one of {', '.join(HEAD_INITS)}")
         facts = {"input_shape": input_shape, "classes": classes, "dtype": dtype}
         main = _main_network(network, network_size, network_kwargs, facts, rngs)
         parts = split(main)
@@ -116,6 +126,10 @@ class Hypernetwork(nnx.Module):
             Linear(inputs, shapes[name], axes=(None, *axes[name]), bias=False, init=HEAD_INIT, rngs=rngs)
             for name in self.names
         )
+        if head_init == "main":
+            alone = flatten(parts.params)
+            for name, head in zip(self.names, self.heads, strict=True):
+                head.kernel[...] *= jnp.linalg.norm(alone[name])
         self.conditions, self.code, self.residual = conditions, code, residual
 
     def weights(self, condition: jax.Array) -> dict[str, jax.Array]:

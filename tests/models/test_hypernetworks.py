@@ -108,6 +108,20 @@ def test_predicted_tensors_keep_the_norm_of_the_code():
     assert float(jnp.linalg.norm(base["convs/1/kernel"])) == pytest.approx((25 * 2) ** 0.5, rel=0.1)
 
 
+def test_predicted_tensors_as_large_as_in_the_main_network():
+    """At |e| = 1, means over draws; biases of the main network begin at 0."""
+    ratios = []
+    for seed in range(20):
+        net = made(seed=seed, **DEFAULT, head_init="main", network_kwargs={"cnn": {"channels": (25, 25), "kernel": 5}})
+        alone = params_of(ConvNet(input_shape=(12, 2), classes=3, channels=(25, 25), kernel=5, stride=2,
+                                  rngs=nnx.Rngs(seed)))  # fmt: skip
+        found = net.weights(jnp.ones((1, 1)))
+        assert all((leaf == 0).all() for name, leaf in found.items() if name.endswith("bias"))
+        of_kernels = [name for name in net.names if name.endswith("kernel")]
+        ratios.append([float(jnp.square(found[name]).sum() / jnp.square(alone[name]).sum()) for name in of_kernels])
+    np.testing.assert_allclose(np.mean(ratios, 0), 1.0, rtol=0.35)
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_without_h_it_is_the_main_network(residual):
     """With the residual a main network as it begins alone; without it one of zeros, whose logits are 0."""
@@ -200,7 +214,7 @@ def test_losses_are_means_and_tallies_are_sums_over_groups():
     np.testing.assert_allclose(aux["metrics"]["class_hits"], x.reshape(3, 2, 12, 2)[:, :, 0, :1].sum(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, DEFAULT], ids=str)
+@pytest.mark.parametrize("settings", [{}, DEFAULT, {**DEFAULT, "head_init": "main"}], ids=str)
 def test_everything_learns(settings):
     net = made(**settings)
     graph, params, stats, frozen = split(net)

@@ -82,6 +82,7 @@ OUT_OF_BOUNDS += [
     ("hypernetwork", {"hidden": ()}, "model.hidden=() must hold one number or more, each at least 1"),
     ("hypernetwork", {"conditions": 0}, "model.conditions=0 must be at least 1"),
     ("hypernetwork", {"code": "cosin"}, "model.code='cosin' must be one of raw, cosine; did you mean 'cosine'?"),
+    ("hypernetwork", {"head_init": "zero"}, "model.head_init='zero' must be one of fan_out, main"),
     ("hypernetwork", {"predicted": "gone"}, "model.predicted='gone' must match a parameter, of convs/0/bias"),
     ("hypernetwork", {"predicted": "("}, "model.predicted='(' must be a pattern"),
     ("hypernetwork", {"network": "resnet"}, "model.network='resnet' must carry no statistics"),

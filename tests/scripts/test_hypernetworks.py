@@ -146,7 +146,7 @@ def test_the_first_parameters_are_those_that_training_began_with(tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--variants=mip"], "--variants: 'mip' must be one of default, code, residual, both"),
+        (["--variants=mip"], "--variants: 'mip' must be one of default, scaled, code, residual, both"),
         (["--variants="], "--variants= must be one name or more"),
         (["--optimizers=adamw,adamw"], "--optimizers=adamw,adamw must be one name or more, none twice"),
         (["--optimizers=lion"], "--optimizers: 'lion' needs a rate, --rates=lion:NUMBER"),
