@@ -62,11 +62,12 @@ class Hypernetwork(nnx.Module):
     float32.
 
     From the authors' code (github.com/JJGO/hyperlight), since of the paper we had no more than the abstract and
-    summaries: kernels of h begin normal with Kaiming's variance by fan-out, 2 / (1.0001 outputs), each predicted tensor
-    of N numbers being a layer of its own, of variance 1 / N; biases begin at 0; theta_0 is the bias of the last layer,
-    where the parametrization has it (an earlier version had two): but for what reads the wider code, all variants have
-    the same parameters. Chosen here: a main network begins as it does alone, where the authors' begins with Kaiming's
-    variances; a batch has as many conditions as its caller likes, where the authors' has one.
+    summaries: kernels of h begin normal with Kaiming's variance by fan-out, 2 / (1.0001 outputs), and biases at 0. Each
+    predicted tensor of N numbers is a layer of its own, of variance 1 / N, as in an early version (in the later one all
+    are one layer); theta_0 is the bias of that layer, as in the later version (in the early one both were there). So all
+    variants have the same parameters, but for what reads the wider code. Chosen here: a main network begins as it does
+    alone, where the authors' begins with Kaiming's variances; a batch has as many conditions as its caller likes, where
+    the authors' has one.
 
     By that every predicted tensor begins with a norm of about |e|, where one of a main network alone has a larger one
     (a kernel about the root of 1 or 2 x outputs). head_init "main" is not the paper's: kernels W_theta are multiplied

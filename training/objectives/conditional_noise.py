@@ -25,8 +25,8 @@ class ConditionalNoise(Objective):
     condition: instead, training and test are at this one, a hypernetwork's too. A network whose call takes no condition
     is not given it: trained on all of them it knows none of them, trained on one it needs none.
 
-    A task of our own for `models/hypernetworks/` (arXiv:2304.07645): its condition is one number, and networks of single
-    conditions can be trained beside those of all.
+    A task of our own for `models/hypernetworks/` (arXiv:2304.07645): its condition is one number, and networks of
+    single conditions can be trained beside those of all.
     """
 
     kinds = ("image", "signal")
