@@ -64,7 +64,7 @@ class Hypernetwork(nnx.Module):
     From the authors' code (github.com/JJGO/hyperlight), since of the paper we had no more than the abstract and
     summaries: kernels of h begin normal with Kaiming's variance by fan-out, 2 / (1.0001 outputs), and biases at 0. Each
     predicted tensor of N numbers is a layer of its own, of variance 1 / N, as in an early version (in the later one all
-    are one layer); theta_0 is the bias of that layer, as in the later version (in the early one both were there). So all
+    are one layer); theta_0 is the bias of that layer, as in the later version (the early one had both). So all
     variants have the same parameters, but for what reads the wider code. Chosen here: a main network begins as it does
     alone, where the authors' begins with Kaiming's variances; a batch has as many conditions as its caller likes, where
     the authors' has one.
