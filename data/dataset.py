@@ -49,9 +49,9 @@ class Dataset:
     `info` holds `classes` (image, signal, frames, set, stream; of one episode), `outputs` (of an episode of regression:
     numbers in a target), `vocab_size` (tokens), `features` (stream: numbers at a position) or `environments` and
     `interval` (trajectory: how many systems there are, and the time from one state to the next), `input_shape` (of one
-    example), `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `systems` (the
-    equation of each environment), `anchors` (name -> published or exact accuracy) and facts that belong into a row, such
-    as `sha256`.
+    example), `train_examples`, `test_examples`, and where they are known `chance` (accuracy of guessing), `systems`
+    (the equation of each environment), `anchors` (name -> published or exact accuracy) and facts that belong into a
+    row, such as `sha256`.
     """
 
     name: str

@@ -97,6 +97,8 @@ METRICS = {
     "train_flops": Metric("FLOP", "lower", "products and convolutions of the whole training"),
     "train_peak_memory": Metric("B", "lower", "peak memory of one training step", machine="training"),
     "train_temporaries": Metric("B", "lower", "of that, what is neither argument nor result", machine="training"),
+    "steps_to_loss": Metric("1", "lower", "steps to the first evaluation whose loss is that of another variant's last"),
+    "gradient_variance": Metric("1", "lower", "trace of the covariance of a batch's gradient / |its mean| squared"),
     "gradient_bias": Metric("1", "lower", "|mean of the estimates - gradient| / |gradient|"),
     "gradient_noise": Metric("1", "lower", "root mean square of |estimate - gradient| / |gradient|"),
     "allocation_seconds": Metric("s", "lower", "time in which bits were allotted to layers", machine="measuring"),

@@ -19,6 +19,7 @@ MODELS = {
     "mixture_of_fields": "lissom.models.mixture_of_fields:MixtureOfFields",
     "block_transformer": "lissom.models.block_transformer:BlockTransformer",
     "keyed_experts": "lissom.models.keyed_experts:KeyedExperts",
+    "hypernetwork": "lissom.models.hypernetworks.hypernetwork:Hypernetwork",
     "spiking": "lissom.models.spiking.network:SpikingNet",
     "spikeformer": "lissom.models.spiking.spikeformer:Spikeformer",
 }
@@ -114,6 +115,12 @@ SIZES = {
         "small": {"experts": 64, "k": 8, "filters": 32, **KEYED},
         # The largest ensemble of the authors' code.
         "large": {"experts": 1024, "k": 32, "filters": 32, **KEYED},
+    },
+    # The main network stands beside: a size is of both.
+    "hypernetwork": {
+        "tiny": {"hidden": (4, 8), "network": "cnn", "network_size": "tiny"},
+        # The widths of the paper.
+        "small": {"hidden": (16, 128), "network": "cnn", "network_size": "mnist1d"},
     },
     "spiking": {
         "tiny": {"widths": (4, 4), "strides": (2, 2)},

@@ -8,6 +8,7 @@ FAMILIES = {
     "resnet": ("vision/digits_resnet", {}),
     "keyed_experts": ("vision/digits_stream", {}),
     "cnn": ("vision/mnist1d_cnn", {}),
+    "hypernetwork": ("vision/mnist1d_hypernetwork", {}),
     "sequence": ("vision/mnist1d_transformer", {}),
     "sequence_scan": ("vision/mnist1d_transformer", {"model.stack": "scan", "model.dropout": 0.1}),
     "sets": ("sets/gaussian_mixtures", {}),

@@ -16,6 +16,7 @@ OBJECTIVES = {
     "protonet": "lissom.training.meta.prototypes:PrototypicalNetworks",
     "supervised": "lissom.training.meta.supervised:Supervised",
     "in_context": "lissom.training.objectives.in_context:InContext",
+    "conditional_noise": "lissom.training.objectives.conditional_noise:ConditionalNoise",
     "distillation": "lissom.training.objectives.distillation:Distillation",
 }
 

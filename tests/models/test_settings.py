@@ -87,6 +87,33 @@ OUT_OF_BOUNDS += [
         {"mixer": "lstm", "mixer_kwargs": {"lstm": {"hidden": 0}}},
         "mixer.hidden=0 must be at least 1 (set in mixer_kwargs.lstm)",
     ),
+    ("hypernetwork", {"hidden": ()}, "model.hidden=() must hold one number or more, each at least 1"),
+    ("hypernetwork", {"conditions": 0}, "model.conditions=0 must be at least 1"),
+    ("hypernetwork", {"code": "cosin"}, "model.code='cosin' must be one of raw, cosine; did you mean 'cosine'?"),
+    ("hypernetwork", {"head_init": "zero"}, "model.head_init='zero' must be one of fan_out, main"),
+    ("hypernetwork", {"predicted": "gone"}, "model.predicted='gone' must match a parameter, of convs/0/bias"),
+    ("hypernetwork", {"predicted": "("}, "model.predicted='(' must be a pattern"),
+    ("hypernetwork", {"network": "resnet"}, "model.network='resnet' must carry no statistics"),
+    ("hypernetwork", {"network": "hypernetwork"}, "model.network='hypernetwork' must be a network without conditions"),
+    ("hypernetwork", {"network": "cn"}, "unknown network 'cn'"),
+    (
+        "hypernetwork",
+        {"network_size": "huge"},
+        "model.network_size='huge' must be one of tiny, mnist1d, conv4, of 'cnn'",
+    ),
+    ("hypernetwork", {"network_size": None}, "must be made of input_shape, classes and settings: it needs channels"),
+    ("hypernetwork", {"network": "language"}, "must be made of input_shape, classes and settings: it needs vocab_size"),
+    (
+        "hypernetwork",
+        {"network": "sequence_transformer", "network_kwargs": {"sequence_transformer": {"stack": "scan"}}},
+        "model.network_kwargs.sequence_transformer.stack='scan' must be 'loop'",
+    ),
+    (
+        "hypernetwork",
+        {"network_kwargs": {"cnn": {"kernel": 0}}},
+        "model.kernel=0 must be at least 1 (of the main network: model.network_kwargs.cnn)",
+    ),
+    ("hypernetwork", {"network_kwargs": {"cnn": {"widht": 3}}}, "network 'cnn' has no setting 'widht'"),
     ("resnet", {"blocks": (1, 0)}, "model.blocks=(1, 0) must hold one number or more, each at least 1"),
 ]
 

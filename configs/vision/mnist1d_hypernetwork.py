@@ -1,0 +1,30 @@
+"""A hypernetwork: the weights of a convolutional network as a function of how noisy its inputs are.
+
+Paper: Gonzalez Ortiz et al. 2023, Magnitude Invariant Parametrizations Improve Hypernetwork Learning, arXiv:2304.07645.
+Command: uv run scripts/hypernetworks.py
+Time: not measured yet. Result: not measured yet.
+Modes: default, the parametrization without both of its parts; plain, the main network alone, which knows no condition.
+Sweep: model.code=raw,cosine  model.residual=False,True  model.hidden  model.predicted=head,kernel,convs
+    model.head_init=fan_out,main  model.network_kwargs.cnn.channels  optim.name=adamw,sgd  optim.learning_rate
+    objective_kwargs.conditional_noise.groups=1,4,20  objective_kwargs.conditional_noise.condition=0.5
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    config.data.update({"name": "mnist1d", "batch_size": 100})
+    chosen = mode(arg, ("tiny", "default", "plain"))
+    if chosen == "plain":
+        config.model.update({"name": "cnn", "size": "mnist1d", "channels": None, "kernel": None, "dropout": 0.0})
+    else:
+        parts = {"code": "raw", "residual": False} if chosen == "default" else {"code": "cosine", "residual": True}
+        config.model.update({"name": "hypernetwork", "size": "small", "hidden": None, **parts, "predicted": ""})
+        config.model.update({"head_init": "fan_out", "network": None, "network_size": None, "network_kwargs": {}})
+    config.objective = "conditional_noise"
+    config.objective_kwargs = {"conditional_noise": {"largest": 2.0, "groups": 4}}
+    config.optim.update({"learning_rate": 1e-3, "schedule": "constant", "warmup": 0.0})
+    config.train = {"steps": 3000}
+    config.evaluation.floor = False  # trivial methods would be judged on signals without noise
+    return tiny(config) if chosen == "tiny" else config

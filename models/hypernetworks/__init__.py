@@ -1,0 +1,1 @@
+"""Networks whose parameters another network predicts from a condition."""
