@@ -260,6 +260,7 @@ class Call(NamedTuple):
         return self.kernels * self.length * self.outputs
 
 
+_noting: list[list[Call]] = []
 _as_matrices: list[bool] = []
 
 
