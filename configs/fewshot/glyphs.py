@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
         "fomaml": {"inner_rate": 0.1, "inner_steps": 5, "statistics": "support"},
         "anil": {"inner_rate": 0.1, "inner_steps": 5, "remat": "none", "statistics": "support"},
         "meta_sgd": {"inner_rate": 0.1, "inner_steps": 1, "remat": "none", "statistics": "support"},
-        "imaml": {"inner_rate": 0.1, "inner_steps": 10, "proximity": 2.0, "solver_steps": 5, "statistics": "support"},
+        "imaml": {"inner_rate": 0.1, "inner_steps": 10, "proximity": 0.5, "solver_steps": 5, "statistics": "support"},
         "reptile": {"inner_rate": 0.1, "inner_steps": 5, "inner_batch": 10, "statistics": "support"},
         "protonet": {"statistics": "running"},
         "supervised": {"statistics": "running"},
