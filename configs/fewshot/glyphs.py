@@ -17,7 +17,7 @@ HELD_OUT = ("georgian", "armenian", "hebrew", "lisu", "lao", "old_italic")
 
 def get_config(arg: str = ""):
     config = base()
-    letters = {"test_scripts": HELD_OUT, "classes": None, "size": 28, "train_size": 51_200, "test_size": 26_000}
+    letters = {"test_scripts": HELD_OUT, "classes": None, "size": 20, "train_size": 51_200, "test_size": 26_000}
     episodes = {
         "source": "glyphs",
         "source_kwargs": letters,
@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
         "supervised": {"statistics": "running"},
     }
     config.optim.learning_rate = 3e-3
-    config.train = {"steps": 3000}
+    config.train = {"steps": 1000}
     config.log.every = 100
     config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8)})
     if mode(arg, ("tiny",)):
