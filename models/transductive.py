@@ -47,7 +47,7 @@ def nearest_prototype(support: jax.Array, labels: jax.Array, queries: jax.Array,
 
 def k_means(support: jax.Array, labels: jax.Array, queries: jax.Array, ways: int, *, rounds: int = 10) -> jax.Array:
     """Lloyd's algorithm from the prototypes on: every query goes to its nearest centre, the support stays with its
-    class, and centres become means of both. What clustering alone gives (Boudiaf et al. 2021, arXiv:2106.09516, report
+    class, and centres become means of both. What clustering alone gives (Ziko et al. 2021, arXiv:2106.09516, report
     it as a strong baseline of few-shot classification)."""
     fixed, rows = jax.nn.one_hot(labels, ways), jnp.concatenate([support, queries])
 

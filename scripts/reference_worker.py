@@ -371,7 +371,75 @@ def llama_cpp_tokens(inputs, options):
     return [() for _ in inputs], lambda: tuple(encode(text) for text in options["texts"]), "cpu"
 
 
+def torch_maml(inputs, options):
+    """The gradient of MAML's loss, a mean over tasks, by the initial parameters; inputs support [B, S, ...], its
+    labels, queries, theirs, then the parameters. options: network ("mlp": kernels [in, out] and biases; "conv4":
+    kernels [3, 3, in, out] behind each of which a normalisation has scale and shift, then the head); inner_steps,
+    inner_rate; second_order; vmapped: torch.func over all tasks at once, or a loop over them as learn2learn's examples
+    have it."""
+    import torch
+    import torch.nn.functional as F
+
+    steps, rate, second = options["inner_steps"], options["inner_rate"], options["second_order"]
+
+    def mlp(params, x, statistics):
+        for kernel, bias in zip(params[:-2:2], params[1:-2:2]):
+            x = torch.relu(x @ kernel + bias)
+        return x @ params[-2] + params[-1], None
+
+    def conv4(params, x, statistics):
+        """Statistics of a batch are handed on: queries are normalised by the support's."""
+        x, found = x.movedim(-1, 1), []
+        for layer, (kernel, scale, shift) in enumerate(zip(params[:-2:3], params[1:-2:3], params[2:-2:3])):
+            pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[:1:-1]]  # as XLA's SAME does it
+            x = F.pad(x, [side for pad in pads for side in (pad // 2, pad - pad // 2)])
+            x = F.conv2d(x, kernel.movedim((2, 3), (1, 0)), stride=2)
+            if statistics is None:
+                mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+                count = x.numel() // x.shape[1]
+                found.append((mean, var * count / (count - 1)))
+            else:
+                mean, var = statistics[layer]
+            x = (x - mean[:, None, None]) * torch.rsqrt(var + 1e-5)[:, None, None]
+            x = torch.relu(x * scale[:, None, None] + shift[:, None, None])
+        return x.movedim(1, -1).flatten(1) @ params[-2] + params[-1], found
+
+    network = {"mlp": mlp, "conv4": conv4}[options["network"]]
+
+    def loss_of(outputs, labels):
+        return F.mse_loss(outputs, labels) if labels.dtype == torch.float32 else F.cross_entropy(outputs, labels)
+
+    def task_loss(params, support, targets, queries, labels, gradient):
+        adapted = params
+        for _ in range(steps):
+            slopes = gradient(adapted, support, targets)
+            adapted = tuple(p - rate * (g if second else g.detach()) for p, g in zip(adapted, slopes))
+        statistics = network(adapted, support, None)[1]
+        return loss_of(network(adapted, queries, statistics)[0], labels)
+
+    def autograd(params, x, y):
+        return torch.autograd.grad(loss_of(network(params, x, None)[0], y), params, create_graph=second)
+
+    def by_loop(*arrays):
+        tasks, params = arrays[:4], arrays[4:]
+        losses = [task_loss(params, *task, autograd) for task in zip(*tasks)]
+        return torch.autograd.grad(torch.stack(losses).mean(), params)
+
+    def by_vmap(*arrays):
+        functional = torch.func.grad(lambda params, x, y: loss_of(network(params, x, None)[0], y))
+        each = torch.func.vmap(lambda params, *task: task_loss(params, *task, functional), (None, 0, 0, 0, 0))
+        return torch.func.grad(lambda params: each(params, *arrays[:4]).mean())(tuple(arrays[4:]))
+
+    sets = []
+    for arrays in inputs:
+        given = [tensor(a, options["device"]) for a in arrays]
+        given = [x.long() if x.dtype == torch.int32 else x for x in given]
+        sets.append((*given[:4], *(x.requires_grad_(not options["vmapped"]) for x in given[4:])))
+    return sets, by_vmap if options["vmapped"] else by_loop, options["device"]
+
+
 CASES = {
+    "torch_maml": torch_maml,
     "numpy_matmul": numpy_matmul,
     "torch_matmul": torch_matmul,
     "torch_scale": torch_scale,
