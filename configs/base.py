@@ -55,6 +55,7 @@ def base() -> ml_collections.ConfigDict:
         "latency_repeats": 30,
         "decode_length": 0,  # tokens of a sequence whose last one is timed; 0: as many as the test examples have
         "floor": True,  # the trivial method's row
+        "baselines": (),  # variants that compare.py adds to every table, as its --also has them
     }
     return config
 

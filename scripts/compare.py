@@ -7,7 +7,8 @@
 
 Runs are interleaved (all variants of a seed, then the next seed) and lie under --workdir, by default
 runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid, every --also
-one variant behind it. The field `mode` is that of the recipe, what stands behind its colon.
+one variant behind it; behind these come the recipe's own `evaluation.baselines`. The field `mode` is that of the
+recipe, what stands behind its colon.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from lissom.eval import COST, COST_HELP, check_cost, check_writable, finished
 from lissom.training import flags as command_line
 from lissom.training.config import check, default_workdir, model_settings, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
-from lissom.training.variants import Variant, axis_of, config_of, directory_of, grid
+from lissom.training.variants import Variant, axis_of, config_of, directory_of, grid, with_baselines
 
 MATCHES = ("params", "flops", "bytes")
 TOLERANCE = 0.01
@@ -368,7 +369,8 @@ def main(argv: list[str]) -> None:
         spec, config = command_line.config_from(pairs)
         given = flags.FLAGS
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
-        variants, shard = grid(given.vary, given.also), command_line.shard_of(given.shard)
+        variants = with_baselines(grid(given.vary, given.also), config.evaluation.baselines)
+        shard = command_line.shard_of(given.shard)
         out = pathlib.Path(given.out or workdir)
         if given.merge and not given.measure:
             raise UserError("--merge measures what the shards have trained: it does not go with --nomeasure")

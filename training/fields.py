@@ -81,6 +81,7 @@ FIELDS = {
     "evaluation.latency_repeats": Field(int, 2),
     "evaluation.decode_length": Field(int, 0),
     "evaluation.floor": Field(bool),
+    "evaluation.baselines": Field(tuple, entry=str),
 }
 BY_CLASS = {"classes_per_task": 1, "task_steps": 0, "replay": 0, "replay_size": 0}  # what does nothing elsewhere
 OPEN = ("model",)  # groups whose further fields are checked elsewhere
@@ -179,6 +180,9 @@ def _check_values(config: Mapping) -> None:
     check_field(f"config.train.{given[0]}", length, DURATION[given[0]])
     if length <= 0:
         raise UserError(f"config.train.{given[0]}={length} must be over 0")
+    for text in config["evaluation"]["baselines"]:
+        if not all(text.partition(": ")):
+            raise UserError(f"config.evaluation.baselines holds {text!r}: each is 'name: field=value field=value'")
     sizes = list(config["mesh"].values())
     if 0 in sizes or sizes.count(-1) > 1:
         raise UserError(f"config.mesh={dict(config['mesh'])}: sizes are positive, and one of them may be -1 (the rest)")

@@ -55,6 +55,12 @@ def grid(axes: Sequence[str], also: Sequence[str] = ()) -> list[Variant]:
     return list(variants.values())
 
 
+def with_baselines(variants: Sequence[Variant], baselines: Sequence[str]) -> list[Variant]:
+    """The variants, and behind them those of the recipe's `baselines` that set what none of them does."""
+    known = {frozenset(variant.overrides) for variant in variants}
+    return [*variants, *(extra for extra in grid((), baselines)[1:] if frozenset(extra.overrides) not in known)]
+
+
 def axis_of(text: str, flag: str) -> tuple[str, list[str]]:
     """'field=a,b' -> ('field', ['a', 'b'])."""
     key, _, values = text.partition("=")

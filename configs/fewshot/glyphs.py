@@ -44,7 +44,8 @@ def get_config(arg: str = ""):
     config.optim.learning_rate = 3e-3
     config.train = {"steps": 1000}
     config.log.every = 100
-    config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8)})
+    baselines = ("supervised features: objective=supervised",)
+    config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8), "baselines": baselines})
     if mode(arg, ("tiny",)):
         config = tiny(config)
         config.data.batch_size = 8

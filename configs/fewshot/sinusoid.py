@@ -34,7 +34,8 @@ def get_config(arg: str = ""):
     config.optim.learning_rate = 1e-3
     config.train = {"steps": 10_000}
     config.log.every = 500
-    config.evaluation.update({"batch_size": 250, "latency_batches": (1, 32)})
+    baselines = ("one network, fine-tuned: objective=supervised",)
+    config.evaluation.update({"batch_size": 250, "latency_batches": (1, 32), "baselines": baselines})
     if mode(arg, ("tiny",)):
         config = tiny(config)
         config.data.batch_size = 8

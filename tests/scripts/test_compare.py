@@ -26,6 +26,17 @@ def config(**changes):
     return overridden(load_recipe(RECIPE), {"mesh.data": 1, **changes}.items())
 
 
+def test_baselines_of_a_recipe_are_added_once():
+    """Behind the variants, and not where one of them sets the same."""
+    texts = ("plain: objective=supervised", "wide: objective=supervised model.width=64")
+    added = script.with_baselines(script.grid(["objective=maml,anil"], ["mine: objective=reptile"]), texts)
+    assert [variant.label for variant in added] == ["objective=maml", "objective=anil", "mine", "plain", "wide"]
+    assert added[-1].overrides == (("objective", "supervised"), ("model.width", "64"))
+    there = script.with_baselines(script.grid(["objective=maml,supervised"]), texts)
+    assert [variant.label for variant in there] == ["objective=maml", "objective=supervised", "wide"]
+    assert script.with_baselines(script.grid([]), ()) == script.grid([])
+
+
 def test_grid():
     variants = script.grid(["model.mixer=attention,none", "model.channels=(1,2),(3,4)"])
     assert [v.label for v in variants] == [
