@@ -76,7 +76,9 @@ def test_nothing_is_thrown_away_where_every_checkpoint_is_damaged(tiny_run):
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet", "sequence_scan", "language", "block_transformer"])
+@pytest.mark.parametrize(
+    "family", ["vit", "resnet", "sequence_scan", "language", "block_transformer", "meta", "episodes"]
+)
 def test_eight_devices_are_one(family, tiny_run):
     recipe, overrides = FAMILIES[family]
     # Not Adam: where a gradient is zero but for rounding it would make a whole step of the rounding.
