@@ -265,11 +265,12 @@ _as_matrices: list[bool] = []
 
 
 @contextlib.contextmanager
-def as_matrices() -> Iterator[None]:
-    """Convolutions inside of it are computed as products of matrices, of windows with the flattened kernel. Under
-    `vmap` over kernels, a network a task, XLA makes of a convolution one of as many groups as there are kernels, which
-    on a CPU takes a multiple of the time of the batched product (scripts/meta_steps.py)."""
-    _as_matrices.append(True)
+def as_matrices(on: bool = True) -> Iterator[None]:
+    """Convolutions inside of it are computed as products of matrices, of windows with the flattened kernel (or, inside
+    of another of these, again as they are). Under `vmap` over kernels, a network a task, XLA makes of a convolution one
+    of as many groups as there are kernels, which on a CPU takes a multiple of the time of the batched product
+    (scripts/meta_steps.py)."""
+    _as_matrices.append(on)
     try:
         yield
     finally:
@@ -291,7 +292,7 @@ def multiplied(product: Any, x: jax.Array, kernel: Any, dtype: jnp.dtype, quanti
     x = x.astype(dtype)
     if quantizer is not None:
         y = quantizer(product, x, kernel).astype(dtype)
-    elif _as_matrices and isinstance(product, Convolution):
+    elif _as_matrices and _as_matrices[-1] and isinstance(product, Convolution):
         own = kernel[...].astype(dtype)
         y = product.result(product.rows(x, own) @ product.matrix(own), x, own)
     else:

@@ -24,7 +24,7 @@ from lissom.training.errors import UserError
 from lissom.training.fields import DURATIONS, check_fields, check_stage
 
 # Fields that are about watching and keeping a run: they change nothing in it.
-WATCHING = ("log.", "checkpoint.")
+WATCHING = ("log.", "checkpoint.", "evaluation.baselines")
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from lissom.models import transductive
 from lissom.models.variables import Tree
-from lissom.training.meta.networks import STATISTICS, TaskNetwork, differentiable_twice, note, task_loss
+from lissom.training.meta.networks import STATISTICS, TaskNetwork, a_network_a_task, note, one_network, task_loss
 from lissom.training.objectives.base import Objective
 
 GIVEN = ("support_inputs", "support_labels", "inputs", "labels")
@@ -33,6 +33,7 @@ class Episodic(Objective):
 
     kinds = ("episode",)
     method = "outputs"
+    mapping = staticmethod(a_network_a_task)  # `one_network` where the support changes no parameters
 
     def __init__(self, *, statistics: str = "support"):
         if statistics not in STATISTICS:
@@ -65,7 +66,7 @@ class Episodic(Objective):
             return task_loss(outputs, labels), hits(outputs, labels), new
 
         keys = jax.random.split(key, len(batch["inputs"]))
-        with differentiable_twice():
+        with self.mapping():
             losses, right, new = jax.vmap(task)(*(batch[name] for name in GIVEN), keys)
         if self.statistics_of == "running":
             nnx.update(module, jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf.mean(0)), new))
@@ -75,14 +76,14 @@ class Episodic(Objective):
         found, params, stats = TaskNetwork.of(network, self.statistics_of, self.method)
         key = jax.random.key(0)
         task = lambda s, t, x: self._answered(found, params, stats, s, t, x, key)[0]
-        with differentiable_twice():
+        with self.mapping():
             return jax.vmap(task)(support_inputs, support_labels, inputs)
 
     def adaptation(self, network: nnx.Module, *, support_inputs: jax.Array, support_labels: jax.Array) -> Any:
         """What the supports of a batch of episodes make of the network: what adaptation takes is the time of this."""
         found, params, stats = TaskNetwork.of(network, self.statistics_of, self.method)
         key = jax.random.key(0)
-        with differentiable_twice():
+        with self.mapping():
             return jax.vmap(lambda s, t: self.adapt(found, params, stats, s, t, key))(support_inputs, support_labels)
 
     def notes(self, network):
@@ -100,13 +101,14 @@ class Episodic(Objective):
                 return {**values, "mse": values["loss"]}
             values["accuracy"] = hits(outputs, labels)
             if transductive_too:
-                given, after = shown.support(params, stats, support, key)
-                asked, _ = shown.queries(params, after, inputs, key)
+                with one_network():
+                    given, after = shown.support(params, stats, support, key)
+                    asked, _ = shown.queries(params, after, inputs, key)
                 values |= clustered(given, targets, asked, labels, outputs.shape[-1])
             return values
 
         keys = jax.random.split(key, len(batch["inputs"]))
-        with differentiable_twice():
+        with self.mapping():
             values = jax.vmap(task)(*(batch[name] for name in GIVEN), keys)
         return judged(values, batch["mask"])
 

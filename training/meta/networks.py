@@ -97,10 +97,17 @@ def task_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @contextlib.contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """A network a task, and gradients of gradients: convolutions as batched products of matrices, and ops in plain
-    jax.numpy, since a kernel's backward pass has no derivative."""
+def a_network_a_task() -> Iterator[None]:
+    """For parameters that differ from task to task, and gradients of gradients: convolutions as batched products of
+    matrices, and ops in plain jax.numpy, since a kernel's backward pass has no derivative."""
     with products.as_matrices(), dispatch.use("reference"):
+        yield
+
+
+@contextlib.contextmanager
+def one_network() -> Iterator[None]:
+    """For parameters that are the same for all tasks of a vmap."""
+    with products.as_matrices(False):
         yield
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lissom.models import transductive
 from lissom.training.meta.episodic import Episodic
-from lissom.training.meta.networks import headless
+from lissom.training.meta.networks import headless, one_network
 
 
 class PrototypicalNetworks(Episodic):
@@ -18,6 +18,7 @@ class PrototypicalNetworks(Episodic):
     """
 
     method = "features"
+    mapping = staticmethod(one_network)
 
     def __init__(self, *, statistics: str = "running"):
         super().__init__(statistics=statistics)

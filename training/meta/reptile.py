@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lissom.models.variables import Parts, merge
 from lissom.training.meta.gradient_based import MAML
 from lissom.training.meta.inner import adapted
-from lissom.training.meta.networks import TaskNetwork, differentiable_twice, task_loss, together
+from lissom.training.meta.networks import TaskNetwork, a_network_a_task, task_loss, together
 
 
 class Reptile(MAML):
@@ -52,7 +52,7 @@ class Reptile(MAML):
             after, new = loss(found, last)
             return found, after, new
 
-        with differentiable_twice():
+        with a_network_a_task():
             found, losses, new = jax.vmap(task)(inputs, targets, jax.random.split(key, len(inputs)))
         scale = 1 / (self.inner_rate * self.inner_steps)
         towards = jax.tree.map(lambda a, b: scale * (a - b.mean(0)), mine, found)

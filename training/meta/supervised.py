@@ -7,7 +7,7 @@ from lissom.models import transductive
 from lissom.models.linear import Linear
 from lissom.training.errors import UserError
 from lissom.training.meta.gradient_based import MAML
-from lissom.training.meta.networks import TaskNetwork, headless
+from lissom.training.meta.networks import TaskNetwork, a_network_a_task, headless, one_network
 from lissom.training.objectives.base import auxiliary, cross_entropy, reported
 
 
@@ -33,6 +33,7 @@ class Supervised(MAML):
         self.of_classes = classes
         self.path = ("network",) if classes else ()
         self.method = "features" if classes else "outputs"
+        self.mapping = one_network if classes else a_network_a_task
 
     def prepare(self, facts):
         if self.of_classes and "train_classes" not in facts:
