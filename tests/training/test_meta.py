@@ -415,7 +415,7 @@ def test_running_averages_move_in_training_and_only_then(name):
 
 def test_rows_say_which_statistics():
     (said,) = MAML(statistics="queries").notes(cnn())
-    assert said.startswith("BatchNorm normalises by") and said.endswith("(transductive)")
+    assert said.startswith("BatchNorm normalises queries by their own") and said.endswith("(transductive)")
     assert MAML().notes(perceptron()) == ()
     assert any(isinstance(node, BatchNorm) for _, node in nnx.iter_graph(cnn()))
 
