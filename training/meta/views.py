@@ -44,7 +44,7 @@ def warped(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
     sides = image.shape[:2]
     middle = (jnp.array(sides, jnp.float32) - 1) / 2
     places = jnp.stack(jnp.meshgrid(*(jnp.arange(side, dtype=jnp.float32) for side in sides), indexing="ij"), -1)
-    origins = (places - middle) @ matrix.T + middle - shift
+    origins = jnp.matmul(places - middle, matrix.T, precision="highest") + middle - shift
     coordinates = [origins[..., 0], origins[..., 1]]
     look_up = lambda plane: jax.scipy.ndimage.map_coordinates(plane, coordinates, order=1, mode="constant")
     return jax.vmap(look_up, -1, -1)(image)
