@@ -108,7 +108,8 @@ def k_means(rows: jax.Array, clusters: int, key: jax.Array) -> tuple[jax.Array, 
         centre = rows[at]
         return jnp.minimum(nearest, jnp.square(rows - centre).sum(-1)), centre
 
-    _, centres = jax.lax.scan(draw, jnp.ones(len(rows)), jax.random.split(key, clusters))
+    # Before the first all are equally far, and farther than any row is.
+    _, centres = jax.lax.scan(draw, jnp.full(len(rows), 1e30), jax.random.split(key, clusters))
     label = lambda centres: transductive.squared_distances(rows, centres).argmin(-1).astype(jnp.int32)
     one = lambda _, centres: moved(centres, rows, label(centres), 0.0)
     centres = jax.lax.fori_loop(0, LLOYD, one, centres)
