@@ -278,7 +278,7 @@ def _subjects(
     """A run's network as trained, and after each of the transforms (None: those of its config); `loaded` keeps the data
     of each task."""
     from lissom.evaluation.rows import Identity, Row, elsewhere, provenance_of
-    from lissom.training.building import further_tests, load_plain, with_meta_tokens
+    from lissom.training.building import as_learned, further_tests, load_plain
     from lissom.training.config import check
     from lissom.training.runs import check_facts, read_config, read_facts
     from lissom.training.stages import final_config
@@ -296,7 +296,7 @@ def _subjects(
     times = _training_times(run)
     if task not in loaded:
         loaded[task] = load_plain(config)
-    dataset = with_meta_tokens(config, loaded[task])
+    dataset = as_learned(config, loaded[task])
     check_facts(run, {**dataset.info, "kind": dataset.kind})  # a network fits the data that it was trained on
     further = further_tests(config, dataset)
     measured = dataclasses.replace(here, data=_checksum(dataset.info))

@@ -13,8 +13,9 @@ from lissom.models.transport import sinkhorn
 
 
 def unit(features: jax.Array) -> jax.Array:
-    """Each row divided by its norm."""
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
+    """Each row divided by its norm; a row of zeros stays, and has a gradient."""
+    # The bound lies within the root: the derivative of a norm at zero is no number.
+    return features / jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-12))
 
 
 def centred(support: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -239,14 +239,15 @@ def configs_of(
     """{label: config} of all variants, their sizes matched. What can be wrong with one that is `wanted`, or with a
     value it is to be tuned at, is found here, before anything is trained. `of_mode(mode)` is the config of another mode
     of the recipe."""
-    from lissom.training.building import class_stream, epoch_examples, load_dataset
+    from lissom.training.building import build_objective, class_stream, epoch_examples, load_dataset
 
     datasets, configs, target = {}, {}, None
     for variant in variants:
         changed = config_of(variant, config, of_mode)
         if tune and changed.data.order == "by_class":
             raise UserError("--tune trains for half the length, which for data.order='by_class' is half of the classes")
-        data = json.dumps(changed.data.to_dict(), sort_keys=True, default=list)
+        single = build_objective(changed).single
+        data = json.dumps([changed.data.to_dict(), single], sort_keys=True, default=list)
         if data not in datasets:
             datasets[data] = load_dataset(changed)
         dataset = datasets[data]

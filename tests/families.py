@@ -19,6 +19,7 @@ FAMILIES = {
     "meta_sgd": ("fewshot/sinusoid", {"objective": "meta_sgd"}),
     "episodes": ("fewshot/glyphs", {"objective": "protonet"}),
     "base_classes": ("fewshot/glyphs", {"objective": "supervised"}),
+    "contrastive": ("fewshot/glyphs", {"objective": "beclr"}),
     "language": ("language/recall_lm", {}),
     "meta_tokens": ("language/meta_tokens_lm", {}),
     "branches": (

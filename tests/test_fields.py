@@ -317,6 +317,8 @@ def program(config, beginning: bool = False) -> str:
         facts |= {"input_shape": (16, 16, 1), "classes": 5, "train_classes": 8}
         batch = {"support_inputs": (4, 5, 16, 16, 1), "support_labels": (4, 5), "inputs": (4, 10, 16, 16, 1)}
         batch |= {"labels": (4, 10), "classes": (4, 5), "mask": (4,)}
+    if config.objective == "beclr":
+        batch = {"inputs": (8, 16, 16, 1), "labels": (8,), "mask": (8,)}
     if config.data.name == "regression_tasks":
         facts = {"input_shape": (1,), "outputs": 1}
         batch = {"support_inputs": (4, 3, 1), "support_labels": (4, 3, 1), "inputs": (4, 6, 1), "labels": (4, 6, 1)}
@@ -378,6 +380,19 @@ def test_field_of_the_lstm_changes_the_program():
     config = overridden(load_recipe("configs/fewshot/gpicl.py:tiny"), [("model.mixer", "lstm")])
     changed = overridden(config, [("model.mixer_kwargs.lstm.hidden", 5)])
     assert program(changed) != program(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("memory", 25), ("clusters", 4), ("clusters", 0), ("neighbours", 3), ("neighbours", 0), ("warm_up", 3)),
+        *(("momentum", 0.9), ("prototype_momentum", 0.5), ("epsilon", 0.1), ("uniformity", 0.2), ("temperature", 1.0)),
+        *(("width", 12), ("strength", 0.5)),
+    ],
+)
+def test_field_of_beclr_changes_the_program(setting, value):
+    config = overridden(load_recipe("configs/fewshot/glyphs.py:tiny"), [("objective", "beclr")])
+    assert program(overridden(config, [(f"objective_kwargs.beclr.{setting}", value)])) != program(config)
 
 
 def contents(config) -> str:

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "reptile": "lissom.training.meta.reptile:Reptile",
     "protonet": "lissom.training.meta.prototypes:PrototypicalNetworks",
     "supervised": "lissom.training.meta.supervised:Supervised",
+    "beclr": "lissom.training.meta.contrastive:BECLR",
     "in_context": "lissom.training.objectives.in_context:InContext",
     "conditional_noise": "lissom.training.objectives.conditional_noise:ConditionalNoise",
     "distillation": "lissom.training.objectives.distillation:Distillation",

@@ -48,18 +48,21 @@ def data_settings(config) -> dict[str, Any]:
 
 
 def load_dataset(config, **other) -> data.Dataset:
-    """The dataset that `config.data` names, with its own settings (`other` on top) and the config's meta-tokens."""
-    return with_meta_tokens(config, load_plain(config, **other))
+    """The dataset that `config.data` names, with its own settings (`other` on top), as the config learns from it."""
+    return as_learned(config, load_plain(config, **other))
 
 
 def load_plain(config, **other) -> data.Dataset:
-    """The same without meta-tokens."""
+    """The same as the task has it."""
     settings = {**data_settings(config), **other}
     return data.load(config.data.name, data_dir=config.data.data_dir or None, **settings)
 
 
-def with_meta_tokens(config, dataset: data.Dataset) -> data.Dataset:
-    """A plain dataset with the config's meta-tokens, which are a part of the method and not of the task."""
+def as_learned(config, dataset: data.Dataset) -> data.Dataset:
+    """A plain dataset with what is a part of the method and not of the task: single training examples in the place of
+    episodes where the objective is `single`, and the config's meta-tokens."""
+    if dataset.kind == "episode" and build_objective(config).single:
+        dataset = data.single_examples(dataset)
     return data.with_meta_tokens(dataset, config.data.meta_tokens, config.data.meta_fraction)
 
 

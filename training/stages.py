@@ -25,7 +25,7 @@ from lissom.models.registry import resolve
 from lissom.models.stack import stack_layers, unstack_layers
 from lissom.models.variables import Parts, flatten, merge, split
 from lissom.training import sharding
-from lissom.training.building import Assembly, assemble
+from lissom.training.building import Assembly, assemble, build_objective
 from lissom.training.checkpoints import flat
 from lissom.training.config import overridden, total_steps
 from lissom.training.errors import UserError
@@ -98,11 +98,23 @@ def assembled(
         start, length = (0, total) if stage.schedule == "run" else (stage.start, stage.stop - stage.start)
         structure = structure_of(stage.config)
         pairs.append((stage, assemble(stage.config, facts, length, mesh, structure, offset=born - start)))
+        _check_given(config, *pairs[-1])
     for (_, before), (stage, after) in itertools.pairwise(pairs):
         if stage.added:
             _check_added(stage, before, after, structure_of)
         check_carry(stage, before, after)
     return pairs
+
+
+def _check_given(config, stage: Stage, assembly: Assembly) -> None:
+    """Raises UserError where a stage's objective learns from other examples than those that the run has loaded."""
+    given = build_objective(config).single
+    if assembly.objective.single != given:
+        names = ("episodes", "single examples")
+        raise UserError(
+            f"stage {stage.name!r}: objective {stage.config.objective!r} learns from {names[not given]}, and the run's "
+            f"{config.objective!r} from {names[given]}: make it a run of its own that begins with config.init_from"
+        )
 
 
 def _check_added(stage: Stage, before: Assembly, after: Assembly, structure_of) -> None:

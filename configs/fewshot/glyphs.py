@@ -1,13 +1,18 @@
 """Few-shot classification of letters whose scripts no training task had.
 
+`beclr` learns from single images of the training scripts, without their labels; `data.batch_size` counts these then.
+
 Paper: Finn et al. 2017, MAML, arXiv:1703.03400; Snell et al. 2017, arXiv:1703.05175; and the objectives' docstrings.
 Command: uv run scripts/compare.py --config=configs/fewshot/glyphs.py --vary=objective=maml,fomaml,anil,reptile,protonet
+    uv run train.py --config=configs/fewshot/glyphs.py --config.objective=beclr --config.data.batch_size=256
 Time: not measured yet.
 Result: not measured yet.
 Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised  data.kwargs.episodes.shots=1,5
     objective_kwargs.maml.inner_steps=1,3,5  objective_kwargs.maml.remat=none,step,tree
     objective_kwargs.maml.statistics=support,queries,running  data.kwargs.episodes.support_candidates=0,10
     data.kwargs.episodes.query_concentration=0.0,2.0
+    objective=beclr: objective_kwargs.beclr.neighbours=0,5  objective_kwargs.beclr.clusters=0,100
+    objective_kwargs.beclr.uniformity=0.0,0.1  objective_kwargs.beclr.strength=0.5,1.0
 """
 
 from lissom.configs.base import base, mode, tiny
@@ -40,6 +45,9 @@ def get_config(arg: str = ""):
         "reptile": {"inner_rate": 0.1, "inner_steps": 5, "inner_batch": 10, "statistics": "support"},
         "protonet": {"statistics": "running"},
         "supervised": {"statistics": "running"},
+        # The paper's 40 rows a cluster, and its warm-up of 15 % of the run.
+        "beclr": {"memory": 4096, "clusters": 100, "neighbours": 5, "warm_up": 450, "momentum": 0.995}
+        | {"uniformity": 0.1, "width": 128, "strength": 1.0, "statistics": "running"},
     }
     config.optim.learning_rate = 3e-3
     config.train = {"steps": 1000}
@@ -53,4 +61,7 @@ def get_config(arg: str = ""):
         config.data.kwargs.episodes.source_kwargs.update({"size": 16, "train_size": 240, "test_size": 60, "classes": 8})
         config.evaluation.batch_size = 4
         config.objective_kwargs.maml.inner_steps = 2
+        # Full in the second step, in partitions and searched in the third.
+        small = {"memory": 24, "clusters": 3, "neighbours": 2, "warm_up": 2, "width": 16}
+        config.objective_kwargs.beclr.update(small)
     return config

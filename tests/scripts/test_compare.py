@@ -312,3 +312,13 @@ def test_tuning_does_not_go_with_classes_one_after_the_other():
     too_long = overridden(config, [("train.epochs", 1.1)])
     with pytest.raises(UserError, match="the stream by class has"):
         script.configs_of(too_long, script.grid([], []), None, [], {"recipe"})
+
+
+def test_episodes_and_single_examples_stand_in_one_comparison(monkeypatch):
+    """Of one dataset and two objectives: each is tried out on as many training examples as it has."""
+    tried = {}
+    monkeypatch.setattr(script, "try_out", lambda config, facts, examples: tried.update({config.objective: examples}))
+    episodes = load_recipe("configs/fewshot/glyphs.py:tiny")
+    variants = script.grid(["objective=protonet,beclr"])
+    script.configs_of(episodes, variants, None, (), [variant.label for variant in variants])
+    assert tried == {"protonet": 1_000_000, "beclr": 240}

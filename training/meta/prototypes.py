@@ -1,11 +1,55 @@
-"""Prototypical networks: an embedding in which the nearest class mean is the answer."""
+"""An embedding in which the nearest class mean is the answer: prototypical networks, and what else learns features."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lissom.models import transductive
+from lissom.models.variables import Tree
 from lissom.training.meta.episodic import Episodic
-from lissom.training.meta.networks import headless, one_network
+from lissom.training.meta.networks import TaskNetwork, headless, one_network
+
+
+def unit_means(
+    network: TaskNetwork, params: Tree, stats: Tree, inputs: jax.Array, targets: jax.Array, key: jax.Array, train: bool
+) -> Any:
+    """What `nearest_unit_mean` needs of a support: params, stats and the class means [ways, D] of its features, each
+    divided by its norm."""
+    found, stats = network.support(params, stats, inputs, key, train)
+    return params, stats, transductive.prototypes(transductive.unit(found), targets, network.ways)
+
+
+def nearest_unit_mean(
+    network: TaskNetwork, adapted: Any, inputs: jax.Array, key: jax.Array, train: bool
+) -> tuple[jax.Array, Tree]:
+    """(-||f(x) / ||f(x)|| - c_n||^2 [n, ways], new stats) (Wang et al. 2019, arXiv:1911.04623)."""
+    params, stats, centres = adapted
+    found, stats = network.queries(params, stats, inputs, key, train)
+    return -transductive.squared_distances(transductive.unit(found), centres), stats
+
+
+class FeatureExtractor(Episodic):
+    """What learns features without episodes, by a `loss` of its own: the network has no head, and an episode is
+    answered by the nearest class mean of the features, which are divided by their norms."""
+
+    method = "features"
+    mapping = staticmethod(one_network)
+
+    def __init__(self, *, statistics: str = "running"):
+        super().__init__(statistics=statistics)
+
+    def structure(self, model):
+        return headless(model)
+
+    def loss(self, module, batch, key, step):
+        raise NotImplementedError
+
+    def adapt(self, network, params, stats, inputs, targets, key, train=False):
+        return unit_means(network, params, stats, inputs, targets, key, train)
+
+    def answer(self, network, adapted, inputs, key, train=False):
+        return nearest_unit_mean(network, adapted, inputs, key, train)
 
 
 class PrototypicalNetworks(Episodic):

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from lissom.models import transductive
 from lissom.models.linear import Linear
 from lissom.training.errors import UserError
 from lissom.training.meta.gradient_based import MAML
 from lissom.training.meta.networks import TaskNetwork, a_network_a_task, headless, one_network
+from lissom.training.meta.prototypes import nearest_unit_mean, unit_means
 from lissom.training.objectives.base import auxiliary, cross_entropy, reported
 
 
@@ -67,12 +67,9 @@ class Supervised(MAML):
     def adapt(self, network: TaskNetwork, params, stats, inputs, targets, key, train=False):
         if not self.of_classes:
             return super().adapt(network, params, stats, inputs, targets, key, train)
-        found, stats = network.support(params, stats, inputs, key, train)
-        return params, stats, transductive.prototypes(transductive.unit(found), targets, network.ways)
+        return unit_means(network, params, stats, inputs, targets, key, train)
 
     def answer(self, network: TaskNetwork, adapted, inputs, key, train=False):
         if not self.of_classes:
             return super().answer(network, adapted, inputs, key, train)
-        params, stats, centres = adapted
-        found, stats = network.queries(params, stats, inputs, key, train)
-        return -transductive.squared_distances(transductive.unit(found), centres), stats
+        return nearest_unit_mean(network, adapted, inputs, key, train)

@@ -19,11 +19,13 @@ class Objective:
     """Subclasses define `loss` and `judge` (or `evaluate`); the rest has defaults.
 
     `kinds` are the kinds of data (`data/dataset.py`) it can learn from, empty for any; `path` is where the network
-    stands in the module that `build` gives.
+    stands in the module that `build` gives. `single`: of episodes it is given the examples of the training classes one
+    by one (`data.single_examples`), and it is judged on episodes as others are.
     """
 
     kinds: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
+    single: bool = False
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
         """Reads from the disk what `build` and `fill` need, and checks that it goes with the data that `facts` are of;
