@@ -43,7 +43,7 @@ def in_context(
     other_base: str = GAUSSIANS,
     fixed_permutation: float = 0.0,
     train_size: int = 1_000_000,
-    test_size: int = 1_000,
+    test_size: int = 5_000,
     seed: int = 0,
 ) -> Dataset:
     """Sequences of `length` examples [length, dims + classes], made when they are asked for.

@@ -439,7 +439,6 @@ def torch_maml(inputs, options):
 
 
 CASES = {
-    "torch_maml": torch_maml,
     "numpy_matmul": numpy_matmul,
     "torch_matmul": torch_matmul,
     "torch_scale": torch_scale,
@@ -447,6 +446,7 @@ CASES = {
     "torch_grouped_mm": torch_grouped_mm,
     "torch_int_mm": torch_int_mm,
     "torch_weight_packed": torch_weight_packed,
+    "torch_maml": torch_maml,
     "snntorch_leaky": snntorch_leaky,
     "spikingjelly_lif": spikingjelly_lif,
     "torch_sdpa": torch_sdpa,

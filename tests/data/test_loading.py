@@ -124,7 +124,9 @@ def test_generated_sets_have_enough_test_examples_by_default(name):
     for function in functions:
         parameters = inspect.signature(function).parameters
         if "test_size" in parameters:
-            assert parameters["test_size"].default >= 5000
+            of = lambda name, parameters=parameters: parameters[name].default if name in parameters else 1
+            # An episode asks as many queries, of each of its ways.
+            assert of("test_size") * of("queries") * of("ways") >= 5000
         else:
             assert len(function().test["inputs"]) >= 5000
 
