@@ -7,14 +7,14 @@ import numpy as np
 
 from lissom.data.class_stream import labels_of
 from lissom.data.dataset import Dataset, Example, Source, gather
+from lissom.data.episodes.drawn import SPLITS, Drawn
 from lissom.data.errors import DataError, require
 
 LABELLED = ("image", "signal", "frames")
-SPLITS = {"train": 0, "test": 1}
 HELD_OUT = 0x68656C64  # of a random stream, beside the splits
 
 
-class EpisodeSource:
+class EpisodeSource(Drawn):
     """`count` episodes over the examples of a labelled source whose classes are the keys of `members` (the places of
     their examples). Episode i is drawn by (seed, split, i) alone.
 
@@ -40,15 +40,12 @@ class EpisodeSource:
         self.source, self.members, self.classes = source, members, np.array(sorted(members))
         self.ways, self.shots, self.queries = ways, shots, queries
         self.candidates, self.concentration = candidates, concentration
-        self.count, self.split, self.seed = count, split, seed
-
-    def __len__(self) -> int:
-        return self.count
+        super().__init__(count=count, split=split, seed=seed)
 
     def places(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(classes [ways], places of the support [ways * shots] and of the queries [ways * queries] in the source) of
         an episode; both lie class by class."""
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], int(index)])
+        rng = self.stream(index)
         classes = rng.choice(self.classes, self.ways, replace=False)
         support, queries = [], []
         for label, asked in zip(classes, self._asked(rng), strict=True):

@@ -5,24 +5,21 @@ from collections.abc import Callable
 import numpy as np
 
 from lissom.data.dataset import Dataset, Example
+from lissom.data.episodes.drawn import Drawn
 from lissom.data.errors import require
 
-SPLITS = {"train": 0, "test": 1}
 DRAWN = 16  # times as many points as a task needs
 
 
-class LinearTasks:
+class LinearTasks(Drawn):
     """`count` tasks; task i is drawn by (seed, split, i) alone."""
 
     def __init__(self, *, dims, ways, shots, queries, count: int, split: str, seed: int):
         self.dims, self.ways, self.shots, self.queries = dims, ways, shots, queries
-        self.count, self.split, self.seed = count, split, seed
-
-    def __len__(self) -> int:
-        return self.count
+        super().__init__(count=count, split=split, seed=seed)
 
     def __getitem__(self, index: int) -> Example:
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], int(index)])
+        rng = self.stream(index)
         each = self.shots + self.queries
         places: list[np.ndarray] = []
         while not places or min(map(len, places)) < each:

@@ -7,9 +7,8 @@ import numpy as np
 
 from lissom.data import dynamics
 from lissom.data.dataset import Dataset, Example
+from lissom.data.episodes.drawn import Drawn
 from lissom.data.errors import nearest, require
-
-SPLITS = {"train": 0, "test": 1}
 
 
 class Curves(NamedTuple):
@@ -39,19 +38,16 @@ CURVES = {
 FAMILIES = (*CURVES, *dynamics.FAMILIES)
 
 
-class RegressionTasks:
+class RegressionTasks(Drawn):
     """`count` tasks; task i is drawn by (seed, split, i) alone: a family, its parameters, then the examples."""
 
     def __init__(self, *, families, shots, queries, noise, interval, count: int, split: str, seed: int):
         self.families, self.shots, self.queries = families, shots, queries
         self.noise, self.interval = noise, interval
-        self.count, self.split, self.seed = count, split, seed
-
-    def __len__(self) -> int:
-        return self.count
+        super().__init__(count=count, split=split, seed=seed)
 
     def __getitem__(self, index: int) -> Example:
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], int(index)])
+        rng = self.stream(index)
         name = self.families[rng.integers(len(self.families))]
         draw = _of_curve if name in CURVES else _of_system
         x, y = draw(name, self.shots + self.queries, self.interval, rng)

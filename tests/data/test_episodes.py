@@ -70,6 +70,14 @@ def test_episode_depends_on_settings_split_and_number_alone():
     assert len({batch["inputs"].tobytes() for batch in whole}) == 30
 
 
+@pytest.mark.parametrize("name", ["regression_tasks", "linear_tasks", "episodes"])
+def test_a_loop_over_a_source_ends(name):
+    dataset = made(test_size=3) if name == "episodes" else load(name, test_size=3)
+    assert len(list(dataset.test)) == len(dataset.test) == 3
+    with pytest.raises(IndexError, match="task 3 of 3"):
+        dataset.test[3]
+
+
 def test_every_class_is_drawn():
     dataset = made(ways=2, train_size=400)
     classes = np.concatenate([dataset.train[i]["classes"] for i in range(400)])
