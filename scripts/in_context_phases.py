@@ -279,18 +279,11 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("merge", False, "train nothing: read what the shards have finished")
     flags.DEFINE_string("out", str(OUT), "where rows.jsonl, table.md and the pictures go")
     with one_sentence():
-        from lissom.eval import check_writable
+        from lissom.eval import in_shares
 
         pairs = command_line.parse(argv)
-        given = flags.FLAGS
-        asked, (index, count) = read(given, pairs), command_line.shard_of(given.shard)
-        check_writable(given.workdir, "--workdir")
-        check_writable(given.out, "--out")
-        runs, workdir = grid(asked), pathlib.Path(given.workdir)
-        if not given.merge:
-            trained(runs[index::count], workdir)
-        if given.merge or count == 1:
-            report(runs, workdir, pathlib.Path(given.out))
+        asked = read(flags.FLAGS, pairs)
+        in_shares(lambda: grid(asked), trained, report)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lissom.models.norms import BatchNorm
 from lissom.models.perceptron import Perceptron
 from lissom.models.variables import Param, Parts, merge, split
 from lissom.training import OBJECTIVES
+from lissom.training.errors import UserError
 from lissom.training.meta.episodic import judged
 from lissom.training.meta.gradient_based import ANIL, MAML, FirstOrderMAML, MetaSGD
 from lissom.training.meta.implicit import ImplicitMAML, conjugate_gradients
@@ -173,8 +174,8 @@ def test_memory_by_remat():
     root."""
     batch = regression(tasks=1, shots=2000, queries=10)
 
-    def temporaries(remat, steps):
-        objective, parts = MAML(inner_steps=steps, remat=remat), split(perceptron(hidden=(16, 16)))
+    def temporaries(remat, steps, kind=MAML):
+        objective, parts = kind(inner_steps=steps, remat=remat), split(perceptron(hidden=(16, 16)))
         step = jax.jit(
             lambda params: objective.gradients(parts.graph, params, {}, {}, batch, KEY, jnp.zeros((), int))[0]
         )
@@ -182,6 +183,8 @@ def test_memory_by_remat():
 
     size = 4 * sum(leaf.size for leaf in jax.tree.leaves(split(perceptron(hidden=(16, 16))).params))
     growth = {remat: temporaries(remat, 64) - temporaries(remat, 4) for remat in REMAT}
+    first = temporaries("none", 64, FirstOrderMAML) - temporaries("none", 4, FirstOrderMAML)
+    assert first < 2 * size  # keys of the steps, and no more of each
     assert growth["none"] > 60 * 10 * size
     assert growth["step"] < 60 * 2 * size
     assert growth["tree"] < 2 * 8 * 2 * size < growth["step"]
@@ -450,6 +453,23 @@ def test_judge_is_what_the_answers_are(name):
     assert {"prototype_accuracy", "kmeans_accuracy", "laplacian_accuracy", "transported_accuracy"} <= sums.keys()
 
 
+def test_a_transformer_is_adapted_and_has_no_features_of_an_example():
+    """Its features are of tokens: no columns of them, and no prototypical network."""
+    from lissom.models.sequence_classifier import SequenceTransformer
+
+    network = SequenceTransformer(input_shape=(6, 6), classes=3, width=8, depth=1, heads=2, rngs=nnx.Rngs(0))
+    batch = {name: leaf[..., 0] if leaf.ndim == 5 else leaf for name, leaf in classes().items()}
+    sums = MAML(inner_steps=1).judge(network, batch, KEY)
+    assert "accuracy" in sums and "prototype_accuracy" not in sums
+    with pytest.raises(ValueError, match="SequenceTransformer has no features without a head"):
+        PrototypicalNetworks().structure(network)
+
+
+def test_a_task_has_fewer_examples_than_reptile_asks_for():
+    with pytest.raises(UserError, match="inner_batch=10 is more than the 9 examples of a task"):
+        gradient(Reptile(inner_batch=10), perceptron(), regression())
+
+
 def test_adaptation_learns_the_support():
     """More inner steps leave a smaller loss on the support: the inner loop descends, whatever was meta-learned."""
     batch = classes()
@@ -476,6 +496,9 @@ def test_adaptation_learns_the_support():
         ("reptile", {"second_order": True}, "second_order=True means nothing to 'reptile'"),
         ("reptile", {"inner_batch": -1}, "inner_batch=-1 must be at least 1, or 0"),
         ("imaml", {"proximity": 0.0}, "proximity=0.0 must be above 0"),
+        ("reptile", {"remat": "step"}, "remat='step': 'reptile' has no backward pass through its steps"),
+        ("imaml", {"remat": "tree"}, "remat='tree': 'imaml' has no backward pass through its steps"),
+        ("supervised", {"inner_steps": 3}, "inner_steps=3 is of the fine-tuning, which classes=True has none of"),
         ("imaml", {"solver_steps": 0}, "solver_steps=0 must be at least 1"),
         ("imaml", {"parameters": "head"}, "'imaml' adapts all parameters"),
         ("imaml", {"second_order": False}, "second_order=False means nothing to 'imaml', which"),

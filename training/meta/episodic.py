@@ -8,7 +8,15 @@ from flax import nnx
 
 from lissom.models import transductive
 from lissom.models.variables import Tree
-from lissom.training.meta.networks import STATISTICS, TaskNetwork, a_network_a_task, note, one_network, task_loss
+from lissom.training.meta.networks import (
+    STATISTICS,
+    TaskNetwork,
+    a_network_a_task,
+    has_features,
+    note,
+    one_network,
+    task_loss,
+)
 from lissom.training.objectives.base import Objective
 
 GIVEN = ("support_inputs", "support_labels", "inputs", "labels")
@@ -92,7 +100,7 @@ class Episodic(Objective):
     def judge(self, network, batch, key):
         found, params, stats = TaskNetwork.of(network, self.statistics_of, self.method)
         shown = found.by("features")
-        transductive_too = hasattr(network, "features") and jnp.issubdtype(batch["labels"].dtype, jnp.integer)
+        transductive_too = has_features(network) and jnp.issubdtype(batch["labels"].dtype, jnp.integer)
 
         def task(support, targets, inputs, labels, key):
             outputs, _ = self._answered(found, params, stats, support, targets, inputs, key)

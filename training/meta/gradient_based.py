@@ -71,7 +71,11 @@ class MAML(Episodic):
 
     def chosen(self, params: Any) -> tuple[Any, Any]:
         """(the parameters that the inner loop changes, the others)."""
-        return parts(params, self.parameters)
+        return parts(params, self.is_mine)
+
+    def is_mine(self, name: str) -> bool:
+        """Whether the inner loop changes the parameter of that path."""
+        return not name.startswith(f"{RATES}/") and bool(self.parameters.search(name))
 
     def optimizer(self, params: Any) -> optax.GradientTransformation:
         """The inner optimizer."""
@@ -143,7 +147,7 @@ class MetaSGD(MAML):
         model = super().structure(model)
         found, axes = split(model).params, logical_axes(model)
         named = {path_name(path): names for path, names in axes.items()}
-        mine = {name: leaf for name, leaf in flatten(found).items() if self.parameters.search(name)}
+        mine = {name: leaf for name, leaf in flatten(found).items() if self.is_mine(name)}
         # Fixed draws: a network has one random key, and it is drawn from already.
         draw = lambda n, leaf: (
             self.inner_rate * jax.random.uniform(jax.random.key(n), leaf.shape, minval=0.5, maxval=1.5)
@@ -151,14 +155,6 @@ class MetaSGD(MAML):
         rates = {name: draw(n, leaf) for n, (name, leaf) in enumerate(sorted(mine.items()))}
         model.inner_rates = nnx.data(InnerRates(rates, named))
         return model
-
-    def chosen(self, params):
-        of = lambda name, leaf: leaf if self._is_mine(name) else None
-        others = lambda name, leaf: None if self._is_mine(name) else leaf
-        return map_paths(of, params), map_paths(others, params)
-
-    def _is_mine(self, name: str) -> bool:
-        return not name.startswith(f"{RATES}/") and bool(self.parameters.search(name))
 
     def optimizer(self, params):
         rates = params[RATES]

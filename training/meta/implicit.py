@@ -30,6 +30,8 @@ class ImplicitMAML(MAML):
             raise ValueError(f"objective.solver_steps={solver_steps} must be at least 1")
         if settings.get("parameters"):
             raise ValueError("objective.parameters: 'imaml' adapts all parameters")
+        if settings.get("remat", "none") != "none":
+            raise ValueError(f"objective.remat={settings['remat']!r}: 'imaml' has no backward pass through its steps")
         if not second_order:
             raise ValueError(
                 "objective.second_order=False means nothing to 'imaml', which differentiates no inner step"

@@ -1,7 +1,7 @@
 """A network as functions of its parameters: what an inner loop needs, a network a task under one `vmap`."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,8 +23,8 @@ STATISTICS = {
 
 class TaskNetwork:
     """The network without its values. `statistics` says by which mean and variance BatchNorm normalises (`STATISTICS`);
-    `method`: whether its outputs or its
-    features are asked for; `ways`: the classes that a headless network is for (`headless`).
+    `method`: whether its outputs or its features are asked for; `ways`: the classes that a headless network is for
+    (`headless`). Losses that layers ask for (the balance of experts) are no part of a task's loss.
 
     support(params, stats, inputs, key, train)   (outputs, stats for the queries)
     queries(params, stats, inputs, key, train)   (outputs, new stats), with the stats that `support` gave
@@ -70,9 +70,15 @@ class TaskNetwork:
         return network
 
 
+def has_features(network: nnx.Module) -> bool:
+    """Whether it has what a head reads, `features(inputs, train=, key=)` [B, feature_size]: a transformer's features
+    are of tokens."""
+    return hasattr(network, "feature_size")
+
+
 def headless(model: nnx.Module) -> nnx.Module:
     """The network without the product that its features end in; `ways` says how many outputs it had."""
-    if not hasattr(model, "features"):
+    if not has_features(model):
         raise ValueError(f"model: {type(model).__name__} has no features without a head, which this objective is about")
     model.ways = model.head.kernel.shape[-1]
     model.head = None
@@ -111,10 +117,10 @@ def one_network() -> Iterator[None]:
         yield
 
 
-def parts(tree: Any, pattern: Any) -> tuple[Any, Any]:
-    """(the leaves whose path `pattern` matches, the others): each with None in the places of the other's."""
-    mine = map_paths(lambda name, leaf: leaf if pattern.search(name) else None, tree)
-    others = map_paths(lambda name, leaf: None if pattern.search(name) else leaf, tree)
+def parts(tree: Any, is_mine: Callable[[str], bool]) -> tuple[Any, Any]:
+    """(the leaves of whose path `is_mine` holds, the others): each with None in the places of the other's."""
+    mine = map_paths(lambda name, leaf: leaf if is_mine(name) else None, tree)
+    others = map_paths(lambda name, leaf: None if is_mine(name) else leaf, tree)
     return mine, others
 
 

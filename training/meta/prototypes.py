@@ -29,9 +29,8 @@ def nearest_unit_mean(
     return -transductive.squared_distances(transductive.unit(found), centres), stats
 
 
-class FeatureExtractor(Episodic):
-    """What learns features without episodes, by a `loss` of its own: the network has no head, and an episode is
-    answered by the nearest class mean of the features, which are divided by their norms."""
+class Headless(Episodic):
+    """The network is an embedding: it has no head, and no support changes its parameters."""
 
     method = "features"
     mapping = staticmethod(one_network)
@@ -41,6 +40,11 @@ class FeatureExtractor(Episodic):
 
     def structure(self, model):
         return headless(model)
+
+
+class FeatureExtractor(Headless):
+    """What learns features without episodes, by a `loss` of its own: an episode is answered by the nearest class mean
+    of the features, which are divided by their norms."""
 
     def loss(self, module, batch, key, step):
         raise NotImplementedError
@@ -52,7 +56,7 @@ class FeatureExtractor(Episodic):
         return nearest_unit_mean(network, adapted, inputs, key, train)
 
 
-class PrototypicalNetworks(Episodic):
+class PrototypicalNetworks(Headless):
     """p(class n | x) = softmax_n(-||f(x) - c_n||^2), c_n the mean of the class's support f (Snell et al. 2017,
     arXiv:1703.05175). f is the network without its head.
 
@@ -60,15 +64,6 @@ class PrototypicalNetworks(Episodic):
     own: the answer is the mean of the support's targets with the weights softmax_i(-||f(x) - f(x_i)||^2), a kernel
     regression in the embedding.
     """
-
-    method = "features"
-    mapping = staticmethod(one_network)
-
-    def __init__(self, *, statistics: str = "running"):
-        super().__init__(statistics=statistics)
-
-    def structure(self, model):
-        return headless(model)
 
     def adapt(self, network, params, stats, inputs, targets, key, train=False):
         found, stats = network.support(params, stats, inputs, key, train)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lissom.models.variables import Parts, merge
+from lissom.training.errors import UserError
 from lissom.training.meta.gradient_based import MAML
 from lissom.training.meta.inner import adapted
 from lissom.training.meta.networks import TaskNetwork, a_network_a_task, task_loss, together
@@ -25,6 +26,8 @@ class Reptile(MAML):
             raise ValueError("objective.second_order=True means nothing to 'reptile', whose inner loop has no gradient")
         if inner_batch < 0:
             raise ValueError(f"objective.inner_batch={inner_batch} must be at least 1, or 0: all examples of a task")
+        if settings.get("remat", "none") != "none":
+            raise ValueError(f"objective.remat={settings['remat']!r}: 'reptile' has no backward pass through its steps")
         super().__init__(second_order=False, **settings)
         self.inner_batch = inner_batch
 
@@ -37,7 +40,10 @@ class Reptile(MAML):
         inputs, targets = joined("inputs"), joined("labels")
         size = inputs.shape[1]
         if self.inner_batch > size:
-            raise ValueError(f"objective.inner_batch={self.inner_batch} is more than the {size} examples of a task")
+            raise UserError(
+                f"config.objective_kwargs.reptile.inner_batch={self.inner_batch} is more than the {size} examples of a "
+                "task, its support and its queries"
+            )
 
         def task(inputs, targets, key):
             def loss(mine, key):

@@ -29,6 +29,11 @@ class Supervised(MAML):
     """
 
     def __init__(self, *, classes: bool = True, statistics: str = "running", **settings):
+        if classes and settings:
+            name = next(iter(settings))
+            raise ValueError(
+                f"objective.{name}={settings[name]!r} is of the fine-tuning, which classes=True has none of"
+            )
         super().__init__(statistics=statistics, **settings)
         self.of_classes = classes
         self.path = ("network",) if classes else ()
