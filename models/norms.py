@@ -53,7 +53,8 @@ class BatchNorm(nnx.Module):
 
     In training mean and (biased) variance are the batch's, taken over the *global* batch (the compiler reduces over
     the mesh), and the running values move by 1 - momentum; the running variance is Bessel-corrected, n / (n - 1),
-    as the paper's equation for inference has it. In evaluation the running values are used.
+    as the paper's equation for inference has it. In evaluation the running values are used. (They depend on the batch
+    differentiably: who normalises others by a batch's statistics has their gradient too.)
     """
 
     def __init__(self, width: int, *, momentum: float = 0.9, epsilon: float = 1e-5, rngs: nnx.Rngs):
@@ -72,8 +73,8 @@ class BatchNorm(nnx.Module):
             var = jnp.square(wide - mean).mean(over)
             count = x.size // x.shape[-1]
             unbiased = var * count / max(count - 1, 1)
-            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * jax.lax.stop_gradient(mean)
-            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * jax.lax.stop_gradient(unbiased)
+            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
+            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * unbiased
         y = (wide - mean) * jax.lax.rsqrt(var + self.epsilon) * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
 

@@ -373,6 +373,22 @@ def test_supervised_learns_the_numbers_of_the_classes():
 # ---- BatchNorm -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("statistics", ["support", "queries"])
+def test_the_gradient_goes_through_the_statistics(statistics):
+    """Central differences of the meta-loss of a smooth network with BatchNorm: queries are normalised by numbers that
+    depend on the parameters, the support's too."""
+    objective, batch, module = MAML(inner_steps=1, statistics=statistics), classes(), cnn()
+    module.activation = jnp.tanh
+    parts = split(module)
+    loss = jax.jit(lambda p: objective.loss(merge(Parts(parts.graph, p, parts.stats, {})), batch, KEY, 0)[0])
+    found = jax.grad(loss)(parts.params)
+    for seed in range(3):
+        along = jax.tree.map(lambda leaf, s=seed: jax.random.normal(jax.random.key(s), leaf.shape), parts.params)
+        step = lambda size, along=along: loss(jax.tree.map(lambda p, d: p + size * d, parts.params, along))
+        slope = (step(2e-3) - step(-2e-3)) / 4e-3
+        np.testing.assert_allclose(flat(found) @ flat(along), slope, rtol=1e-2, atol=2e-3)
+
+
 def answers_of(statistics, batch, module):
     objective = FirstOrderMAML(inner_steps=2, inner_rate=0.1, statistics=statistics)
     given = {name: batch[name] for name in ("support_inputs", "support_labels")}
