@@ -268,7 +268,7 @@ _as_matrices: list[bool] = []
 def as_matrices(on: bool = True) -> Iterator[None]:
     """Convolutions inside of it are computed as products of matrices, of windows with the flattened kernel (or, inside
     of another of these, again as they are). Under `vmap` over kernels, a network a task, XLA makes of a convolution one
-    of as many groups as there are kernels, which on a CPU takes a multiple of the time of the batched product
+    of as many groups as there are kernels, which on a CPU takes longer than the batched product
     (scripts/meta_steps.py)."""
     _as_matrices.append(on)
     try:
