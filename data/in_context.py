@@ -64,6 +64,10 @@ def in_context(
     ):
         require(value >= least, f"{where}: {name} must be at least {least}, got {value}")
     require(spread > 0, f"{where}: spread must be above 0, got {spread}")
+    require(
+        spread == 1.0 or GAUSSIANS in (base, other_base),
+        f"{where}: spread={spread} is of Gaussians, and base={base!r} is stored",
+    )
     require(0 <= fixed_permutation <= 1, f"{where}: fixed_permutation must be in 0..1, got {fixed_permutation}")
     require(tested in TESTED, f"{where}: tested={tested!r} is not known{nearest(tested, TESTED)}")
     other = tested == "other"

@@ -39,8 +39,7 @@ def rows(
 
 def classified(known: Sequence[Mapping], asked: Sequence[Mapping]) -> dict[str, list[np.ndarray]]:
     """Labels by the pixels: nearest class mean, k-means from it on; and the nearest class mean where pixels are divided
-    by how they differ within training classes (linear discriminant analysis: what a linear network learns from the same
-    labels)."""
+    by how they differ within training classes (linear discriminant analysis, all directions kept)."""
     ways = int(max(episode["support_labels"].max() for episode in asked)) + 1
     plain = lambda episode: (_flat(episode["support_inputs"]), _flat(episode["inputs"]))
     whitening = within_class_whitening(known)

@@ -54,7 +54,8 @@ class BatchNorm(nnx.Module):
     In training mean and (biased) variance are the batch's, taken over the *global* batch (the compiler reduces over
     the mesh), and the running values move by 1 - momentum; the running variance is Bessel-corrected, n / (n - 1),
     as the paper's equation for inference has it. In evaluation the running values are used. (They depend on the batch
-    differentiably: who normalises others by a batch's statistics has their gradient too.)
+    differentiably: who normalises others by a batch's statistics has their gradient too.) With momentum 0 they are the
+    batch's own mean and biased variance, so that others are normalised just as the batch is.
     """
 
     def __init__(self, width: int, *, momentum: float = 0.9, epsilon: float = 1e-5, rngs: nnx.Rngs):
@@ -63,16 +64,17 @@ class BatchNorm(nnx.Module):
         self.mean = Stat(jnp.zeros(width), out_sharding=("norm",))
         self.var = Stat(jnp.ones(width), out_sharding=("norm",))
         self.momentum, self.epsilon = momentum, epsilon
+        self.by_batch: bool | None = None  # whether the batch's own values are used; None: in training
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         wide = x.astype(jnp.float32)
         mean, var = self.mean[...], self.var[...]
-        if train:
+        if train if self.by_batch is None else self.by_batch:
             over = tuple(range(x.ndim - 1))
             mean = wide.mean(over)
             var = jnp.square(wide - mean).mean(over)
             count = x.size // x.shape[-1]
-            unbiased = var * count / max(count - 1, 1)
+            unbiased = var * count / max(count - 1, 1) if self.momentum else var
             self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
             self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * unbiased
         y = (wide - mean) * jax.lax.rsqrt(var + self.epsilon) * self.scale[...] + self.bias[...]

@@ -26,8 +26,8 @@ def sinkhorn(
 
     Rounds are a fixed number, so that the plan can be differentiated and vmapped.
     """
-    if epsilon <= 0 or (slack is not None and slack <= 0):
-        raise ValueError(f"epsilon={epsilon} and slack={slack} must be above 0")
+    if epsilon <= 0 or rounds < 1 or (slack is not None and slack <= 0):
+        raise ValueError(f"epsilon={epsilon}, rounds={rounds} and slack={slack} must be above 0")
     cost = jnp.asarray(cost, jnp.float32)
     size = cost.shape
     weights = [
@@ -43,7 +43,9 @@ def sinkhorn(
         return u, v
 
     u, v = jax.lax.scan(one, jnp.zeros(size[0]), None, length=rounds)
-    return jnp.exp(kernel + u[:, None] + v[-1][None])
+    plan = jnp.exp(kernel + u[:, None] + v[-1][None])
+    empty = (weights[0] <= 0)[:, None] | (weights[1] <= 0)[None]
+    return jnp.where(empty, 0.0, plan)
 
 
 def _log(weights: jax.Array) -> jax.Array:

@@ -107,8 +107,8 @@ def matched(config, facts: Mapping[str, Any], what: str, target: float):
 def tuned(
     config, workdir: pathlib.Path, axis: str, label: str, merge: bool = False, shared: bool = False
 ) -> tuple[Any, str | None]:
-    """(the config with the value of the axis that has the lowest test loss at one seed and half the length, what a
-    reader of the table must know of the choice).
+    """(the config with the value of the axis that has the lowest test loss (or the largest accuracy, where its objective
+    is chosen by that) at one seed and half the length, what a reader of the table must know of the choice).
 
     The runs and the choice are kept under `workdir`. Where it is `shared` with other shards, one of them tunes, and
     the others wait and read what it found.
@@ -116,26 +116,26 @@ def tuned(
     key, values = axis_of(axis, "--tune")
     record = workdir / "tuned" / f"{directory_of(label)}.json"
     with _alone(record.with_suffix(".lock"), label) if shared and not merge else contextlib.nullcontext():
-        losses = _read_record(record)
+        costs = _read_record(record)
         for value in values:
             name, trial = f"{key}={value}", overridden(config, [(key, value), *_halved(config)])
             run = workdir / "tuned" / directory_of(f"{label} {name}")
-            if name in losses:
-                if losses[name]["config"] != _digest(trial):
+            if name in costs:
+                if costs[name]["config"] != _digest(trial):
                     raise UserError(f"{record} is of another config: give another --workdir")
                 continue
             if merge:
                 raise UserError(f"--merge: {label} was not tuned at {name}")
             try:
-                loss = _trained(trial, run)
+                cost = _trained(trial, run)
             except UserError as error:
                 if "the loss is" not in str(error):
                     raise
-                loss = None  # it diverged: a result, and a bad one
-            losses[name] = {"loss": loss, "config": _digest(trial)}
-            _write_record(record, losses)
-    found = {value: losses[f"{key}={value}"]["loss"] for value in values}
-    alive = {value: loss for value, loss in found.items() if loss is not None}
+                cost = None  # it diverged: a result, and a bad one
+            costs[name] = {"cost": cost, "config": _digest(trial)}
+            _write_record(record, costs)
+    found = {value: costs[f"{key}={value}"]["cost"] for value in values}
+    alive = {value: cost for value, cost in found.items() if cost is not None}
     if not alive:
         raise UserError(f"--tune={axis}: {label} diverged at every value")
     best = min(alive, key=alive.get)
@@ -183,17 +183,17 @@ def _read_record(record: pathlib.Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         entries = json.loads(record.read_text()).items()
-        number = lambda loss: None if loss is None else float(loss)
-        return {name: {"loss": number(entry["loss"]), "config": entry["config"]} for name, entry in entries}
+        number = lambda cost: None if cost is None else float(cost)
+        return {name: {"cost": number(entry["cost"]), "config": entry["config"]} for name, entry in entries}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{record} can't be read ({error}): without it, this variant is tuned again") from error
 
 
-def _write_record(record: pathlib.Path, losses: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_record(record: pathlib.Path, costs: Mapping[str, Mapping[str, Any]]) -> None:
     """As a whole or not at all: a shard may be killed at any moment."""
     record.parent.mkdir(parents=True, exist_ok=True)
     partial = record.with_name(f"{record.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(losses, allow_nan=False))
+    partial.write_text(json.dumps(costs, allow_nan=False))
     os.replace(partial, record)
 
 
@@ -342,14 +342,19 @@ def share(jobs: Sequence, shard: tuple[int, int]) -> list:
 
 
 def _trained(config, run: pathlib.Path) -> float | None:
-    """Trains one run to its end and returns its test loss, None where that is not finite; where training was asked to
+    """Trains one run to its end and returns what a setting is chosen by, the less the better: its test loss, or its
+    error where the objective is chosen by accuracy; None where the loss is not finite. Where training was asked to
     stop, so does the comparison."""
     from lissom.train import train
+    from lissom.training.building import build_objective
 
     result = train(config, run)
     if "loss" not in result:
         raise SystemExit(0)
-    return float(result["loss"]) if math.isfinite(result["loss"]) else None
+    if not math.isfinite(result["loss"]):
+        return None
+    by = build_objective(config).chosen_by
+    return 1 - float(result[by]) if by == "accuracy" and by in result else float(result["loss"])
 
 
 def main(argv: list[str]) -> None:
@@ -370,7 +375,7 @@ def main(argv: list[str]) -> None:
         spec, config = command_line.config_from(pairs)
         given = flags.FLAGS
         workdir = pathlib.Path(given.workdir or pathlib.Path("runs/compare") / default_workdir(spec).name)
-        variants = with_baselines(grid(given.vary, given.also), config.evaluation.baselines)
+        variants = with_baselines(given.vary, given.also, config.evaluation.baselines)
         shard = command_line.shard_of(given.shard)
         out = pathlib.Path(given.out or workdir)
         if given.merge and not given.measure:

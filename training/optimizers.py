@@ -16,9 +16,12 @@ from lissom.models.variables import map_paths
 from lissom.training import OPTIMIZERS, SCHEDULES
 
 
-def adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction (Kingma & Ba 2014, arXiv:1412.6980; decay decoupled as in Loshchilov & Hutter 2017)."""
-    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+def adamw(
+    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
+) -> optax.GradientTransformation:
+    """Adam's direction m / (sqrt(v + eps_root) + eps) (Kingma & Ba 2014, arXiv:1412.6980; decay decoupled as in
+    Loshchilov & Hutter 2017). With an eps_root above 0 it has a derivative where a gradient is 0."""
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
 
 def sgd(*, momentum: float = 0.9, nesterov: bool = False) -> optax.GradientTransformation:

@@ -55,10 +55,20 @@ def grid(axes: Sequence[str], also: Sequence[str] = ()) -> list[Variant]:
     return list(variants.values())
 
 
-def with_baselines(variants: Sequence[Variant], baselines: Sequence[str]) -> list[Variant]:
-    """The variants, and behind them those of the recipe's `baselines` that set what none of them does."""
+def with_baselines(axes: Sequence[str], also: Sequence[str], baselines: Sequence[str]) -> list[Variant]:
+    """The variants of `grid`, and behind them the recipe's `baselines`, each at all points of the axes that it does not
+    set itself; those that are variants already are left out."""
+    variants = grid(axes, also)
     known = {frozenset(variant.overrides) for variant in variants}
-    return [*variants, *(extra for extra in grid((), baselines)[1:] if frozenset(extra.overrides) not in known)]
+    added = []
+    for label, settings in ((extra.label, extra.overrides) for extra in grid((), baselines)[1:]):
+        free = [axis for axis in axes if axis_of(axis, "--vary")[0] not in dict(settings)]
+        for point in grid(free):
+            several = any(len(axis_of(axis, "--vary")[1]) > 1 for axis in free)
+            extra = Variant(f"{label} {point.label}" if several else label, (*point.overrides, *settings))
+            if frozenset(extra.overrides) not in known:
+                added.append(extra)
+    return [*variants, *added]
 
 
 def axis_of(text: str, flag: str) -> tuple[str, list[str]]:

@@ -54,7 +54,7 @@ def get_config(arg: str = ""):
         "protonet": {"statistics": "running"},
         "supervised": {"statistics": "running"},
         # The paper's 40 rows a cluster, and its warm-up of 15 % of the run.
-        "beclr": {"memory": 4096, "clusters": 100, "neighbours": 5, "warm_up": 450, "momentum": 0.995}
+        "beclr": {"memory": 4096, "clusters": 100, "neighbours": 5, "warm_up": 150, "momentum": 0.995}
         | {"uniformity": 0.1, "width": 128, "strength": 1.0, "statistics": "running"},
     }
     config.optim.learning_rate = 3e-3

@@ -4,9 +4,9 @@ Paper: Kirsch et al. 2022, General-Purpose In-Context Learning by Meta-Learning 
 Command: uv run train.py --config=configs/fewshot/gpicl.py
 Time: not measured yet. Result: not measured yet.
 Gaussians in 16 dimensions, 5 classes, 50 examples a sequence. Test sets: unseen tasks, those of training ("seen"), and
-unseen tasks of another base set ("other"). first_accuracy and last_accuracy of each say what it is: memorised (no gain
-within a sequence), identified (a gain on seen tasks alone) or learned (a gain on unseen tasks too).
-On digits: --config.evaluation.data="({'tested':'seen'},{'tested':'other','other_base':'digits'})"
+unseen tasks of another base set ("other": digits, since Gaussians of other means, projected, are much the same tasks).
+first_accuracy and last_accuracy of each say what it is: memorised (no gain within a sequence), identified (a gain on
+seen tasks alone) or learned (a gain on unseen tasks too).
 The phase plot over the number of tasks, the mixer and the width: scripts/in_context_phases.py.
 Sweep: data.kwargs.in_context.tasks=1,16,256,4096,65536 (0: a new one for each sequence)
     model.mixer=attention,lstm  model.width=32,64,128  data.batch_size=16,64,256
@@ -47,7 +47,7 @@ def get_config(arg: str = ""):
     config.objective = "in_context"
     config.optim.update({"learning_rate": 1e-3, "weight_decay": 1e-2})
     config.train = {"steps": 10_000}
-    config.evaluation.update({"data": ({"tested": "seen"}, {"tested": "other"})})
+    config.evaluation.update({"data": ({"tested": "seen"}, {"tested": "other", "other_base": "digits"})})
     if mode(arg, ("tiny",)):
         config = tiny(config)
         config.data.kwargs.in_context.update({"length": 12, "tasks": 8, "test_size": 50})

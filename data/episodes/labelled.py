@@ -146,13 +146,23 @@ def episodes(
     )
     for name, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
         require(value >= least, f"episodes: {name} must be at least {least}, got {value}")
-    for name, value in (("held_out", held_out), ("train_size", train_size - 1), ("test_size", test_size - 1)):
-        require(value >= 0, f"episodes: {name} is too small, got {value if name == 'held_out' else value + 1}")
+    for name, value, least in (
+        *(("held_out", held_out, 0), ("train_size", train_size, 1), ("test_size", test_size, 1), ("seed", seed, 0)),
+    ):
+        require(value >= least, f"episodes: {name} must be at least {least}, got {value}")
+    require(
+        not held_out or source != "glyphs",
+        "episodes: letters of one script are turned copies of each other (n and u): hold scripts of glyphs out, by "
+        "source_kwargs={'test_scripts': ...}, and not classes by held_out",
+    )
     require(
         support_candidates == 0 or support_candidates > shots,
         f"episodes: support_candidates must be 0 or more than shots={shots}, got {support_candidates}",
     )
-    require(query_concentration >= 0, f"episodes: query_concentration must not be negative, got {query_concentration}")
+    require(
+        0 <= query_concentration < np.inf,
+        f"episodes: query_concentration must be a number and not negative, got {query_concentration}",
+    )
     members = _class_split(source, base, held_out, seed)
     # A class may get all queries.
     needed = (support_candidates or shots) + (ways * queries if query_concentration else queries)

@@ -57,7 +57,8 @@ def linear_tasks(
     drawn again."""
     del load
     least = {"dims": (dims, 2), "ways": (ways, 2), "shots": (shots, 1), "queries": (queries, 1)}
-    for name, (value, bound) in (least | {"train_size": (train_size, 1), "test_size": (test_size, 1)}).items():
+    least |= {"train_size": (train_size, 1), "test_size": (test_size, 1), "seed": (seed, 0)}
+    for name, (value, bound) in least.items():
         require(value >= bound, f"linear_tasks: {name} must be at least {bound}, got {value}")
     settings = {"dims": dims, "ways": ways, "shots": shots, "queries": queries, "seed": seed}
     sizes = {"train": train_size, "test": test_size}

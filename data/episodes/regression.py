@@ -88,7 +88,7 @@ def regression_tasks(
     shots: int = 10,
     queries: int = 20,
     noise: float = 0.0,
-    interval: float = 0.5,
+    interval: float | None = None,
     train_size: int = 1_000_000,
     test_size: int = 1_000,
     seed: int = 0,
@@ -97,7 +97,7 @@ def regression_tasks(
     [shots, outputs], inputs [queries, dims] with labels [queries, outputs].
 
     families: names of `CURVES` (x on a line, y = f(x)) or of `dynamics.FAMILIES` (x a state of a system in the plane,
-    even in the family's square; y the state an `interval` later; both standardised by constants of the family), all of
+    even in the family's square; y the state an `interval` later, None: 0.5; both standardised by constants of the family), all of
     one kind. A task is an even draw of a family and of its parameters. noise: standard deviation of what is added to
     the support's targets; queries have the true ones.
     """
@@ -112,9 +112,15 @@ def regression_tasks(
         f"regression_tasks: families={families} mixes functions of a line with systems in the plane",
     )
     least = {"shots": (shots, 1), "queries": (queries, 1), "train_size": (train_size, 1), "test_size": (test_size, 1)}
+    least["seed"] = (seed, 0)
     for name, (value, bound) in least.items():
         require(value >= bound, f"regression_tasks: {name} must be at least {bound}, got {value}")
     require(0 <= noise < np.inf, f"regression_tasks: noise must not be negative, got {noise}")
+    require(
+        interval is None or not curves[0],
+        f"regression_tasks: interval={interval} is of systems in the plane, and families={families} are functions",
+    )
+    interval = 0.5 if interval is None else interval
     require(0 < interval < np.inf, f"regression_tasks: interval must be above 0, got {interval}")
     settings = {"families": families, "shots": shots, "queries": queries, "noise": noise, "interval": interval}
     sizes = {"train": train_size, "test": test_size}

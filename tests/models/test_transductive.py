@@ -47,19 +47,17 @@ def test_k_means_by_hand():
 
 
 def test_k_means_finds_what_a_single_bad_shot_misses():
-    """The shot of class 0 lies beside class 1's cluster; its own cluster is far away on the other side."""
+    """The shot of class 0 lies near class 1's cluster; its own cluster is far away on the other side."""
     rng = np.random.default_rng(0)
     cluster = lambda at: np.array([at, 0.0]) + 0.3 * rng.standard_normal((20, 2))
     queries = jnp.asarray(np.concatenate([cluster(-4.0), cluster(4.0)]))
-    support, labels = jnp.array([[1.5, 0.0], [4.5, 0.0]]), jnp.array([0, 1])
+    support, labels = jnp.array([[3.2, 0.0], [4.5, 0.0]]), jnp.array([0, 1])
     truth = np.repeat([0, 1], 20)
     right = lambda scores: (np.asarray(scores.argmax(-1)) == truth).mean()
     by_means, by_clusters = (
         right(method(support, labels, queries, 2)) for method in (transductive.nearest_prototype, transductive.k_means)
     )
-    assert by_clusters == 1.0 and by_means >= 0.9
-    # The prototype itself moved to its cluster: the score of its middle is nearly 0.
-    assert transductive.k_means(support, labels, jnp.asarray(queries), 2)[:20, 0].min() > -8
+    assert by_clusters == 1.0 and 0.5 < by_means < 0.95
 
 
 def test_affinity_is_symmetric_and_positive_semidefinite_once_shifted():
@@ -68,7 +66,7 @@ def test_affinity_is_symmetric_and_positive_semidefinite_once_shifted():
     np.testing.assert_allclose(plain, plain.T)
     assert np.diag(plain).max() == 0 and plain.sum() == 3 * len(rows)
     assert np.linalg.eigvalsh(plain).min() < -0.5
-    assert np.linalg.eigvalsh(shifted).min() > -1e-4
+    np.testing.assert_allclose(np.linalg.eigvalsh(shifted).min(), 0, atol=1e-4)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])

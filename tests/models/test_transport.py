@@ -65,6 +65,13 @@ def test_a_cost_of_thousands_is_no_problem():
     np.testing.assert_allclose(plan.sum(1), 1 / 5, rtol=1e-2)
 
 
+@pytest.mark.parametrize("slack", [None, 0.005, 0.1])
+def test_what_weighs_nothing_stays_empty(slack):
+    rows, columns = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.0, 0.4, 0.3, 0.3])
+    plan = sinkhorn(COST[:3, :4], epsilon=0.05, rows=rows, columns=columns, slack=slack)
+    assert plan[2].max() == 0 and plan[:, 0].max() == 0 and plan[:2, 1:].min() > 0
+
+
 def test_unbalanced():
     """Without end it is balanced; with little slack a column that costs much gets less than its share; and at the
     solution u = -slack / epsilon log(row sum / row): the condition of the penalty."""
@@ -89,7 +96,7 @@ def test_an_empty_class_stays_empty_and_gradients_are_finite():
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="epsilon=0 and slack=None must be above 0"):
+    with pytest.raises(ValueError, match="epsilon=0, rounds=50 and slack=None must be above 0"):
         sinkhorn(COST, epsilon=0)
     with pytest.raises(ValueError, match="slack=-1"):
         sinkhorn(COST, epsilon=1, slack=-1)

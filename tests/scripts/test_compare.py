@@ -29,12 +29,20 @@ def config(**changes):
 def test_baselines_of_a_recipe_are_added_once():
     """Behind the variants, and not where one of them sets the same."""
     texts = ("plain: objective=supervised", "wide: objective=supervised model.width=64")
-    added = script.with_baselines(script.grid(["objective=maml,anil"], ["mine: objective=reptile"]), texts)
+    added = script.with_baselines(["objective=maml,anil"], ["mine: objective=reptile"], texts)
     assert [variant.label for variant in added] == ["objective=maml", "objective=anil", "mine", "plain", "wide"]
     assert added[-1].overrides == (("objective", "supervised"), ("model.width", "64"))
-    there = script.with_baselines(script.grid(["objective=maml,supervised"]), texts)
+    there = script.with_baselines(["objective=maml,supervised"], [], texts)
     assert [variant.label for variant in there] == ["objective=maml", "objective=supervised", "wide"]
-    assert script.with_baselines(script.grid([]), ()) == script.grid([])
+    assert script.with_baselines([], [], ()) == script.grid([])
+
+
+def test_baselines_stand_at_every_point_of_the_axes_that_they_do_not_set():
+    found = script.with_baselines(["objective=maml,anil", "data.shots=1,5"], [], ("plain: objective=supervised",))
+    assert [variant.label for variant in found[4:]] == ["plain shots=1", "plain shots=5"]
+    assert found[-1].overrides == (("data.shots", "5"), ("objective", "supervised"))
+    one = script.with_baselines(["objective=maml,anil", "data.shots=5"], [], ("plain: objective=supervised",))
+    assert (one[-1].label, len(one)) == ("plain", 3) and ("data.shots", "5") in one[-1].overrides
 
 
 def test_grid():
@@ -128,7 +136,7 @@ def test_tune_flags_the_edge_and_remembers(tmp_path, capsys):
     assert "of the values tried (1e-6, 1e-2), so that one beyond may be better" in note
     record = json.loads((tmp_path / "tuned" / "plain.json").read_text())
     assert set(record) == {"optim.learning_rate=1e-6", "optim.learning_rate=1e-2"}
-    record["optim.learning_rate=1e-6"]["loss"], record["optim.learning_rate=1e-2"]["loss"] = 0.1, 0.2
+    record["optim.learning_rate=1e-6"]["cost"], record["optim.learning_rate=1e-2"]["cost"] = 0.1, 0.2
     (tmp_path / "tuned" / "plain.json").write_text(json.dumps(record))
     assert script.tuned(config(), tmp_path, axis, "plain")[0].optim.learning_rate == 1e-6
     assert [path.name for path in (tmp_path / "tuned").glob("*.partial")] == []

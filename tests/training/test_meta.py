@@ -417,9 +417,33 @@ def test_support_statistics_are_the_supports():
     _, found = network.support(params, stats, x, KEY)
     first = cnn().convs[0](x)
     np.testing.assert_allclose(found["norms"][0]["mean"], first.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
-    count = first.size // first.shape[-1]
-    expected = first.var((0, 1, 2)) * count / (count - 1)
-    np.testing.assert_allclose(found["norms"][0]["var"], expected, rtol=1e-3)
+    np.testing.assert_allclose(found["norms"][0]["var"], first.var((0, 1, 2)), rtol=1e-3)
+    given, _ = network.support(params, stats, x, KEY)
+    asked, _ = network.queries(params, found, x, KEY)
+    np.testing.assert_allclose(asked, given, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["support", "queries", "running"])
+def test_dropout_is_of_training_alone(statistics):
+    network, params, stats = TaskNetwork.of(cnn(dropout=0.5), statistics)
+    x = classes()["support_inputs"][0]
+
+    def run(key, train):
+        outputs, found = network.support(params, stats, x, jax.random.key(key), train)
+        return outputs, network.queries(params, found, x, jax.random.key(key), train)[0]
+
+    for one, other in zip(run(0, False), run(1, False), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(run(0, True), run(1, True), strict=True):
+        assert np.abs(one - other).max() > 1e-3
+
+
+def test_meta_gradient_through_adam_where_gradients_are_zero():
+    """Dead units have a gradient of 0, at which a root has no slope."""
+    network = perceptron()
+    network.layers[0].bias[...] = jnp.full(8, -100.0).at[0].set(1.0)
+    _, (found, _, _) = gradient(MAML(inner="adamw", inner_rate=0.01, inner_steps=2), network, regression())
+    assert np.isfinite(flat(found)).all() and np.abs(flat(found)).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["maml", "protonet", "reptile"])

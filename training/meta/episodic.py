@@ -40,6 +40,7 @@ class Episodic(Objective):
     """
 
     kinds = ("episode",)
+    chosen_by = "accuracy"
     method = "outputs"
     mapping = staticmethod(a_network_a_task)  # `one_network` where the support changes no parameters
 

@@ -16,6 +16,8 @@ from lissom.training.meta.inner import REMAT, adapted
 from lissom.training.meta.networks import parts, task_loss, together
 
 RATES = "inner_rates"  # of the network: no inner loop changes them
+# What the inner directions have by default: descent is plain, and Adam's root has a slope where a gradient is 0.
+INNER = {"sgd": {"momentum": 0.0}, "adamw": {"eps_root": 1e-12}}
 
 
 class MAML(Episodic):
@@ -24,7 +26,7 @@ class MAML(Episodic):
         phi = U(...U(theta)),  U(p) = p - inner_rate grad L_support(p);    min_theta  mean over tasks of L_query(phi)
 
     inner: a name of `OPTIMIZERS` or package.module:function, which gives the direction of the inner steps; its settings
-    are in inner_kwargs (of sgd by default no momentum). inner_steps: in training; test_steps: in evaluation (None: as
+    are in inner_kwargs (defaults: `INNER`). inner_steps: in training; test_steps: in evaluation (None: as
     many). second_order: whether the gradient goes through the inner gradients. parameters: a pattern of the paths of
     those that the inner loop changes. remat: what the backward pass computes again (`inner.py`).
 
@@ -58,7 +60,7 @@ class MAML(Episodic):
             raise ValueError(f"objective.parameters={parameters!r} is no pattern: {error}") from error
         self.inner_steps, self.test_steps = inner_steps, test_steps or inner_steps
         self.inner_rate, self.second_order, self.remat = inner_rate, second_order, remat
-        kwargs = {"sgd": {"momentum": 0.0}, **{key: dict(value) for key, value in (inner_kwargs or {}).items()}}
+        kwargs = {**INNER, **{name: {**INNER.get(name, {}), **given} for name, given in (inner_kwargs or {}).items()}}
         self.direction = construct(OPTIMIZERS, inner, kwargs, "optimizer", is_field=False)
 
     def structure(self, model):
@@ -112,6 +114,8 @@ class FirstOrderMAML(MAML):
     def __init__(self, *, second_order: bool = False, **settings):
         if second_order:
             raise ValueError("objective.second_order=True is the objective 'maml', not 'fomaml'")
+        if settings.get("remat", "none") != "none":
+            raise ValueError(f"objective.remat={settings['remat']!r}: 'fomaml' has no backward pass through its steps")
         super().__init__(second_order=False, **settings)
 
 

@@ -29,7 +29,8 @@ class TaskNetwork:
     support(params, stats, inputs, key, train)   (outputs, stats for the queries)
     queries(params, stats, inputs, key, train)   (outputs, new stats), with the stats that `support` gave
 
-    train: whether this is a training step, in which running averages are moved, and the batch's own normalise.
+    train: whether this is a training step, in which running averages are moved, and the batch's own normalise. Whatever
+    normalises, what is random in training (dropout) is so in training alone.
     """
 
     def __init__(self, graph: nnx.GraphDef, frozen: Tree, statistics: str, method: str, ways: int | None):
@@ -46,14 +47,13 @@ class TaskNetwork:
         return TaskNetwork(self.graph, self.frozen, self.statistics, method, self.ways)
 
     def support(self, params: Tree, stats: Tree, inputs: jax.Array, key: jax.Array, train: bool = False):
-        network = self._merged(params, stats)
-        outputs = self._run(network, inputs, self.statistics != "running" or train, key)
+        network = self._merged(params, stats, self.statistics != "running" or train)
+        outputs = self._run(network, inputs, train, key)
         return outputs, stats if self.statistics == "queries" else stats_of(network)
 
     def queries(self, params: Tree, stats: Tree, inputs: jax.Array, key: jax.Array, train: bool = False):
-        network = self._merged(params, stats)
-        own = self.statistics == "queries" or (self.statistics == "running" and train)
-        outputs = self._run(network, inputs, own, key)
+        network = self._merged(params, stats, self.statistics == "queries" or (self.statistics == "running" and train))
+        outputs = self._run(network, inputs, train, key)
         return outputs, stats_of(network) if self.statistics == "running" else stats
 
     def _run(self, network: nnx.Module, inputs: jax.Array, train: bool, key: jax.Array) -> jax.Array:
@@ -61,12 +61,12 @@ class TaskNetwork:
             return network.features(inputs, train=train, key=key)
         return network(inputs, train=train, key=key)[0]
 
-    def _merged(self, params: Tree, stats: Tree) -> nnx.Module:
+    def _merged(self, params: Tree, stats: Tree, by_batch: bool) -> nnx.Module:
         network = merge(Parts(self.graph, params, stats, self.frozen))
-        if self.statistics == "support":
-            # Running averages that keep nothing are the statistics of the last batch.
-            for node in batch_norms(network):
-                node.momentum = 0.0
+        for node in batch_norms(network):
+            node.by_batch = by_batch
+            if self.statistics == "support":
+                node.momentum = 0.0  # running averages that keep nothing are the statistics of the last batch
         return network
 
 

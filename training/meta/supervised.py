@@ -34,6 +34,12 @@ class Supervised(MAML):
             raise ValueError(
                 f"objective.{name}={settings[name]!r} is of the fine-tuning, which classes=True has none of"
             )
+        for name in ("second_order", "remat", "test_steps"):
+            if name in settings:
+                raise ValueError(
+                    f"objective.{name}={settings[name]!r}: 'supervised' has no inner loop in training, and fine-tunes "
+                    "in inner_steps"
+                )
         super().__init__(statistics=statistics, **settings)
         self.of_classes = classes
         self.path = ("network",) if classes else ()

@@ -20,12 +20,15 @@ class Objective:
 
     `kinds` are the kinds of data (`data/dataset.py`) it can learn from, empty for any; `path` is where the network
     stands in the module that `build` gives. `single`: of episodes it is given the examples of the training classes one
-    by one (`data.single_examples`), and it is judged on episodes as others are.
+    by one (`data.single_examples`), and it is judged on episodes as others are. `chosen_by`: of what is measured in
+    evaluation, by what a setting is chosen: "accuracy" where losses of different objectives are of different scales
+    (the largest; the loss where there is no accuracy), else the least "loss".
     """
 
     kinds: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
     single: bool = False
+    chosen_by: str = "loss"
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
         """Reads from the disk what `build` and `fill` need, and checks that it goes with the data that `facts` are of;
