@@ -65,20 +65,6 @@ def given_runs(argv: list[str], script: str) -> list[pathlib.Path]:
     return find_runs(flags.FLAGS.runs, lambda text: print(text, file=sys.stderr))
 
 
-def in_shares(grid: Callable[[], Sequence], train: Callable, report: Callable) -> None:
-    """What a script with the flags --workdir, --out, --shard and --merge does with its grid of runs: train(runs,
-    workdir) of its share and, where that is all of them or with --merge, report(runs, workdir, out)."""
-    given = flags.FLAGS
-    index, count = command_line.shard_of(given.shard)
-    check_writable(given.workdir, "--workdir")
-    check_writable(given.out, "--out")
-    runs, workdir = grid(), pathlib.Path(given.workdir)
-    if not given.merge:
-        train(runs[index::count], workdir)
-    if given.merge or count == 1:
-        report(runs, workdir, pathlib.Path(given.out))
-
-
 def _unfinished(run: pathlib.Path) -> str | None:
     """Why a directory holds no finished run, or None."""
     from lissom.training.checkpoints import Checkpoints

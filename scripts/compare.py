@@ -27,7 +27,7 @@ from lissom.eval import COST, COST_HELP, check_cost, check_writable, finished
 from lissom.training import flags as command_line
 from lissom.training.config import check, default_workdir, model_settings, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
-from lissom.training.variants import Variant, axis_of, config_of, directory_of, grid, with_baselines
+from lissom.training.variants import Variant, axis_of, config_of, directory_of, with_baselines
 
 MATCHES = ("params", "flops", "bytes")
 TOLERANCE = 0.01
@@ -107,8 +107,8 @@ def matched(config, facts: Mapping[str, Any], what: str, target: float):
 def tuned(
     config, workdir: pathlib.Path, axis: str, label: str, merge: bool = False, shared: bool = False
 ) -> tuple[Any, str | None]:
-    """(the config with the value of the axis that has the lowest test loss (or the largest accuracy, where its objective
-    is chosen by that) at one seed and half the length, what a reader of the table must know of the choice).
+    """(the config with the best value of the axis at one seed and half the length: that of the lowest test loss, or of
+    the largest accuracy, where its objective is chosen by that; what a reader of the table must know of the choice).
 
     The runs and the choice are kept under `workdir`. Where it is `shared` with other shards, one of them tunes, and
     the others wait and read what it found.

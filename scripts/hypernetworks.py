@@ -37,6 +37,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from lissom import sweeps
+from lissom.sweeps import RATE, rates_of, tests_of, trained
 from lissom.training import flags as command_line
 from lissom.training.errors import UserError, one_sentence
 
@@ -56,7 +58,6 @@ PLAIN = (("optim.clip_norm", 0.0), ("optim.weight_decay", 0.0))
 FEW = (("data.kwargs.mnist1d.train_size", 60), ("data.kwargs.mnist1d.test_size", 40), ("data.batch_size", 16))
 SET = ("seed", "evaluation.every", "objective", "optim.name", "optim.learning_rate", CONDITION)
 SHOWN = ("loss", "accuracy", "steps_to_loss", "gradient_variance")
-DIVERGED = "diverged.json"
 
 
 class Asked(NamedTuple):
@@ -118,55 +119,12 @@ def tuned(network: Network, asked: Asked, workdir: pathlib.Path, merge: bool) ->
     """(the config with the best of the rates, what a reader must know of the choice)."""
     from lissom.training.config import overridden
 
-    rates = [float(f"{factor * asked.rates[network.optimizer]:.3g}") for factor in asked.factors]
-    if len(rates) == 1:
-        return overridden(network.config, [("optim.learning_rate", rates[0])]), None
-    short, losses = max(1, asked.steps // 4), {}
-    for rate in rates:
-        trial = overridden(network.config, [("optim.learning_rate", rate), *length_of(asked, short)])
-        losses[rate] = trained(trial, workdir / "tuned" / f"{network.name}_{rate:g}", merge)
-    best = min(losses, key=lambda rate: math.inf if losses[rate] is None else losses[rate])
-    if losses[best] is None:
-        raise UserError(f"{network.label} diverged with {network.optimizer} at every rate of --rates and --factors")
-    print(
-        f"{network.label}, {network.optimizer}: learning rate {best:g} of {', '.join(map(str, losses))}",
-        file=sys.stderr,
-    )
-    edge = {min(losses): "smallest", max(losses): "largest"}.get(best)
-    note = f"{network.label}: its learning rate {best:g} is the {edge} tried, so that one beyond may be better"
-    return overridden(network.config, [("optim.learning_rate", best)]), note if edge else None
-
-
-def trained(config, run: pathlib.Path, merge: bool) -> float | None:
-    """The last test loss of a run, None of one that diverged; trained where it isn't finished."""
-    from lissom.eval import finished
-    from lissom.train import train
-    from lissom.training.runs import check_same
-
-    stopped = run / DIVERGED
-    if stopped.is_file() or finished(run):
-        check_same(run, config)
-        return None if stopped.is_file() else tests_of(run)[-1]["loss"]
-    if merge:
-        raise UserError(f"--merge: the run {run} is not finished")
-    print(f"{run.name}, {dict(config.train)}", file=sys.stderr)
-    try:
-        result = train(config, run)
-    except UserError as error:
-        if "the loss is" not in str(error):
-            raise
-        stopped.write_text(json.dumps({"said": str(error)}))
-        return None
-    if "loss" not in result:
-        raise SystemExit(0)  # it was asked to stop
-    return tests_of(run)[-1]["loss"]
-
-
-def tests_of(run: pathlib.Path) -> list[dict]:
-    """The evaluations of a run in their order."""
-    from lissom.eval import read_metrics
-
-    return [entry for entry in read_metrics(run) if entry["kind"] == "test"]
+    short = max(1, asked.steps // 4)
+    rates = rates_of(asked.rates[network.optimizer], asked.factors)
+    trials = {rate: overridden(network.config, [(RATE, rate), *length_of(asked, short)]) for rate in rates}
+    place = lambda rate: workdir / "tuned" / f"{network.name}_{rate:g}"
+    best, note = sweeps.tuned(f"{network.label}, {network.optimizer}", trials, place, merge)
+    return overridden(network.config, [(RATE, best)]), note
 
 
 def steps_to(run: pathlib.Path, loss: float) -> int | None:

@@ -1,13 +1,16 @@
 """Which decoders memorise their training tasks, which find out the task of a sequence, and which learn from it.
 
     uv run scripts/in_context_phases.py [--mixers=attention,lstm] [--widths=32,64]
-        [--tasks=1,4,16,64,256,1024,4096,16384,65536] [--seeds=1] [--workdir=runs/in_context_phases]
-        [--shard=0/2 | --merge] [--out=results/in_context_phases] [--config.FIELD=VALUE]
+        [--tasks=1,4,16,64,256,1024,4096,16384,65536] [--rates=3e-4,1e-3,3e-3] [--seeds=1]
+        [--workdir=runs/in_context_phases] [--shard=0/2 | --merge] [--out=results/in_context_phases]
+        [--config.FIELD=VALUE]
 
 Kirsch et al. 2022, arXiv:2212.04458, figures 2 to 5. Each run is the recipe configs/fewshot/gpicl.py with a mixer, a
 width, and so many training tasks. It is judged on unseen tasks and on the test sets of config.evaluation.data: tasks of
-training ("seen"), and of another base set ("other"). What is finished in --workdir is not trained again; a --shard
-trains its part and measures nothing; --merge trains nothing.
+training ("seen"), and of another base set ("other"). The learning rate of each mixer and width is that of --rates with
+the lowest loss on unseen tasks after a quarter of the steps, of the most training tasks and seed 0; of one rate none is
+tried. What is finished in --workdir is not trained again; a --shard trains its part of the mixers and widths and
+measures nothing; --merge trains nothing.
 
 Printed and written: rows and tables of all runs, and the phases: accuracies at the first and at the last position, and
 
@@ -22,6 +25,7 @@ runs of most tasks. The remedies of the paper are fields of the recipe, each for
 --config.data.batch_size=512, --config.data.kwargs.in_context.fixed_permutation=0.1.
 """
 
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +33,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from lissom import sweeps
+from lissom.sweeps import RATE
 from lissom.training import flags as command_line
 from lissom.training.errors import UserError, one_sentence
 
@@ -40,6 +46,7 @@ SET = {
     "model.mixer": "--mixers",
     "model.width": "--widths",
     f"{DATA}.tasks": "--tasks",
+    "optim.learning_rate": "--rates",
     "seed": "--seeds",
 }
 FIXED = ("data.name", "model.name", "objective", f"{DATA}.tested", "evaluation.transforms")
@@ -66,18 +73,27 @@ class Run(NamedTuple):
         return f"{self.mixer}, width {self.width}"
 
 
+class Learner(NamedTuple):
+    """A mixer and a width: what is tuned, {rate: config of its trial}, and its runs, at the first of the rates."""
+
+    label: str
+    trials: dict[float, Any]
+    runs: list[Run]
+
+
 class Asked(NamedTuple):
     """What the flags say."""
 
     mixers: Sequence[str]
     widths: Sequence[int]
     tasks: Sequence[int]
+    rates: Sequence[float]
     seeds: int
     pairs: Sequence[tuple[str, str]] = ()
 
 
-def grid(asked: Asked) -> list[Run]:
-    """All runs, those of a seed interleaved. What can be wrong with one is a UserError before any is trained."""
+def grid(asked: Asked) -> list[Learner]:
+    """All that is trained. What can be wrong with a run is a UserError before any is trained."""
     from flax import nnx
 
     from lissom.training.building import build_network, further_tests, load_dataset
@@ -89,45 +105,53 @@ def grid(asked: Asked) -> list[Run]:
     further_tests(base, dataset)
     facts = {**dataset.info, "kind": dataset.kind}
     found = []
-    for seed in range(asked.seeds):
-        for mixer in asked.mixers:
-            for width in asked.widths:
-                sized = overridden(base, [("model.mixer", mixer), ("model.width", width), ("seed", seed)])
-                check(sized)
-                nnx.eval_shape(lambda config=sized: build_network(config, facts, nnx.Rngs(0)))
-                found += [
-                    Run(mixer, width, tasks, seed, overridden(sized, [(f"{DATA}.tasks", tasks)]))
-                    for tasks in asked.tasks
-                ]
+    for mixer in asked.mixers:
+        for width in asked.widths:
+            sized = overridden(base, [("model.mixer", mixer), ("model.width", width), (RATE, asked.rates[0])])
+            check(sized)
+            nnx.eval_shape(lambda config=sized: build_network(config, facts, nnx.Rngs(0)))
+            of = lambda tasks, seed, sized=sized: overridden(sized, [(f"{DATA}.tasks", tasks), ("seed", seed)])
+            runs = [Run(mixer, width, n, seed, of(n, seed)) for seed in range(asked.seeds) for n in asked.tasks]
+            short = [("train.steps", max(1, base.train.steps // 4))]
+            trials = {rate: overridden(of(max(asked.tasks), 0), [(RATE, rate), *short]) for rate in asked.rates}
+            found.append(Learner(runs[0].learner, trials, runs))
     return found
 
 
-def trained(runs: Sequence[Run], workdir: pathlib.Path) -> None:
+def tuned(learner: Learner, workdir: pathlib.Path, merge: bool) -> tuple[list[Run], str | None]:
+    """(the learner's runs at its best rate, what a reader must know of it)."""
+    from lissom.training.config import overridden
+
+    name = learner.runs[0].name.rpartition("_seed")[0].rpartition("_")[0]
+    place = lambda rate: workdir / "tuned" / f"{name}_{rate:g}"
+    rate, note = sweeps.tuned(learner.label, learner.trials, place, merge)
+    return [run._replace(config=overridden(run.config, [(RATE, rate)])) for run in learner.runs], note
+
+
+def trained(learners: Sequence[Learner], workdir: pathlib.Path) -> None:
     """Trains what is not finished."""
-    from lissom.eval import finished
-    from lissom.train import train
-    from lissom.training.runs import check_same
-
-    for number, run in enumerate(runs):
-        if finished(workdir / run.name):
-            check_same(workdir / run.name, run.config)
-        else:
-            print(f"[{number + 1}/{len(runs)}] {run.name}", file=sys.stderr)
-            if "loss" not in train(run.config, workdir / run.name):
-                raise SystemExit(0)  # it was asked to stop
+    for learner in learners:
+        for run in tuned(learner, workdir, False)[0]:
+            sweeps.trained(run.config, workdir / run.name)
 
 
-def measured(runs: Sequence[Run], workdir: pathlib.Path) -> list:
-    """The rows of all runs, in their order, then the floors; a run that is missing is a UserError."""
-    from lissom.eval import evaluate, finished
-    from lissom.training.runs import check_same
+def measured(learners: Sequence[Learner], workdir: pathlib.Path) -> tuple[list[Run], list]:
+    """(all runs that did not diverge; their rows, in their order, then the floors); a run that is missing is a
+    UserError."""
+    from lissom.eval import evaluate
 
-    for run in runs:
-        if not finished(workdir / run.name):
-            raise UserError(f"--merge: the run {workdir / run.name} is not finished")
-        check_same(workdir / run.name, run.config)
+    runs, notes = [], {}
+    for learner in learners:
+        chosen, note = tuned(learner, workdir, True)
+        for run in chosen:
+            if sweeps.trained(run.config, workdir / run.name, merge=True) is None:
+                print(f"{run.name} diverged, and has no row", file=sys.stderr)
+                continue
+            runs.append(run)
+            notes[str(workdir / run.name)] = [note] if note else []
     places = [workdir / run.name for run in runs]
-    return evaluate(places, variants={str(at): run.learner for at, run in zip(places, runs, strict=True)})
+    variants = {str(at): run.learner for at, run in zip(places, runs, strict=True)}
+    return runs, evaluate(places, variants=variants, notes=notes)
 
 
 def value(row, name: str, tested: str | None = None) -> float | None:
@@ -230,12 +254,12 @@ def plots(runs: Sequence[Run], rows: Sequence, out: pathlib.Path) -> None:
     over("parameters", "parameters", "parameters.png")
 
 
-def report(runs: Sequence[Run], workdir: pathlib.Path, out: pathlib.Path, say: Callable = print) -> list:
+def report(learners: Sequence[Learner], workdir: pathlib.Path, out: pathlib.Path, say: Callable = print) -> list:
     """Rows, tables, phases and pictures under `out`."""
     from lissom.evaluation.rows import write_rows
     from lissom.evaluation.tables import shown_text, tables
 
-    rows = measured(runs, workdir)
+    runs, rows = measured(learners, workdir)
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "rows.jsonl", rows)
     text = phases(runs, rows)
@@ -254,6 +278,12 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
         if not texts or not all(text.isdigit() and int(text) for text in texts) or len(set(texts)) < len(texts):
             raise UserError(f"--{flag}={','.join(texts)} must be whole numbers above 0, none twice")
         numbers[flag] = [int(text) for text in texts]
+    try:
+        rates = [float(text) for text in given.rates]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
+        raise UserError(f"--rates={','.join(given.rates)} must be numbers above 0, none twice")
     if not given.mixers or len(set(given.mixers)) < len(given.mixers):
         raise UserError(f"--mixers={','.join(given.mixers)} must name mixers, none twice")
     if given.seeds < 1:
@@ -265,7 +295,7 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
             raise UserError(f"--config.{key} is what the grid sets: give {SET[key]}")
         if key in FIXED:
             raise UserError(f"--config.{key} is the same in all of the grid")
-    return Asked(given.mixers, numbers["widths"], numbers["tasks"], given.seeds, tuple(pairs))
+    return Asked(given.mixers, numbers["widths"], numbers["tasks"], rates, given.seeds, tuple(pairs))
 
 
 def main(argv: list[str]) -> None:
@@ -273,17 +303,16 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("mixers", ["attention", "lstm"], "of the decoders")
     flags.DEFINE_list("widths", ["32", "64"], "of the decoders")
     flags.DEFINE_list("tasks", [str(4**n) for n in range(9)], "numbers of training tasks")
+    flags.DEFINE_list("rates", ["3e-4", "1e-3", "3e-3"], "learning rates that are tried for each mixer and width")
     flags.DEFINE_integer("seeds", 1, "seeds a run")
     flags.DEFINE_string("workdir", "runs/in_context_phases", "where the runs lie")
     flags.DEFINE_string("shard", "0/1", "i/n: this process's share of the runs")
     flags.DEFINE_bool("merge", False, "train nothing: read what the shards have finished")
     flags.DEFINE_string("out", str(OUT), "where rows.jsonl, table.md and the pictures go")
     with one_sentence():
-        from lissom.eval import in_shares
-
         pairs = command_line.parse(argv)
         asked = read(flags.FLAGS, pairs)
-        in_shares(lambda: grid(asked), trained, report)
+        sweeps.in_shares(lambda: grid(asked), trained, report)
 
 
 if __name__ == "__main__":

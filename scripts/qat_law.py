@@ -310,7 +310,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("merge", False, "train nothing: read what the shards have finished")
     flags.DEFINE_string("out", str(OUT), "where rows.jsonl, table.md and shares.png go")
     with one_sentence():
-        from lissom.eval import in_shares
+        from lissom.sweeps import in_shares
 
         pairs = command_line.parse(argv)
         asked = read(flags.FLAGS, pairs)

@@ -21,7 +21,7 @@ ALLOWED = {
     "configs": {"configs"},
 }
 SOURCES = [p for room in (*ALLOWED, "scripts") for p in sorted((ROOT / room).rglob("*.py"))]
-SOURCES += [ROOT / "train.py", ROOT / "eval.py"]
+SOURCES += [ROOT / f"{name}.py" for name in ("train", "eval", "sweeps")]
 
 
 def imports(path: pathlib.Path) -> set[str]:

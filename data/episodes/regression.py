@@ -97,9 +97,9 @@ def regression_tasks(
     [shots, outputs], inputs [queries, dims] with labels [queries, outputs].
 
     families: names of `CURVES` (x on a line, y = f(x)) or of `dynamics.FAMILIES` (x a state of a system in the plane,
-    even in the family's square; y the state an `interval` later, None: 0.5; both standardised by constants of the family), all of
-    one kind. A task is an even draw of a family and of its parameters. noise: standard deviation of what is added to
-    the support's targets; queries have the true ones.
+    even in the family's square; y the state an `interval` later, None: 0.5; both standardised by constants of the
+    family), all of one kind. A task is an even draw of a family and of its parameters. noise: standard deviation of
+    what is added to the support's targets; queries have the true ones.
     """
     del load
     require(len(families) >= 1, "regression_tasks: families must name at least one family")

@@ -14,6 +14,7 @@ import pytest
 from lissom.training.config import load_recipe, overridden
 from lissom.training.errors import UserError
 from lissom.training.flags import shard_of
+from lissom.training.variants import grid
 from tests.scripts.lines import command_line
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent / "scripts"))
@@ -34,7 +35,7 @@ def test_baselines_of_a_recipe_are_added_once():
     assert added[-1].overrides == (("objective", "supervised"), ("model.width", "64"))
     there = script.with_baselines(["objective=maml,supervised"], [], texts)
     assert [variant.label for variant in there] == ["objective=maml", "objective=supervised", "wide"]
-    assert script.with_baselines([], [], ()) == script.grid([])
+    assert script.with_baselines([], [], ()) == grid([])
 
 
 def test_baselines_stand_at_every_point_of_the_axes_that_they_do_not_set():
@@ -46,7 +47,7 @@ def test_baselines_stand_at_every_point_of_the_axes_that_they_do_not_set():
 
 
 def test_grid():
-    variants = script.grid(["model.mixer=attention,none", "model.channels=(1,2),(3,4)"])
+    variants = grid(["model.mixer=attention,none", "model.channels=(1,2),(3,4)"])
     assert [v.label for v in variants] == [
         "mixer=attention channels=(1,2)",
         "mixer=attention channels=(3,4)",
@@ -55,11 +56,11 @@ def test_grid():
     ]
     assert variants[1].overrides == (("model.mixer", "attention"), ("model.channels", "(3,4)"))
     with pytest.raises(UserError, match="field=value"):
-        script.grid(["model.mixer"])
+        grid(["model.mixer"])
 
 
 def test_modes_are_of_the_recipe_that_is_known():
-    variants = script.grid(["mode=tiny,other"])
+    variants = grid(["mode=tiny,other"])
     asked = []
 
     def of_mode(mode):
@@ -74,19 +75,19 @@ def test_modes_are_of_the_recipe_that_is_known():
 
 def test_variants_beside_the_grid():
     wide = "wide: model.mixer=none model.mixer_kwargs.none={'a': 1}  model.width=128"
-    variants = script.grid(["model.mixer=attention,none"], [wide])
+    variants = grid(["model.mixer=attention,none"], [wide])
     assert [v.label for v in variants] == ["mixer=attention", "mixer=none", "wide"]
     assert variants[2].overrides == (
         ("model.mixer", "none"),
         ("model.mixer_kwargs.none", "{'a': 1}"),
         ("model.width", "128"),
     )
-    assert [v.label for v in script.grid([], [wide])] == ["recipe", "wide"]
+    assert [v.label for v in grid([], [wide])] == ["recipe", "wide"]
     for wrong in ("wide", "wide:", "wide: ", ": a=1", "wide: model.width", "wide: model.width="):
         with pytest.raises(UserError, match="must be 'name: field=value"):
-            script.grid([], [wrong])
+            grid([], [wrong])
     with pytest.raises(UserError, match="there is a variant 'wide' already"):
-        script.grid([], [wide, wide])
+        grid([], [wide, wide])
     with pytest.raises(UserError, match=r"does not go with --vary=model\.width"):
         script.check_axes(variants, 1, None, ["model.width=1,2"])
 
@@ -106,7 +107,7 @@ def test_match_is_within_one_percent(what):
 
 
 def test_compare(tmp_path):
-    variants = script.grid(["model.mixer=attention,none"])
+    variants = grid(["model.mixer=attention,none"])
     # Two shards do half of the runs each; the join trains nothing and finds all, exported by a shard or not.
     assert len(script.compare(config(), variants, tmp_path, seeds=2, shard=(0, 2))) == 4  # a transform doubles them
     with pytest.raises(UserError, match="is not finished"):
@@ -214,7 +215,7 @@ def test_every_run_belongs_to_one_shard(jobs, count):
 
 
 def test_a_shard_without_a_run_ends_at_once(tmp_path, capsys):
-    variants = script.grid(["model.mixer=attention,none"])
+    variants = grid(["model.mixer=attention,none"])
     assert script.compare(config(), variants, tmp_path / "work", seeds=2, shard=(4, 5)) == []
     assert capsys.readouterr().err == "--shard=4/5 has nothing to do: there are 4 runs\n"
     assert not (tmp_path / "work").exists()
@@ -227,7 +228,7 @@ def test_the_rows_of_a_variant_tuned_at_the_edge_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(lissom.eval, "evaluate", lambda runs, **more: asked.update(more) or runs)
     fake_losses(monkeypatch, {1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0}, trained)
     axis = "optim.learning_rate=1e-3,3e-3,1e-2"
-    runs = script.compare(config(), script.grid(["model.mixer=attention,none"]), tmp_path, seeds=2, tune=[axis])
+    runs = script.compare(config(), grid(["model.mixer=attention,none"]), tmp_path, seeds=2, tune=[axis])
     labels = ["mixer=attention", "mixer=none"]
     assert [run.name for run in runs] == [f"{label}_seed{seed}" for seed in (0, 1) for label in labels]
     note = "optim.learning_rate=1e-2 is the largest of the values tried (1e-3, 3e-3, 1e-2), so that one beyond may be "
@@ -314,12 +315,12 @@ def test_tuning_does_not_go_with_classes_one_after_the_other():
     """Half of such a run is a run on half of the classes."""
     config = load_recipe("configs/vision/digits_stream.py:tiny")
     with pytest.raises(UserError, match="half of the classes"):
-        script.configs_of(config, script.grid([], []), None, ["optim.learning_rate=1e-3,1e-2"], set())
-    configs = script.configs_of(config, script.grid([], ["joint: data.order=shuffled"]), None, [], {"recipe", "joint"})
+        script.configs_of(config, grid([], []), None, ["optim.learning_rate=1e-3,1e-2"], set())
+    configs = script.configs_of(config, grid([], ["joint: data.order=shuffled"]), None, [], {"recipe", "joint"})
     assert {label: found.data.order for label, found in configs.items()} == {"recipe": "by_class", "joint": "shuffled"}
     too_long = overridden(config, [("train.epochs", 1.1)])
     with pytest.raises(UserError, match="the stream by class has"):
-        script.configs_of(too_long, script.grid([], []), None, [], {"recipe"})
+        script.configs_of(too_long, grid([], []), None, [], {"recipe"})
 
 
 def test_episodes_and_single_examples_stand_in_one_comparison(monkeypatch):
@@ -327,6 +328,6 @@ def test_episodes_and_single_examples_stand_in_one_comparison(monkeypatch):
     tried = {}
     monkeypatch.setattr(script, "try_out", lambda config, facts, examples: tried.update({config.objective: examples}))
     episodes = load_recipe("configs/fewshot/glyphs.py:tiny")
-    variants = script.grid(["objective=protonet,beclr"])
+    variants = grid(["objective=protonet,beclr"])
     script.configs_of(episodes, variants, None, (), [variant.label for variant in variants])
     assert tried == {"protonet": 1_000_000, "beclr": 240}

@@ -19,19 +19,17 @@ TINY = {
     "evaluation.latency_batches": "(1,)",
     "evaluation.latency_repeats": "3",
 }
-ASKED = script.Asked(("lstm",), (8, 16), (1, 64), 1, tuple(TINY.items()))
+ASKED = script.Asked(("lstm",), (8, 16), (1, 64), (1e-3,), 1, tuple(TINY.items()))
 
 
 def test_the_grid_is_what_was_asked():
-    runs = script.grid(ASKED._replace(seeds=2))
-    assert [run.name for run in runs[:4]] == [
-        "lstm_8_1_seed0",
-        "lstm_8_64_seed0",
-        "lstm_16_1_seed0",
-        "lstm_16_64_seed0",
-    ]
-    assert len(runs) == 8 and runs[-1].seed == runs[-1].config.seed == 1
-    config = runs[3].config
+    learners = script.grid(ASKED._replace(seeds=2))
+    assert [learner.label for learner in learners] == ["lstm, width 8", "lstm, width 16"]
+    runs = learners[1].runs
+    names = ["lstm_16_1_seed0", "lstm_16_64_seed0", "lstm_16_1_seed1", "lstm_16_64_seed1"]
+    assert [run.name for run in runs] == names
+    assert runs[-1].seed == runs[-1].config.seed == 1
+    config = runs[1].config
     assert (config.model.mixer, config.model.width, config.data.kwargs.in_context.tasks) == ("lstm", 16, 64)
     with pytest.raises(UserError, match="must be a multiple of heads=2"):
         script.grid(ASKED._replace(mixers=("attention",), widths=(9,)))
@@ -42,28 +40,46 @@ def test_the_grid_is_what_was_asked():
 
 
 def test_runs_are_trained_once_and_reported(tmp_path, capsys):
-    runs = script.grid(ASKED)
+    learners = script.grid(ASKED)
     with pytest.raises(UserError, match=r"--merge: the run .* is not finished"):
-        script.measured(runs, tmp_path / "runs")
-    script.trained(runs[::2], tmp_path / "runs")
-    script.trained(runs[1::2], tmp_path / "runs")
+        script.measured(learners, tmp_path / "runs")
+    script.trained(learners[::2], tmp_path / "runs")
+    script.trained(learners[1::2], tmp_path / "runs")
     capsys.readouterr()
-    script.trained(runs, tmp_path / "runs")
+    script.trained(learners, tmp_path / "runs")
     assert "seed0" not in capsys.readouterr().err  # nothing was trained again
-    other = script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("optim.learning_rate", "0.5"))))
+    other = script.grid(ASKED._replace(rates=(0.5,)))
     for again in (script.trained, script.measured):
         with pytest.raises(UserError, match=r"holds a run of another config .*learning_rate"):
             again(other, tmp_path / "runs")
-    script.report(runs, tmp_path / "runs", tmp_path / "out")
+    script.report(learners, tmp_path / "runs", tmp_path / "out")
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
     assert [row.identity.variant for row in rows[:4]] == ["lstm, width 8"] * 2 + ["lstm, width 16"] * 2
-    assert script.tests_of(rows) == ["unseen", "seen", "other"]
+    assert script.tests_of(rows) == ["unseen", "seen", "other, other_base=digits"]
     # h and c of two layers, and three lengths.
     assert [script.value(row, "cache_bytes") for row in rows[:4]] == [4 * (2 * 2 * n + 3) for n in (8, 8, 16, 16)]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| lstm | 16 | 268 | 64 |" in text and "nearest centroid in context" in text
     for name in ("phases", "state", "parameters"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_rate_is_that_of_the_best_trial(tmp_path, monkeypatch):
+    """A trial is a quarter as long, of the most tasks and seed 0; here the loss is lowest at 1e-2, the largest."""
+    tried = {}
+
+    def trained(config, run, merge=False):
+        tried[run.name] = config
+        return 1 / config.optim.learning_rate
+
+    monkeypatch.setattr(script.sweeps, "trained", trained)
+    learner = script.grid(ASKED._replace(rates=(1e-3, 1e-2), pairs=(*ASKED.pairs, ("train.steps", "8"))))[1]
+    runs, note = script.tuned(learner, tmp_path, False)
+    assert list(tried) == ["lstm_16_0.001", "lstm_16_0.01"]
+    config = tried["lstm_16_0.01"]
+    assert (config.train.steps, config.data.kwargs.in_context.tasks, config.seed) == (2, 64, 0)
+    assert [run.config.optim.learning_rate for run in runs] == [1e-2, 1e-2] and runs[0].config.train.steps == 8
+    assert note == "lstm, width 16: its learning rate 0.01 is the largest tried, so that one beyond may be better"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +97,7 @@ def test_phases_by_hand(seen, unseen, phase):
 
 def test_accuracies_are_told_apart_by_their_test_sets():
     """The mean of two seeds, in percent, of each set."""
-    runs = [run for run in script.grid(ASKED._replace(seeds=2)) if (run.width, run.tasks) == (8, 64)]
+    runs = [run for run in script.grid(ASKED._replace(seeds=2))[0].runs if run.tasks == 64]
     rows = []
     for first, last in ((0.1, 0.5), (0.3, 0.9)):
         found = [measure("first_accuracy", first, examples=40), measure("last_accuracy", last, examples=40)]
@@ -107,6 +123,8 @@ def test_accuracies_are_told_apart_by_their_test_sets():
         (["--mixers=lstm,lstm"], "--mixers=lstm,lstm must name mixers, none twice"),
         (["--mixers=lstmm"], "did you mean 'lstm'"),
         (["--seeds=0"], "--seeds=0 must be at least 1"),
+        (["--rates=1e-3,fast"], "--rates=1e-3,fast must be numbers above 0, none twice"),
+        (["--config.optim.learning_rate=1"], "--config.optim.learning_rate is what the grid sets: give --rates"),
         (["--config.model.width=64"], "--config.model.width is what the grid sets: give --widths"),
         (["--config.data.kwargs.in_context.tested=seen"], "tested is the same in all of the grid"),
         (["--config=configs/language/stdlib_lm.py"], "the recipe is configs/fewshot/gpicl.py"),
