@@ -23,11 +23,14 @@ def values(row) -> dict[str, float]:
     return {measurement.name: measurement.value for measurement in row.measurements}
 
 
-def test_rows_of_every_kind(tmp_path):
+FEW = ["oracle", "learned_gate", "page_bounds", "streaming_pages", "pooled"]
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param([*FEW, "per_head", "token_sparsity"], marks=pytest.mark.slow)])
+def test_rows_of_every_kind(names, tmp_path):
     files.write_byte_level(tmp_path / "checkpoint")
     plug_in = "lissom.models.selectors.pooled:Pooled"
     out = tmp_path / "out"
-    names = ["oracle", "learned_gate", "per_head", "token_sparsity", "page_bounds", "streaming_pages", "pooled"]
     names = [*names, plug_in]
     run = lambda lengths: judge_selectors.run(str(tmp_path / "checkpoint"), out, names=names, lengths=lengths, **SMALL)
     rows = run([])

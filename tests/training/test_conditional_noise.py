@@ -164,7 +164,7 @@ def test_floor_and_ceiling_are_trained_and_measured(mode, tiny_run):
     changes = {"data.kwargs.mnist1d.test_size": 100, "data.kwargs.mnist1d.train_size": 100}
     if mode.startswith("plain"):
         changes |= {"model.name": "cnn", "model.code": None, "model.residual": None, "model.predicted": None}
-        changes |= {"model.network_kwargs": None}
+        changes |= {"model.network_kwargs": None, "model.head_init": None}
     at = "objective_kwargs.conditional_noise."
     changes |= {at + "condition": 0.25} if "one" in mode else {at + "grid": (0.25, 1.0)}
     result, workdir = tiny_run("vision/mnist1d_hypernetwork", **changes)
