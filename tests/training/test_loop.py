@@ -90,7 +90,7 @@ def test_eight_devices_are_one(family, tiny_run):
     overrides = {**overrides, "optim.name": "sgd", "optim.learning_rate": 0.1}
     _, one = tiny_run(recipe, "one", **overrides)
     single = arrays(one, 3)
-    # Every axis alone for one family. What is not split over experts has in `expert` an axis of the batch, as in `data`.
+    # Every axis alone for one family. Of what is not split over experts `expert` splits the batch, as `data` does.
     for i, mesh in enumerate([*MESHES, {"data": 2, "expert": 4}] if family == "language" else MESHES[-1:]):
         sizes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
         _, many = tiny_run(recipe, f"mesh{i}", **overrides, **sizes)
