@@ -109,7 +109,7 @@ def test_the_router_alone_learns_and_follows_the_overlap():
         return (overlap.max(-1) - taken).mean()
 
     params = parts.params
-    for _ in range(150):
+    for _ in range(600):
         grads, _, metrics = of(params)
         params = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
     assert missed(params) < 0.25 * missed(parts.params)
