@@ -24,7 +24,7 @@ def start(workdir, *flags, processes=2):
     started = []
     for process in range(processes):
         join = {"coordinator_address": f"localhost:{port}", "num_processes": processes, "process_id": process}
-        flag = "--xla_force_host_platform_device_count=2"
+        flag = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
         env = {**os.environ, "XLA_FLAGS": flag, "LISSOM_DISTRIBUTED": json.dumps(join)}
         command = [sys.executable, str(ROOT / "train.py"), RECIPE, f"--workdir={workdir}", *flags]
         started.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
