@@ -64,8 +64,8 @@ class Clustering(NamedTuple):
     """Settings of `laplacian`. sharpness: what squared distances, at most 4 between rows of norm 1, are multiplied by
     (the paper's energies have none, and its features any norm); strength: lambda; neighbours: of a row in the graph."""
 
-    sharpness: float = 10.0
-    strength: float = 1.0
+    sharpness: float = 3.0
+    strength: float = 0.3
     neighbours: int = 3
     shifted: bool = True
     rounds: int = 20
@@ -107,7 +107,9 @@ def laplacian(
 
     and the centres, weighted means. Each lowers `energy`: the first minimises a bound of its concave part, which is one
     only where w is positive semidefinite (`affinity` shifts it); the second its distances. lambda = 0 is soft k-means.
-    Open in the paper is how lambda is chosen (there, by validation); here the defaults were chosen on training classes.
+    The paper chooses lambda by validation. The defaults here are those of the best mean over one and five shots of 200
+    episodes of training letters (`glyphs`) in the features of a prototypical network, of sharpness 3, 10, 30, 100,
+    lambda 0, 0.1, 0.3, 1, 3 and 3 or 10 neighbours: soft k-means, lambda = 0, was as good within a tenth of a percent.
     """
     settings = settings or Clustering()
     fixed, rows = jax.nn.one_hot(labels, ways), jnp.concatenate([support, queries])

@@ -156,7 +156,11 @@ def test_bfloat16(name, settings):
         y, cache = step(x[:, cut], cache, context.meta[:, cut])
         parts.append(y)
     assert all(part.dtype == jnp.bfloat16 for part in parts)
-    assert {part.dtype for name, part in cache.items() if name not in ("length", "meta")} <= {jnp.dtype(jnp.bfloat16)}
+    # What every step adds to (the cells of an lstm) is not rounded.
+    kept = {
+        part.dtype for key, part in cache.items() if key not in ("length", "meta", *("hc" if name == "lstm" else ()))
+    }
+    assert kept <= {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(jnp.concatenate(parts, 1).astype(np.float32), want, atol=0.1)
 
 

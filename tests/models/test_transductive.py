@@ -107,7 +107,7 @@ def test_energy_by_hand():
 def test_laplacian_without_graph_is_soft_k_means():
     """One round by hand: y = softmax(-d), the means weighted by y and the support, y again."""
     support, queries, labels, _ = episode(1)
-    settings = Clustering(strength=0.0, rounds=1)
+    settings = Clustering(sharpness=10.0, strength=0.0, rounds=1)
     logits, _ = transductive.laplacian(support, labels, queries, WAYS, settings)
     apart = lambda centres: 10 * np.square(np.asarray(queries)[:, None] - centres[None]).sum(-1)
     soft = lambda d: np.exp(-d) / np.exp(-d).sum(1, keepdims=True)
