@@ -35,14 +35,15 @@ TEST = """ argparse bisect calendar csv difflib fractions heapq pprint sched shl
 TRAIN_MODULES, TEST_MODULES = tuple(TRAIN.split()), tuple(TEST.split())
 
 
-def stdlib_text(*, length: int = 256) -> Content:
+def stdlib_text(*, length: int = 256, test_size: int = 0) -> Content:
     """Windows of T = length bytes; labels are the inputs shifted by one; every position scores.
 
     The modules are joined by one zero byte and cut into windows that follow one another: each byte but the
     first is a label once, and the last, incomplete window is dropped. Test: modules that are not in the
-    training text.
+    training text; the first `test_size` of its windows, or all (0).
     """
     require(length >= 1, f"stdlib_text: length must be at least 1, got {length}")
+    require(test_size >= 0, f"stdlib_text: test_size must be at least 1, or 0: all windows, got {test_size}")
     texts = {split: module_bytes(modules) for split, modules in (("train", TRAIN_MODULES), ("test", TEST_MODULES))}
     for split, text in texts.items():
         require(
@@ -57,7 +58,7 @@ def stdlib_text(*, length: int = 256) -> Content:
     return Content(
         kind="tokens",
         train={"text": windows(texts["train"], length)},
-        test={"text": windows(texts["test"], length)},
+        test={"text": windows(texts["test"], length)[: test_size or None]},
         info=info,
     )
 

@@ -291,7 +291,7 @@ DATA = {
             "seed": 1,
         },
     ),
-    "stdlib_text": ({"length": 4096}, {"length": 2048}),
+    "stdlib_text": ({"length": 4096, "test_size": 9}, {"length": 2048, "test_size": 5}),
 }
 
 

@@ -62,5 +62,7 @@ def get_config(arg: str = ""):
         config.evaluation.transforms = ({"name": "quantize", "rules": rules, "label": "int4"},)
     if arg == "tiny":
         config = tiny(config)
+        with config.unlocked():
+            config.data.kwargs.stdlib_text.test_size = 64
         config.stages = tuple({**stage, "duration": 1} for stage in config.stages)
     return config

@@ -86,8 +86,7 @@ def get_config(arg: str = ""):
         config = tiny(config)
         config.data.name = "stdlib_text"
         with config.unlocked():
-            config.data.kwargs = {"stdlib_text": {"length": 128}}
-        config.evaluation.batch_size = 256
+            config.data.kwargs = {"stdlib_text": {"length": 128, "test_size": 64}}
         for settings in config.model.mixer_kwargs.values():
             settings.kv_heads = 2
         config.init_from = ()

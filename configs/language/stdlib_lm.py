@@ -98,7 +98,6 @@ def get_config(arg: str = ""):
         few_bits.apply(config, arg, ends=ends, warm_up=50, signed="all")
     if arg == "tiny":
         config = tiny(config)
-        # The whole test text is judged: in few batches.
-        config.data.kwargs.stdlib_text.length = 128
-        config.evaluation.batch_size = 256
+        with config.unlocked():
+            config.data.kwargs.stdlib_text.update({"length": 128, "test_size": 64})
     return config

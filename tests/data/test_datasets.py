@@ -92,6 +92,8 @@ def test_stdlib_text_holds_each_byte_once_and_says_its_sha256():
     assert not set(TRAIN_MODULES) & set(TEST_MODULES)
     assert load("stdlib_text", length=512).info["sha256"] == data.info["sha256"]
     assert load("stdlib_text", length=2048).info["sha256"] == data.info["sha256"]
+    few = load("stdlib_text", length=512, test_size=7).test
+    assert len(few) == 7 and (few[6]["inputs"] == data.test[6]["inputs"]).all()
 
 
 def ridge_accuracy(train, test, train_labels, test_labels):

@@ -220,6 +220,7 @@ def test_a_missing_dataset_says_where_it_was_looked_for_and_how_to_prepare_it(da
         ("cue_match", {"items": 7}, "items must be a multiple of classes=4"),
         ("glyphs", {"scripts": ("latn",)}, "unknown script 'latn'; did you mean 'latin'"),
         ("stdlib_text", {"length": 0}, "length must be at least 1"),
+        ("stdlib_text", {"test_size": -1}, "test_size must be at least 1, or 0: all windows, got -1"),
         ("domain_text", {"domains": ("python", "jason")}, "no domain 'jason'; did you mean 'json'"),
         ("domain_text", {"domains": ("json", "json")}, "domains must be two or more"),
         ("domain_text", {"tested": "pascal"}, "tested must be one of python, c,"),

@@ -33,7 +33,8 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
         ("mesh.data", "1"),
         ("data.batch_size", "2"),
         ("data.kwargs.stdlib_text.length", "16"),
-        ("evaluation.batch_size", "2000"),
+        ("data.kwargs.stdlib_text.test_size", "400"),
+        ("evaluation.batch_size", "200"),
     )
     asked = ASKED._replace(per_byte=(0.4,), shares=(0.25, 0.5, 0.75), fused=(), pairs=small)
     runs = qat_law.grid(asked)
