@@ -48,7 +48,12 @@ def test_nearest_is_the_best_of_all():
     assert nearest(weights).tolist() == list(best)
 
 
-@pytest.mark.parametrize("name", GATES)
+FEW = ("top_k", "expert_choice", "soft")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in GATES]
+)
 def test_every_gate_searches_and_then_keeps_the_order(name):
     """With P an exact permutation s the layer is that whose expert s(i) stands at i, searching or not."""
     order = [2, 0, 3, 1]
