@@ -97,7 +97,6 @@ def test_domains_are_held_apart(tiny_run):
         allocate_bits.problem_of(path, asked._replace(domains=("latin", "python")))
 
 
-@pytest.mark.slow
 def test_first_tokens_stay_exact_where_bits_are_chosen(tiny_run):
     """What is stored is what was looked at, and its first token has only the weights' rounding."""
     _, path = tiny_run("language/stdlib_lm")
@@ -117,7 +116,6 @@ def test_first_tokens_stay_exact_where_bits_are_chosen(tiny_run):
     assert np.abs(stored - seen).mean() < 0.1 * np.abs(seen - of_weights).mean()
 
 
-@pytest.mark.slow
 def test_ranges_are_measured_without_data(tiny_run):
     """Of each way a row, of the network that was looked at; the same bytes, other ranges."""
     _, path = tiny_run("vision/digits_resnet")
