@@ -74,8 +74,8 @@ class Clustering(NamedTuple):
 def affinity(rows: jax.Array, neighbours: int, shifted: bool = True) -> jax.Array:
     """w [n, n]: (a + a^T) / 2, a_ij = 1 where j is among the nearest `neighbours` of i. `shifted`: less its least
     eigenvalue on the diagonal, which makes it positive semidefinite. By no more than that: what stands on the diagonal
-    holds each row to what it is already, and a bound of the eigenvalue (the largest sum of a row), twice as large, lets
-    few rows ever change their class."""
+    holds each row to what it is already, so that with a bound of the eigenvalue (the largest sum of a row) in its place
+    fewer rows change their class."""
     apart = squared_distances(rows, rows) + 1e9 * jnp.eye(len(rows))
     _, near = jax.lax.top_k(-apart, min(neighbours, len(rows) - 1))
     chosen = jax.nn.one_hot(near, len(rows)).sum(1)
@@ -107,9 +107,8 @@ def laplacian(
 
     and the centres, weighted means. Each lowers `energy`: the first minimises a bound of its concave part, which is one
     only where w is positive semidefinite (`affinity` shifts it); the second its distances. lambda = 0 is soft k-means.
-    The paper chooses lambda by validation. The defaults here are those of the best mean over one and five shots of 200
-    episodes of training letters (`glyphs`) in the features of a prototypical network, of sharpness 3, 10, 30, 100,
-    lambda 0, 0.1, 0.3, 1, 3 and 3 or 10 neighbours: soft k-means, lambda = 0, was as good within a tenth of a percent.
+    The paper chooses lambda by validation. The defaults here were tried out on episodes of training letters (`glyphs`),
+    and are not known to be better than soft k-means.
     """
     settings = settings or Clustering()
     fixed, rows = jax.nn.one_hot(labels, ways), jnp.concatenate([support, queries])

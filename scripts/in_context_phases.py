@@ -65,8 +65,12 @@ class Run(NamedTuple):
     config: Any
 
     @property
+    def stem(self) -> str:
+        return f"{self.mixer.replace(':', '_')}_{self.width}"
+
+    @property
     def name(self) -> str:
-        return f"{self.mixer.replace(':', '_')}_{self.width}_{self.tasks}_seed{self.seed}"
+        return f"{self.stem}_{self.tasks}_seed{self.seed}"
 
     @property
     def learner(self) -> str:
@@ -122,8 +126,7 @@ def tuned(learner: Learner, workdir: pathlib.Path, merge: bool) -> tuple[list[Ru
     """(the learner's runs at its best rate, what a reader must know of it)."""
     from lissom.training.config import overridden
 
-    name = learner.runs[0].name.rpartition("_seed")[0].rpartition("_")[0]
-    place = lambda rate: workdir / "tuned" / f"{name}_{rate:g}"
+    place = lambda rate: workdir / "tuned" / f"{learner.runs[0].stem}_{rate:g}"
     rate, note = sweeps.tuned(learner.label, learner.trials, place, merge)
     return [run._replace(config=overridden(run.config, [(RATE, rate)])) for run in learner.runs], note
 

@@ -61,14 +61,12 @@ def with_baselines(axes: Sequence[str], also: Sequence[str], baselines: Sequence
     variants = grid(axes, also)
     known = {frozenset(variant.overrides) for variant in variants}
     added = []
-    for label, settings in ((extra.label, extra.overrides) for extra in grid((), baselines)[1:]):
-        free = [axis for axis in axes if axis_of(axis, "--vary")[0] not in dict(settings)]
-        for point in grid(free):
-            several = any(len(axis_of(axis, "--vary")[1]) > 1 for axis in free)
-            extra = Variant(f"{label} {point.label}" if several else label, (*point.overrides, *settings))
-            if frozenset(extra.overrides) not in known:
-                added.append(extra)
-    return [*variants, *added]
+    for baseline in grid((), baselines)[1:]:
+        points = grid([axis for axis in axes if axis_of(axis, "--vary")[0] not in dict(baseline.overrides)])
+        for point in points:
+            label = baseline.label if len(points) == 1 else f"{baseline.label} {point.label}"
+            added.append(Variant(label, (*point.overrides, *baseline.overrides)))
+    return [*variants, *(extra for extra in added if frozenset(extra.overrides) not in known)]
 
 
 def axis_of(text: str, flag: str) -> tuple[str, list[str]]:

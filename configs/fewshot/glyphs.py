@@ -12,7 +12,7 @@ over the queries, and k-means than transported means (protonet: 94.9, 97.7, 98.5
 than the adapted network itself (maml: 86.8 against 76.9). All best rates but one are the largest tried. To be measured
 again: in these rows meta-gradients leave out that the support's statistics depend on the parameters, queries are
 normalised by the support's unbiased variance, rates are chosen by the loss (supervised alone got the smallest), and
-`laplacian_accuracy` is of a graph shifted by a bound twice its least eigenvalue, which holds rows to their classes.
+`laplacian_accuracy` is of a graph shifted by more than its least eigenvalue, which holds rows to their classes.
 results/fewshot_glyphs: uv run scripts/compare.py --config=configs/fewshot/glyphs.py \
     --vary=objective=maml,fomaml,anil,reptile,protonet,meta_sgd,supervised \
     --tune=optim.learning_rate=1e-3,3e-3,1e-2 --cost=adaptation_p50 (times of seed 0 alone)

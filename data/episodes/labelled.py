@@ -144,10 +144,9 @@ def episodes(
     require(
         base.kind in LABELLED, f"episodes: source={source!r} is {base.kind} data, and classes need one label an example"
     )
-    for name, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
-        require(value >= least, f"episodes: {name} must be at least {least}, got {value}")
     for name, value, least in (
-        *(("held_out", held_out, 0), ("train_size", train_size, 1), ("test_size", test_size, 1), ("seed", seed, 0)),
+        *(("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1), ("held_out", held_out, 0)),
+        *(("train_size", train_size, 1), ("test_size", test_size, 1), ("seed", seed, 0)),
     ):
         require(value >= least, f"episodes: {name} must be at least {least}, got {value}")
     require(

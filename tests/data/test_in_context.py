@@ -195,6 +195,7 @@ def test_pipelines_ask_for_what_they_need(monkeypatch):
         ({"length": 1}, "length must be at least 2, got 1"),
         ({"tasks": -1}, "tasks must be at least 0, got -1"),
         ({"spread": 0.0}, "spread must be above 0, got 0.0"),
+        ({"spread": 2.0, "base": "digits", "other_base": "mnist5k"}, "spread=2.0 is of Gaussians, and base='digits'"),
         ({"fixed_permutation": 1.5}, r"fixed_permutation must be in 0\.\.1, got 1.5"),
         ({"tested": "sen"}, "tested='sen' is not known; did you mean 'seen'"),
         ({"train_size": 0}, "train_size must be at least 1, got 0"),

@@ -1,5 +1,6 @@
 """The decoder over blocks and the one within: what each token sees, the cache, the steps that skip the blocks."""
 
+import itertools
 from typing import ClassVar
 
 import jax
@@ -15,6 +16,7 @@ from lissom.models.language import LanguageModel
 from lissom.models.mixers.attention import Attention
 from lissom.models.variables import Parts, map_paths, merge, split
 from lissom.training.objectives.base import cross_entropy
+from tests.cases import some
 
 MIXERS = [
     ("attention", {}),
@@ -24,7 +26,7 @@ MIXERS = [
     ("window", {"window": 3}),
     ("none", {}),
 ]
-SHAPES = [(4, 1, 2), (1, 2, 2), (8, 3, 2)]  # block_length, prefix, depth
+SHAPES = [(4, 2, 4), (4, 1, 2), (1, 2, 2), (2, 3, 2), (8, 2, 2)]  # block_length, prefix, depth
 
 
 def model(mixer="attention", settings=None, seed=0, **more):
@@ -138,8 +140,10 @@ def test_padding_out_of_bounds():
 
 @pytest.mark.parametrize(
     ("mixer", "settings", "stack"),
-    [*((*mixer, "loop") for mixer in MIXERS), ("attention", {}, "scan")],
-    ids=[*(name for name, _ in MIXERS), "attention-scan"],
+    some(
+        [(*mixer, stack) for stack in ("loop", "scan") for mixer in MIXERS],
+        [*((*mixer, "loop") for mixer in MIXERS), ("attention", {}, "scan")],
+    ),
 )
 def test_cached_is_whole(mixer, settings, stack):
     """Token by token, and in chunks that begin and end anywhere in a block."""
@@ -151,7 +155,7 @@ def test_cached_is_whole(mixer, settings, stack):
     assert cache["length"].tolist() == [13, 13]
 
 
-@pytest.mark.parametrize(("block_length", "prefix", "depth"), SHAPES)
+@pytest.mark.parametrize(("block_length", "prefix", "depth"), some(SHAPES, [(4, 1, 2), (1, 2, 2), (8, 2, 2)]))
 def test_cached_is_whole_in_blocks_of_any_length(block_length, prefix, depth):
     network, x = model(block_length=block_length, prefix=prefix, depth=depth), tokens(2, 11)
     whole = whole_of(network, x)
@@ -160,7 +164,10 @@ def test_cached_is_whole_in_blocks_of_any_length(block_length, prefix, depth):
         np.testing.assert_allclose(found, whole, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mixer", "stack"), [("ccgqa", "loop"), ("window", "scan")])
+@pytest.mark.parametrize(
+    ("mixer", "stack"),
+    some(itertools.product(("ccgqa", "window"), ("loop", "scan")), [("ccgqa", "loop"), ("window", "scan")]),
+)
 def test_sequences_in_different_places_of_a_block(mixer, stack):
     """Four paddings, in chunks that end blocks of some of them; no row of one is another's."""
     network, x, padding = model(mixer, stack=stack, depth=4), tokens(4, 12), jnp.arange(4)
@@ -184,7 +191,10 @@ def test_a_full_sequence_beside_one_that_ends_a_block():
         np.testing.assert_allclose(in_chunks(network, rest, cuts, cache)[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mixer", "stack"), [("attention", "scan"), ("window", "loop")])
+@pytest.mark.parametrize(
+    ("mixer", "stack"),
+    some(itertools.product(("attention", "window"), ("loop", "scan")), [("attention", "scan"), ("window", "loop")]),
+)
 def test_continuations_of_a_prompt_are_exact(mixer, stack):
     network = model(mixer, stack=stack, depth=4)
     prompt, rest = tokens(2, 7), tokens(6, 7, seed=2)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from lissom.models.language import LanguageModel
+from tests.cases import slow
 
 MIXERS = [
     ("attention", {}),
@@ -32,7 +33,7 @@ def tokens(batch, length, seed=1):
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, 11)
 
 
-@pytest.mark.parametrize("stack", ["loop", pytest.param("scan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stack", ["loop", slow("scan")])
 @pytest.mark.parametrize(("mixer", "settings"), MIXERS, ids=[name for name, _ in MIXERS])
 def test_continuations_of_a_prompt_are_exact(mixer, settings, stack):
     """Two prompts, three continuations each, token by token and in a chunk: as if each were a sequence of its own."""

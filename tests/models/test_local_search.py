@@ -15,6 +15,7 @@ from lissom.models.moe.layer import MoE
 from lissom.models.moe.local_search import balanced, nearest
 from lissom.models.variables import merge, split
 from lissom.ops.attention import masks
+from tests.cases import some
 
 WIDTH, EXPERTS = 12, 4
 X = jax.random.normal(jax.random.key(0), (4, 6, WIDTH))
@@ -48,12 +49,7 @@ def test_nearest_is_the_best_of_all():
     assert nearest(weights).tolist() == list(best)
 
 
-FEW = ("top_k", "expert_choice", "soft")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in GATES]
-)
+@pytest.mark.parametrize("name", some(GATES, ["top_k", "expert_choice", "soft"]))
 def test_every_gate_searches_and_then_keeps_the_order(name):
     """With P an exact permutation s the layer is that whose expert s(i) stands at i, searching or not."""
     order = [2, 0, 3, 1]

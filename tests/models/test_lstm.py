@@ -57,6 +57,19 @@ def test_it_is_a_loop_over_the_tokens(hidden):
             np.testing.assert_allclose(mixer(x, CAUSAL)[0][row, t], h @ out, atol=2e-6)
 
 
+def test_a_state_is_not_rounded_on_its_way_through_a_cache():
+    """In bfloat16 a token at a time is all of them at once."""
+    mixer = LSTM(6, heads=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 40, 6), jnp.bfloat16)
+    cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), mixer.init_cache(2, 40, jnp.bfloat16))
+    assert cache["h"].dtype == cache["c"].dtype == jnp.float32
+    parts = []
+    for t in range(40):
+        y, cache, _ = mixer(x[:, t : t + 1], Context(mask=masks.Causal(offset=cache["length"])), cache)
+        parts.append(y)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), mixer(x, CAUSAL)[0], rtol=1e-2, atol=1e-3)
+
+
 def test_it_remembers_with_an_open_forget_gate():
     """Forget gates near 1, input gates near 0 behind the first token: the cells still hold what the first put there."""
     mixer = LSTM(2, heads=1, rngs=nnx.Rngs(0))

@@ -16,6 +16,7 @@ from lissom.models.set_clusterer import SetClusterer
 from lissom.models.set_encoders import UMBC, WEIGHTS, Attention, DeepSets
 from lissom.models.variables import Parts, flatten, merge, split
 from lissom.ops.attention import attention
+from tests.cases import some
 
 ENCODERS = {
     **{weight: ("umbc", {"slots": 3, "weight": weight}) for weight in WEIGHTS},
@@ -25,11 +26,6 @@ ENCODERS = {
 }
 POOLED = [name for name in ENCODERS if name != "attention"]
 ESTIMATED = [name for name in POOLED if name != "max"]
-
-
-def few(names, *fast):
-    """All of the names, those that are not `fast` for the slow suite."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache
@@ -132,7 +128,7 @@ def test_a_call_in_chunks_is_the_call(name, chunk):
         close(called(network(name, chunk=chunk, gradient_chunks=1), train=True, key=key)(x), plain, 1e-6)
 
 
-@pytest.mark.parametrize("name", few(ENCODERS, "softmax", "sampled", "mean", "attention"))
+@pytest.mark.parametrize("name", some(ENCODERS, ["softmax", "sampled", "mean", "attention"]))
 def test_padding_reaches_nothing(name):
     """NaN behind the elements that count; a set alone without padding gives the same, values and gradients."""
     net, chunk = network(name, chunk=5), 5
@@ -262,7 +258,13 @@ def gradient(net, x, chosen=None, key=None):
     return lambda chosen: of(params, chosen)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("slot_softmax", 1), ("sampled", 1), ("mean", 1), ("softmax", 2)])
+@pytest.mark.parametrize(
+    ("name", "chunks"),
+    some(
+        [*((name, 1) for name in ESTIMATED), ("softmax", 2)],
+        [("slot_softmax", 1), ("sampled", 1), ("mean", 1), ("softmax", 2)],
+    ),
+)
 def test_the_mean_over_all_choices_is_the_gradient(name, chunks):
     """Every choice of 1 or 2 of the 3 chunks (5, 5 and 2 elements) of a set, in float64: exact, parameter by parameter,
     and a single choice is not the gradient where it is in front of the sums, and is it behind them."""

@@ -46,7 +46,7 @@ def call(implementation, q, k, v, sinks, table=None, **options):
     )  # fmt: skip
 
 
-OPTIONS = [{}, {"splits": 3}, {"window": 5}, {"logit_softcap": 3.0, "scale": 2.0}, {"splits": 24, "window": 1}]
+OPTIONS = [{}, {"splits": 3}, {"window": 5}, {"logit_softcap": 3.0, "scale": 2.0}, {"splits": 40, "window": 1}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -118,7 +118,7 @@ def test_paged_is_dense(implementation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), dense, of_pages)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     q_len=st.integers(1, 4),
     lengths=st.tuples(*[st.integers(0, 20)] * 3),

@@ -151,6 +151,23 @@ def test_tune_flags_the_edge_and_remembers(tmp_path, capsys):
         script.tuned(config(), tmp_path, axis, "plain")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "result", "cost"),
+    [
+        ("fewshot/glyphs", {"loss": 2.0, "accuracy": 0.75}, 0.25),
+        ("fewshot/sinusoid", {"loss": 2.0, "mse": 2.0}, 2.0),
+        ("vision/mnist1d_transformer", {"loss": 2.0, "accuracy": 0.75}, 2.0),
+        ("fewshot/glyphs", {"loss": float("nan"), "accuracy": 0.75}, None),
+    ],
+)
+def test_what_a_setting_is_chosen_by(recipe, result, cost, tmp_path, monkeypatch):
+    """Episodes of classes by their accuracy, all else by the loss."""
+    import lissom.train
+
+    monkeypatch.setattr(lissom.train, "train", lambda config, run: result)
+    assert script._trained(load_recipe(f"configs/{recipe}.py:tiny"), tmp_path) == cost
+
+
 def fake_losses(monkeypatch, losses, trained=None):
     """Trials that take no time: the loss of a trial by its learning rate."""
 

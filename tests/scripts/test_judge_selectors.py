@@ -12,6 +12,7 @@ from lissom.models.registry import construct
 from lissom.models.selectors import SELECTORS
 from lissom.training.errors import UserError
 from scripts import judge_selectors
+from tests.cases import slow
 from tests.models import pretrained_files as files
 
 pytest.importorskip("tokenizers")
@@ -26,7 +27,7 @@ def values(row) -> dict[str, float]:
 FEW = ["oracle", "learned_gate", "page_bounds", "streaming_pages", "pooled"]
 
 
-@pytest.mark.parametrize("names", [FEW, pytest.param([*FEW, "per_head", "token_sparsity"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [FEW, slow([*FEW, "per_head", "token_sparsity"])])
 def test_rows_of_every_kind(names, tmp_path):
     files.write_byte_level(tmp_path / "checkpoint")
     plug_in = "lissom.models.selectors.pooled:Pooled"

@@ -54,5 +54,5 @@ def test_the_command_line(tmp_path):
     command = [sys.executable, "scripts/set_memory.py", "--tiny", f"--out={tmp_path}"]
     done = subprocess.run([*command, "--config.seed=1"], capture_output=True, text=True)
     assert done.returncode == 2 and "takes no recipe" in done.stderr
-    subprocess.run([*command, "--sizes=16", "--draws=4", "--seeds=1"], capture_output=True, text=True, check=True)
+    subprocess.run([*command, "--sizes=16,32", "--draws=4", "--seeds=1"], capture_output=True, text=True, check=True)
     assert len(read_rows(tmp_path / "rows.jsonl")) == len(set_memory.VARIANTS) + 1

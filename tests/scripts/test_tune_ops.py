@@ -9,6 +9,7 @@ import pytest
 from lissom.ops import block_sizes
 from lissom.training.errors import UserError
 from scripts import tune_ops
+from tests.cases import slow
 
 ENTRY = {
     "kernel": "attention.xla",
@@ -37,10 +38,11 @@ def test_a_new_measurement_replaces_or_removes_the_old():
     assert [entry["q_len"] for entry in tune_ops.merged(old, [ENTRY])] == [99]
 
 
-def test_tiny(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("case", "mask"), [("blocks", "BlockSparse"), slow("causal_odd", "Causal")])
+def test_tiny(case, mask):
     before = block_sizes.TABLE.read_text()
-    found = tune_ops.tune("attention", "xla", cases=["blocks"], repeats=4, tiny=True)
-    assert [entry["mask"] for entry in found] == ["BlockSparse"]
+    found = tune_ops.tune("attention", "xla", cases=[case], repeats=4, tiny=True)
+    assert [entry["mask"] for entry in found] == [mask]
     assert block_sizes.TABLE.read_text() == before
 
 

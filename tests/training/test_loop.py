@@ -15,6 +15,7 @@ import pytest
 
 from lissom.training.checkpoints import Checkpoints
 from lissom.training.errors import UserError
+from tests.cases import slow, some
 from tests.families import FAMILIES
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -40,12 +41,12 @@ def same(one, other):
     return [name for name in one if not np.array_equal(one[name], other[name])]
 
 
-# Families of which something is saved that no other has: running averages, layers in a scan, memories, branches, ...
-OWN = ("vit", "resnet", "keyed_experts", "sequence_scan", "sets", "in_context", "dynamics", "meta_sgd", "contrastive")
-OWN += ("language", "branches", "spiking")
+# One of each kind of data, and of what is saved: running averages, layers in a scan, memories, branches, carved layers.
+RESUMED = ("vit", "resnet", "keyed_experts", "sequence_scan", "sets", "in_context", "dynamics", "meta_sgd")
+RESUMED += ("contrastive", "language", "branches", "read_me", "spiking")
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in OWN else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("family", some(FAMILIES, RESUMED))
 def test_resumed_is_uninterrupted(family, tiny_run, tmp_path):
     recipe, overrides = FAMILIES[family]
     settings = {**overrides, "train.steps": 4, "checkpoint.every": 2, "checkpoint.keep": 5}
@@ -81,17 +82,25 @@ def test_nothing_is_thrown_away_where_every_checkpoint_is_damaged(tiny_run):
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
+ON_DEVICES = ("vit", "resnet", "sequence_scan", "language", "block_transformer", "meta", "episodes")
+
+
 @pytest.mark.parametrize(
-    "family", ["vit", "resnet", "sequence_scan", "language", "block_transformer", "meta", "episodes"]
+    ("family", "meshes"),
+    [
+        # For what is not split over experts, `expert` is an axis of the batch as `data` is: once is enough.
+        ("language", [*MESHES, {"data": 2, "expert": 4}]),
+        *((family, MESHES[-1:]) for family in ON_DEVICES if family != "language"),
+        *(slow(family, MESHES[:-1]) for family in ON_DEVICES if family != "language"),
+    ],
 )
-def test_eight_devices_are_one(family, tiny_run):
+def test_eight_devices_are_one(family, meshes, tiny_run):
     recipe, overrides = FAMILIES[family]
     # Not Adam: where a gradient is zero but for rounding it would make a whole step of the rounding.
     overrides = {**overrides, "optim.name": "sgd", "optim.learning_rate": 0.1}
     _, one = tiny_run(recipe, "one", **overrides)
     single = arrays(one, 3)
-    # Every axis alone for one family. Of what is not split over experts `expert` splits the batch, as `data` does.
-    for i, mesh in enumerate([*MESHES, {"data": 2, "expert": 4}] if family == "language" else MESHES[-1:]):
+    for i, mesh in enumerate(meshes):
         sizes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
         _, many = tiny_run(recipe, f"mesh{i}", **overrides, **sizes)
         for name, value in arrays(many, 3).items():
