@@ -396,8 +396,7 @@ def torch_maml(inputs, options):
             x = F.conv2d(x, kernel.movedim((2, 3), (1, 0)), stride=2)
             if statistics is None:
                 mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-                count = x.numel() // x.shape[1]
-                found.append((mean, var * count / (count - 1)))
+                found.append((mean, var))
             else:
                 mean, var = statistics[layer]
             x = (x - mean[:, None, None]) * torch.rsqrt(var + 1e-5)[:, None, None]
