@@ -98,9 +98,17 @@ class Episodic(Objective):
     def notes(self, network):
         return note(network, self.statistics_of)
 
+    def features(self, network: nnx.Module, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """(features [B, S, D] of the supports, [B, Q, D] of the queries) of a batch of episodes, in front of any
+        adaptation. Of networks with `features` (`networks.has_features`)."""
+        found, params, stats = TaskNetwork.of(network, self.statistics_of, "features")
+        with one_network():
+            return jax.vmap(lambda s, x: shown_features(found, params, stats, s, x, jax.random.key(0)))(
+                batch["support_inputs"], batch["inputs"]
+            )
+
     def judge(self, network, batch, key):
         found, params, stats = TaskNetwork.of(network, self.statistics_of, self.method)
-        shown = found.by("features")
         transductive_too = has_features(network) and jnp.issubdtype(batch["labels"].dtype, jnp.integer)
 
         def task(support, targets, inputs, labels, key):
@@ -111,8 +119,7 @@ class Episodic(Objective):
             values["accuracy"] = hits(outputs, labels)
             if transductive_too:
                 with one_network():
-                    given, after = shown.support(params, stats, support, key)
-                    asked, _ = shown.queries(params, after, inputs, key)
+                    given, asked = shown_features(found.by("features"), params, stats, support, inputs, key)
                 values |= clustered(given, targets, asked, labels, outputs.shape[-1])
             return values
 
@@ -130,6 +137,14 @@ class Episodic(Objective):
 def hits(outputs: jax.Array, labels: jax.Array) -> jax.Array | None:
     """The share of queries whose class is right; None of targets that are no classes."""
     return (outputs.argmax(-1) == labels).mean() if jnp.issubdtype(labels.dtype, jnp.integer) else None
+
+
+def shown_features(
+    shown: TaskNetwork, params: Tree, stats: Tree, support: jax.Array, inputs: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The features of one episode's support and queries."""
+    given, after = shown.support(params, stats, support, key)
+    return given, shown.queries(params, after, inputs, key)[0]
 
 
 METHODS = {

@@ -1,0 +1,208 @@
+"""Judges what clustering the queries makes of trained features, on even episodes and on unkind ones.
+
+    uv run scripts/transductive.py --runs=PATTERN,... [--candidates=10] [--concentration=2] [--choose=200]
+        [--out=results/transductive]
+
+Of every finished run on the dataset `episodes` whose network has features, a table a kind of run and a line a method
+(models/transductive.py): class means, k-means from them on, soft k-means, Laplacian-regularised prototypes, the same
+by their defaults, and means moved by optimal transport. Columns are the accuracies on test episodes of the run's own
+settings ("even"), with each class's shots those of --candidates candidates that lie farthest from their mean ("far
+shots"), and with the classes' shares of the queries from a Dirichlet distribution of that --concentration ("uneven
+queries").
+
+Soft k-means (its sharpness) and Laplacian-regularised prototypes (sharpness, lambda, neighbours) are those of the
+highest accuracy on --choose episodes of training classes, chosen for each run apart; the rows say which. Training
+classes are no validation classes: the network has learned them.
+"""
+
+import itertools
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from lissom.training.errors import UserError, one_sentence
+
+NAME = "scripts/transductive.py"
+SHARPNESS = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+NEIGHBOURS = (3, 5, 10)
+OWN = "even"
+
+
+class Features(NamedTuple):
+    """Of a batch of episodes, centred: support [B, S, D] with its labels [B, S], queries [B, Q, D] with theirs."""
+
+    support: Any
+    labels: Any
+    queries: Any
+    asked: Any
+
+
+class Judged(NamedTuple):
+    """A run: its label without the seed, its config, the features of training episodes and of each kind of test."""
+
+    label: str
+    config: Any
+    ways: int
+    training: list[Features]
+    tests: dict[str, list[Features]]
+
+
+def features_of(network, objective, source, numbers: Sequence[int], batch: int) -> Iterator[Features]:
+    """Of those episodes of a source."""
+    import jax
+    import numpy as np
+
+    from lissom.models import transductive
+    from lissom.models.variables import merge
+
+    graph, *state = network
+
+    @jax.jit
+    def of_batch(state, given):
+        support, queries = objective.features(merge(type(network)(graph, *state)), given)
+        return jax.vmap(transductive.centred)(support, queries)
+
+    for start in range(0, len(numbers), batch):
+        episodes = [source[number] for number in numbers[start : start + batch]]
+        given = {name: np.stack([episode[name] for episode in episodes]) for name in episodes[0]}
+        support, queries = map(np.asarray, of_batch(state, given))
+        yield Features(support, given["support_labels"], queries, given["labels"])
+
+
+def read(run: pathlib.Path, unkind: dict[str, dict], choose: int) -> Judged:
+    """The features of a finished run. UserError where it has none of classes."""
+    import jax
+    from flax import nnx
+
+    from lissom.models.variables import merge
+    from lissom.training.building import build_objective, load_plain
+    from lissom.training.meta.networks import has_features
+    from lissom.training.runs import load_network, read_config
+    from lissom.training.stages import final_config
+
+    config = final_config(read_config(run))
+    if config.data.name != "episodes":
+        raise UserError(f"{run} is of the dataset {config.data.name!r}: this is about 'episodes', which have classes")
+    network, objective = load_network(run), build_objective(config)
+    if not has_features(nnx.eval_shape(lambda: merge(network))):
+        raise UserError(f"the network of {run}, {config.model.name}, has no features")
+    sets = {OWN: load_plain(config)} | {kind: load_plain(config, **settings) for kind, settings in unkind.items()}
+    own, batch = sets[OWN], config.evaluation.batch_size
+    of = lambda source, count: list(features_of(network, objective, source, range(count), batch))
+    training = of(own.train, min(choose, len(own.train)))
+    tests = {kind: of(dataset.test, len(dataset.test)) for kind, dataset in sets.items()}
+    jax.clear_caches()  # the next run's functions are others
+    return Judged(re.sub(r"_seed\d+$", "", run.name), config, own.info["classes"], training, tests)
+
+
+def accuracy(method: Callable, batches: Sequence[Features], ways: int):
+    """Mean over episodes of the share of queries that `method` of one episode, (support, labels, queries, ways) ->
+    scores [..., Q, ways], says right: an array [...]."""
+    import jax
+    import numpy as np
+
+    @jax.jit
+    @jax.vmap
+    def right(one: Features):
+        return (method(one.support, one.labels, one.queries, ways).argmax(-1) == one.asked).mean(-1)
+
+    return np.concatenate([right(batch) for batch in batches]).mean(0, dtype=np.float64)
+
+
+def chosen(batches: Sequence[Features], ways: int, strengths: Sequence[float], neighbours: Sequence[int]):
+    """The `Clustering` of the highest accuracy of a grid; of several as good ones the first."""
+    import jax
+    import jax.numpy as jnp
+
+    from lissom.models.transductive import Clustering, laplacian
+
+    grid = list(itertools.product(SHARPNESS, strengths))
+    found = []
+    for near in neighbours:
+
+        def every(*given, near=near):
+            of = lambda sharpness, strength: laplacian(*given, Clustering(sharpness, strength, near))[0]
+            return jax.vmap(of)(*jnp.array(grid).T)
+
+        values = accuracy(every, batches, ways)
+        found += [(value, Clustering(*pair, near)) for value, pair in zip(values, grid, strict=True)]
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+def rows_of(runs: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, say: Callable[[str], None]) -> list:
+    """A row of every run and method."""
+    import json
+
+    from lissom.eval import overrides_of
+    from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance, provenance_of
+    from lissom.models import transductive
+    from lissom.models.transductive import Clustering
+
+    here, rows = provenance(), []
+    for run in runs:
+        judged = read(run, unkind, choose)
+        soft = chosen(judged.training, judged.ways, (0.0,), NEIGHBOURS[:1])
+        graph = chosen(judged.training, judged.ways, STRENGTHS, NEIGHBOURS)
+        with_settings = lambda settings: lambda *given: transductive.laplacian(*given, settings)[0]
+        methods = {
+            "class means": (transductive.nearest_prototype, ""),
+            "k-means": (transductive.k_means, ""),
+            "soft k-means": (with_settings(soft), f"sharpness {soft.sharpness:g}"),
+            "Laplacian": (
+                with_settings(graph),
+                f"sharpness {graph.sharpness:g}, lambda {graph.strength:g}, {graph.neighbours} neighbours",
+            ),
+            "Laplacian, defaults": (with_settings(Clustering()), ""),
+            "optimal transport": (transductive.transported, ""),
+        }
+        trained = elsewhere(provenance_of(json.loads((run / "provenance.json").read_text())), here)
+        for label, (method, settings) in methods.items():
+            found = [
+                measure("accuracy", accuracy(method, batches, judged.ways), episodes=kind)
+                for kind, batches in judged.tests.items()
+            ]
+            identity = Identity(
+                NAME, f"features of {judged.label}", judged.config.seed, overrides_of(judged.config), variant=label
+            )
+            notes = (f"seed {judged.config.seed}: {settings}, chosen on training classes",) if settings else ()
+            rows.append(Row(identity, here, tuple(found), trained, notes))
+        say(f"{run}: {', '.join(f'{row.identity.variant} {row.measurements[0].value:.4f}' for row in rows[-6:])}")
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    flags.DEFINE_list("runs", [], "directories of finished runs, or patterns; runs of several seeds are one line")
+    flags.DEFINE_integer("candidates", 10, "of which a class's shots are the farthest")
+    flags.DEFINE_float("concentration", 2.0, "of the shares of the classes")
+    flags.DEFINE_integer("choose", 200, "episodes of training classes, on which settings are chosen")
+    flags.DEFINE_string("out", None, "where rows.jsonl and the tables go")
+    with one_sentence():
+        from lissom.eval import check_writable, given_runs
+        from lissom.evaluation.tables import shown_text, tables, write_report
+
+        runs = given_runs(argv, "transductive.py")
+        given = flags.FLAGS
+        if given.choose < 1:
+            raise UserError(f"--choose={given.choose} must be at least 1")
+        if given.candidates < 1 or given.concentration <= 0:
+            raise UserError("--candidates and --concentration must be above 0: without them episodes are even")
+        if given.out:
+            check_writable(given.out, "--out")
+        unkind = {
+            "far shots": {"support_candidates": given.candidates},
+            "uneven queries": {"query_concentration": given.concentration},
+        }
+        rows = rows_of(runs, unkind, given.choose, lambda text: print(text, file=sys.stderr))
+        print(shown_text(tables(rows)))
+        if given.out:
+            write_report(rows, given.out, plot=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
