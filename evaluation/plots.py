@@ -20,6 +20,7 @@ from lissom.evaluation.statistics import pareto_front
 
 WIDTH, HEIGHT, DPI = 8.0, 5.4, 130
 BLUE, GREY, DARK = "#2f6db5", "#8a8a8a", "#222222"
+BEYOND = 30  # times the points' range: further off no level is drawn on a log axis
 STYLES = ("o-", "s-", "^--", "D:")  # of curves
 CROSSING, ASTRAY, PADDING = 60.0, 30.0, 4.0  # pixels
 NAMED = 24  # points of a panel that all have labels
@@ -168,8 +169,11 @@ def _draw(axis, panel: Panel) -> None:
         axis.scatter(
             p.x, p.y, s=area, color=face, edgecolors=DARK if p.size else color, linewidths=0.8, alpha=0.8, zorder=3
         )
-    for (name, y), style in zip(panel.levels, itertools.cycle([":", "--", "-."])):
-        axis.axhline(y, color=GREY, ls=style, lw=1.2, zorder=0, label=name)
+    for (name, y), style in zip(panel.levels, itertools.cycle([":", "--", "-.", (0, (4, 1, 1, 1, 1, 1))])):
+        if decades and not low / BEYOND <= y <= high * BEYOND:  # an exact solution's error would flatten all others
+            axis.plot([], [], color=GREY, ls=style, lw=1.2, label=f"{name}: {y:.1g}, off the axis")
+        else:
+            axis.axhline(y, color=GREY, ls=style, lw=1.2, zorder=0, label=name)
     axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.y_label)
     if panel.directions[1] == "lower":
