@@ -26,11 +26,12 @@ Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised  da
 
 from lissom.configs.base import base, mode, tiny
 
+SINGLE = "objective_kwargs.supervised.single"
 HELD_OUT = ("georgian", "armenian", "hebrew", "lisu", "lao", "old_italic")
 
 
 def get_config(arg: str = ""):
-    config = base()
+    config, chosen = base(), mode(arg, ("tiny",))
     letters = {"test_scripts": HELD_OUT, "classes": None, "size": 20, "train_size": 51_200, "test_size": 26_000}
     episodes = {
         "source": "glyphs",
@@ -61,9 +62,11 @@ def get_config(arg: str = ""):
     config.optim.learning_rate = 3e-3
     config.train = {"steps": 1000}
     config.log.every = 100
-    baselines = ("supervised features: objective=supervised",)
+    # As many images a step as the episodes have.
+    images = 80 if chosen else 320
+    baselines = (f"supervised features: objective=supervised {SINGLE}=True data.batch_size={images}",)
     config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8), "baselines": baselines})
-    if mode(arg, ("tiny",)):
+    if chosen:
         config = tiny(config)
         config.data.batch_size = 8
         config.data.kwargs.episodes.update({"queries": 2, "test_size": 6})

@@ -366,6 +366,11 @@ def test_supervised_learns_the_numbers_of_the_classes():
     logits = fresh.classes(fresh.network.features(x, train=True))
     np.testing.assert_allclose(loss, task_loss(logits, labels), rtol=1e-4)
     assert logits.shape[-1] == 7
+    single = Supervised(single=True)
+    alone, _ = single.loss(
+        objective.build(objective.structure(cnn()), nnx.Rngs(3)), {"inputs": x, "labels": labels}, KEY, 0
+    )
+    np.testing.assert_allclose(alone, loss, rtol=1e-6)
     with pytest.raises(ValueError, match="the tasks of this data share none: set"):
         Supervised().prepare({"outputs": 1})
 
@@ -542,6 +547,7 @@ def test_adaptation_learns_the_support():
         ("supervised", {"classes": False, "test_steps": 2}, "test_steps=2: 'supervised' has no inner loop in training"),
         ("supervised", {"classes": False, "remat": "tree"}, "remat='tree': 'supervised' has no inner loop in training"),
         ("supervised", {"inner_steps": 3}, "inner_steps=3 is of the fine-tuning, which classes=True has none of"),
+        ("supervised", {"classes": False, "single": True}, "single=True is of classes"),
         ("imaml", {"solver_steps": 0}, "solver_steps=0 must be at least 1"),
         ("imaml", {"parameters": "head"}, "'imaml' adapts all parameters"),
         ("imaml", {"second_order": False}, "second_order=False means nothing to 'imaml', which"),

@@ -24,11 +24,15 @@ class Supervised(MAML):
 
     Of classes: cross-entropy of all training classes, supports and queries alike; an episode is answered by the nearest
     class mean of the features, which are divided by their norms (Chen et al. 2019, arXiv:1904.04232; Wang et al. 2019,
-    arXiv:1911.04623). Of targets: one network for all tasks, which is then fine-tuned on the support by the inner loop
-    (the pretraining baseline of Finn et al. 2017, arXiv:1703.03400).
+    arXiv:1911.04623). `single`: its batches are single examples of all classes, as those papers have it, and
+    `data.batch_size` counts these; a batch of episodes has examples of few classes. Of targets: one network for all
+    tasks, which is then fine-tuned on the support by the inner loop (the pretraining baseline of Finn et al. 2017,
+    arXiv:1703.03400).
     """
 
-    def __init__(self, *, classes: bool = True, statistics: str = "running", **settings):
+    def __init__(self, *, classes: bool = True, single: bool = False, statistics: str = "running", **settings):
+        if single and not classes:
+            raise ValueError("objective.single=True is of classes, whose examples are given one by one")
         if classes and settings:
             name = next(iter(settings))
             raise ValueError(
@@ -41,7 +45,7 @@ class Supervised(MAML):
                     "in inner_steps"
                 )
         super().__init__(statistics=statistics, **settings)
-        self.of_classes = classes
+        self.of_classes, self.single = classes, single
         self.path = ("network",) if classes else ()
         self.method = "features" if classes else "outputs"
         self.mapping = one_network if classes else a_network_a_task
@@ -62,6 +66,8 @@ class Supervised(MAML):
 
     def loss(self, module, batch, key, step):
         del step
+        if self.single:
+            return self._loss_of_classes(module, batch["inputs"], batch["labels"], key)
         flat = lambda name: batch[name].reshape(-1, *batch[name].shape[2:])
         inputs = jnp.concatenate([flat("support_inputs"), flat("inputs")])
         targets = jnp.concatenate([flat("support_labels"), flat("labels")])
@@ -71,6 +77,9 @@ class Supervised(MAML):
             return error + auxiliary(aux), {"mse": error, **reported(aux)}
         numbered = lambda name: jnp.take_along_axis(batch["classes"], batch[name], 1).reshape(-1)
         labels = jnp.concatenate([numbered("support_labels"), numbered("labels")])
+        return self._loss_of_classes(module, inputs, labels, key)
+
+    def _loss_of_classes(self, module, inputs, labels, key):
         logits = module.classes(module.network.features(inputs, train=True, key=key))
         hits = (logits.argmax(-1) == labels).mean()
         return cross_entropy(logits, labels).mean(), {"accuracy": hits}
