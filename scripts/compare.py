@@ -25,7 +25,7 @@ from absl import flags
 
 from lissom.eval import COST, COST_HELP, check_cost, check_writable, finished
 from lissom.training import flags as command_line
-from lissom.training.config import check, default_workdir, model_settings, overridden, to_json
+from lissom.training.config import WATCHING, check, default_workdir, model_settings, overridden, to_json
 from lissom.training.errors import UserError, one_sentence
 from lissom.training.variants import Variant, axis_of, config_of, directory_of, with_baselines
 
@@ -175,7 +175,12 @@ def _alone(file: pathlib.Path, label: str) -> Iterator[None]:
 
 
 def _digest(config) -> str:
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+    """Of two configs of the same run the same, whatever their fields that change nothing in a run."""
+    from flax.traverse_util import flatten_dict
+
+    fields = flatten_dict(json.loads(to_json(config)), sep=".")
+    kept = {key: value for key, value in fields.items() if not key.startswith(WATCHING)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_record(record: pathlib.Path) -> dict[str, dict[str, Any]]:

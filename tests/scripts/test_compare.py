@@ -140,6 +140,8 @@ def test_tune_flags_the_edge_and_remembers(tmp_path, capsys):
     (tmp_path / "tuned" / "plain.json").write_text(json.dumps(record))
     assert script.tuned(config(), tmp_path, axis, "plain")[0].optim.learning_rate == 1e-6
     assert [path.name for path in (tmp_path / "tuned").glob("*.partial")] == []
+    watched = config(**{"log.every": 7, "evaluation.baselines": ("wide: model.width=64",)})
+    assert script.tuned(watched, tmp_path, axis, "plain")[0].optim.learning_rate == 1e-6
     # What was tuned for other flags is not this variant's choice.
     with pytest.raises(UserError, match="another config"):
         script.tuned(config(**{"optim.warmup": 0.5}), tmp_path, axis, "plain")
