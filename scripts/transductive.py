@@ -100,18 +100,22 @@ def read(run: pathlib.Path, unkind: dict[str, dict], choose: int) -> Judged:
     return Judged(re.sub(r"_seed\d+$", "", run.name), config, own.info["classes"], training, tests)
 
 
-def accuracy(method: Callable, batches: Sequence[Features], ways: int):
-    """Mean over episodes of the share of queries that `method` of one episode, (support, labels, queries, ways) ->
-    scores [..., Q, ways], says right: an array [...]."""
+def right(method: Callable, ways: int) -> Callable[[Features], Any]:
+    """The compiled share [B, ...] of each episode's queries that `method` of one episode, (support, labels, queries,
+    ways) -> scores [..., Q, ways], says right."""
     import jax
+
+    def one(given: Features):
+        return (method(given.support, given.labels, given.queries, ways).argmax(-1) == given.asked).mean(-1)
+
+    return jax.jit(jax.vmap(one))
+
+
+def accuracy(of_batch: Callable[[Features], Any], batches: Sequence[Features]):
+    """The mean over all episodes of what `right` says of a batch."""
     import numpy as np
 
-    @jax.jit
-    @jax.vmap
-    def right(one: Features):
-        return (method(one.support, one.labels, one.queries, ways).argmax(-1) == one.asked).mean(-1)
-
-    return np.concatenate([right(batch) for batch in batches]).mean(0, dtype=np.float64)
+    return np.concatenate([of_batch(batch) for batch in batches]).mean(0, dtype=np.float64)
 
 
 def chosen(batches: Sequence[Features], ways: int, strengths: Sequence[float], neighbours: Sequence[int]):
@@ -129,7 +133,7 @@ def chosen(batches: Sequence[Features], ways: int, strengths: Sequence[float], n
             of = lambda sharpness, strength: laplacian(*given, Clustering(sharpness, strength, near))[0]
             return jax.vmap(of)(*jnp.array(grid).T)
 
-        values = accuracy(every, batches, ways)
+        values = accuracy(right(every, ways), batches)
         found += [(value, Clustering(*pair, near)) for value, pair in zip(values, grid, strict=True)]
     return max(found, key=lambda pair: pair[0])[1]
 
@@ -162,8 +166,9 @@ def rows_of(runs: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, 
         }
         trained = elsewhere(provenance_of(json.loads((run / "provenance.json").read_text())), here)
         for label, (method, settings) in methods.items():
+            of_batch = right(method, judged.ways)
             found = [
-                measure("accuracy", accuracy(method, batches, judged.ways), episodes=kind)
+                measure("accuracy", accuracy(of_batch, batches), episodes=kind)
                 for kind, batches in judged.tests.items()
             ]
             identity = Identity(

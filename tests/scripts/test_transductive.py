@@ -74,7 +74,7 @@ def test_what_is_chosen_is_best_there():
             for near in (3, 5):
                 of = Clustering(sharpness, strength, near)
                 method = lambda *given, of=of: transductive_scores(*given, of)
-                values[of] = float(transductive.accuracy(method, [batch], 2))
+                values[of] = float(transductive.accuracy(transductive.right(method, 2), [batch]))
     best = max(values.values())
     assert values[settings] == pytest.approx(best, abs=1e-6)
     assert min(values.values()) < best
@@ -92,7 +92,9 @@ def test_accuracy_is_a_mean_over_episodes():
     one = lambda right: Features(*nothing, np.array([right], np.int32))
     says_first = lambda support, labels, queries, ways: jax.nn.one_hot(np.zeros(4, int), ways)
     batches = [one([0, 0, 0, 1]), jax.tree.map(lambda a: np.concatenate([a, a]), one([0, 1, 1, 1]))]
-    assert float(transductive.accuracy(says_first, batches, 2)) == pytest.approx((0.75 + 0.25 + 0.25) / 3)
+    assert float(transductive.accuracy(transductive.right(says_first, 2), batches)) == pytest.approx(
+        (0.75 + 0.25 + 0.25) / 3
+    )
 
 
 @pytest.mark.parametrize(
