@@ -132,10 +132,12 @@ def episodes(
     source: a labelled dataset, with settings `source_kwargs`. Training episodes are of its training examples and test
     episodes of its test examples; where these share classes, `held_out` of them, drawn by the seed, are kept for the
     test, and no others are in it. An episode never has an example twice.
-    support_candidates: 0, the support is drawn evenly; else each class's shots are, of so many candidates, those that
-    lie farthest from the candidates' mean in the space of the inputs: a support that is not like its class.
-    query_concentration: 0, every class has `queries` queries; else shares drawn from a Dirichlet distribution of this
-    concentration divide the ways * queries among the classes (2 in Veilleux et al. 2021, arXiv:2204.11181).
+    support_candidates, of test episodes alone: 0, the support is drawn evenly; else each class's shots are, of so many
+    candidates, those that lie farthest from the candidates' mean in the space of the inputs: a support that is not like
+    its class.
+    query_concentration, of test episodes alone: 0, every class has `queries` queries; else shares drawn from a
+    Dirichlet distribution of this concentration divide the ways * queries among the classes (2 in Veilleux et al. 2021,
+    arXiv:2204.11181).
     train_size, test_size: episodes; the training episodes are drawn, not stored, so that many cost nothing.
 
     `info["chance"]` is 1 / ways, `train_classes` and `test_classes` count the classes to draw from.
@@ -163,10 +165,11 @@ def episodes(
         f"episodes: query_concentration must be a number and not negative, got {query_concentration}",
     )
     members = _class_split(source, base, held_out, seed)
-    # A class may get all queries.
-    needed = (support_candidates or shots) + (ways * queries if query_concentration else queries)
     sources = {}
     for split, of_class in members.items():
+        candidates, concentration = (support_candidates, query_concentration) if split == "test" else (0, 0.0)
+        # A class may get all queries.
+        needed = (candidates or shots) + (ways * queries if concentration else queries)
         _check_possible(source, split, of_class, ways, needed)
         sources[split] = EpisodeSource(
             base.split(split),
@@ -174,8 +177,8 @@ def episodes(
             ways=ways,
             shots=shots,
             queries=queries,
-            candidates=support_candidates,
-            concentration=query_concentration,
+            candidates=candidates,
+            concentration=concentration,
             count=train_size if split == "train" else test_size,
             split=split,
             seed=seed,

@@ -100,16 +100,19 @@ def test_held_out_classes_are_in_no_training_episode():
 data_keys = ("train", "test")
 
 
+UNKIND = {"support_candidates": 8, "query_concentration": 1.0}
+
+
 def test_support_of_candidates_is_the_farthest():
     dataset = made(ways=3, shots=2, queries=5, support_candidates=8)
     for index in range(20):
-        episode = dataset.train[index]
-        classes, support, queries = dataset.train.places(index)
-        rng = np.random.default_rng([0, 0, index])
-        rng.choice(dataset.train.classes, 3, replace=False)
+        episode = dataset.test[index]
+        classes, support, queries = dataset.test.places(index)
+        rng = np.random.default_rng([0, 1, index])
+        rng.choice(dataset.test.classes, 3, replace=False)
         for label in range(3):
-            drawn = rng.choice(dataset.train.members[int(classes[label])], 13, replace=False)
-            numbers = numbered().train.gather(drawn[5:])["inputs"].reshape(8, 4)[:, 1]
+            drawn = rng.choice(dataset.test.members[int(classes[label])], 13, replace=False)
+            numbers = numbered().test.gather(drawn[5:])["inputs"].reshape(8, 4)[:, 1]
             farthest = np.sort(np.abs(numbers - numbers.mean()))[-2:]
             mine = episode["support_inputs"].reshape(-1, 4)[episode["support_labels"] == label][:, 1]
             np.testing.assert_allclose(np.sort(np.abs(mine - numbers.mean())), farthest)
@@ -118,9 +121,17 @@ def test_support_of_candidates_is_the_farthest():
 
 def test_shares_of_queries_are_drawn():
     dataset = made(numbered(each=30), ways=4, queries=5, query_concentration=1.0)
-    counts = np.stack([np.bincount(dataset.train[i]["labels"], minlength=4) for i in range(50)])
+    counts = np.stack([np.bincount(dataset.test[i]["labels"], minlength=4) for i in range(40)])
     assert (counts.sum(1) == 20).all() and counts.std() > 2 and len(np.unique(counts)) > 5
     np.testing.assert_allclose(counts.mean(0), 5, atol=2)
+
+
+def test_training_episodes_are_even():
+    """Whatever the test's are: their classes need no more examples than even ones do."""
+    plain, other = (made(numbered(each=30), ways=4, queries=5, **unkind) for unkind in ({}, UNKIND))
+    for index in range(5):
+        np.testing.assert_array_equal(plain.train[index]["inputs"], other.train[index]["inputs"])
+        assert not np.array_equal(plain.test[index]["inputs"], other.test[index]["inputs"])
 
 
 @pytest.mark.parametrize(
