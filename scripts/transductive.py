@@ -74,11 +74,13 @@ def features_of(network, objective, source, numbers: Sequence[int], batch: int) 
         yield Features(support, given["support_labels"], queries, given["labels"])
 
 
-def read(run: pathlib.Path, unkind: dict[str, dict], choose: int) -> Judged:
-    """The features of a finished run. UserError where it has none of classes."""
+def read(run: pathlib.Path, unkind: dict[str, dict], choose: int, loaded: dict[str, dict]) -> Judged:
+    """The features of a finished run; `loaded` keeps the episodes that runs share. UserError where it has none of
+    classes."""
     import jax
     from flax import nnx
 
+    from lissom.eval import task_name
     from lissom.models.variables import merge
     from lissom.training.building import build_objective, load_plain
     from lissom.training.meta.networks import has_features
@@ -91,7 +93,11 @@ def read(run: pathlib.Path, unkind: dict[str, dict], choose: int) -> Judged:
     network, objective = load_network(run), build_objective(config)
     if not has_features(nnx.eval_shape(lambda: merge(network))):
         raise UserError(f"the network of {run}, {config.model.name}, has no features")
-    sets = {OWN: load_plain(config)} | {kind: load_plain(config, **settings) for kind, settings in unkind.items()}
+    task = task_name(config)
+    if task not in loaded:
+        loaded[task] = {OWN: load_plain(config)}
+        loaded[task] |= {kind: load_plain(config, **settings) for kind, settings in unkind.items()}
+    sets = loaded[task]
     own, batch = sets[OWN], config.evaluation.batch_size
     of = lambda source, count: list(features_of(network, objective, source, range(count), batch))
     training = of(own.train, min(choose, len(own.train)))
@@ -147,9 +153,9 @@ def rows_of(runs: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, 
     from lissom.models import transductive
     from lissom.models.transductive import Clustering
 
-    here, rows = provenance(), []
+    here, rows, loaded = provenance(), [], {}
     for run in runs:
-        judged = read(run, unkind, choose)
+        judged = read(run, unkind, choose, loaded)
         soft = chosen(judged.training, judged.ways, (0.0,), NEIGHBOURS[:1])
         graph = chosen(judged.training, judged.ways, STRENGTHS, NEIGHBOURS)
         with_settings = lambda settings: lambda *given: transductive.laplacian(*given, settings)[0]
