@@ -178,9 +178,9 @@ def _digest(config) -> str:
     """Of two configs of the same run the same, whatever their fields that change nothing in a run."""
     from flax.traverse_util import flatten_dict
 
-    fields = flatten_dict(json.loads(to_json(config)), sep=".")
+    fields = flatten_dict(json.loads(to_json(config)), sep=".", keep_empty_nodes=True)
     kept = {key: value for key, value in fields.items() if not key.startswith(WATCHING)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=lambda empty: {}).encode()).hexdigest()[:16]
 
 
 def _read_record(record: pathlib.Path) -> dict[str, dict[str, Any]]:

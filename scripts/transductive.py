@@ -4,11 +4,10 @@
         [--out=results/transductive]
 
 Of every finished run on the dataset `episodes` whose network has features, a table a kind of run and a line a method
-(models/transductive.py): class means, k-means from them on, soft k-means, Laplacian-regularised prototypes, the same
-by their defaults, and means moved by optimal transport. Columns are the accuracies on test episodes of the run's own
-settings ("even"), with each class's shots those of --candidates candidates that lie farthest from their mean ("far
-shots"), and with the classes' shares of the queries from a Dirichlet distribution of that --concentration ("uneven
-queries").
+(models/transductive.py): class means, k-means from them on, soft k-means, Laplacian-regularised prototypes, the same by
+their defaults, and means moved by optimal transport. Columns are the accuracies on even test episodes, with each
+class's shots those of --candidates candidates that lie farthest from their mean ("far shots"), and with the classes'
+shares of the queries from a Dirichlet distribution of that --concentration ("uneven queries").
 
 Soft k-means (its sharpness) and Laplacian-regularised prototypes (sharpness, lambda, neighbours) are those of the
 highest accuracy on --choose episodes of training classes, chosen for each run apart; the rows say which. Training
@@ -31,6 +30,7 @@ SHARPNESS = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
 STRENGTHS = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 NEIGHBOURS = (3, 5, 10)
 OWN = "even"
+EVEN = {"support_candidates": 0, "query_concentration": 0.0}
 
 
 class Features(NamedTuple):
@@ -43,7 +43,7 @@ class Features(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A run: its label without the seed, its config, the features of training episodes and of each kind of test."""
+    """A run: what its table is called, its config, the features of training episodes and of each kind of test."""
 
     label: str
     config: Any
@@ -74,6 +74,11 @@ def features_of(network, objective, source, numbers: Sequence[int], batch: int) 
         yield Features(support, given["support_labels"], queries, given["labels"])
 
 
+def label_of(run: pathlib.Path, task: str) -> str:
+    """What the tables of a run and of its other seeds are called."""
+    return f"features of {re.sub(r'_seed[0-9]+$', '', run.name)}, {task}"
+
+
 def read(run: pathlib.Path, unkind: dict[str, dict], choose: int, loaded: dict[str, dict]) -> Judged:
     """The features of a finished run; `loaded` keeps the episodes that runs share. UserError where it has none of
     classes."""
@@ -95,15 +100,15 @@ def read(run: pathlib.Path, unkind: dict[str, dict], choose: int, loaded: dict[s
         raise UserError(f"the network of {run}, {config.model.name}, has no features")
     task = task_name(config)
     if task not in loaded:
-        loaded[task] = {OWN: load_plain(config)}
-        loaded[task] |= {kind: load_plain(config, **settings) for kind, settings in unkind.items()}
+        kinds = {OWN: {}} | unkind
+        loaded[task] = {kind: load_plain(config, **EVEN | settings) for kind, settings in kinds.items()}
     sets = loaded[task]
     own, batch = sets[OWN], config.evaluation.batch_size
     of = lambda source, count: list(features_of(network, objective, source, range(count), batch))
     training = of(own.train, min(choose, len(own.train)))
     tests = {kind: of(dataset.test, len(dataset.test)) for kind, dataset in sets.items()}
     jax.clear_caches()  # the next run's functions are others
-    return Judged(re.sub(r"_seed\d+$", "", run.name), config, own.info["classes"], training, tests)
+    return Judged(label_of(run, task), config, own.info["classes"], training, tests)
 
 
 def right(method: Callable, ways: int) -> Callable[[Features], Any]:
@@ -148,12 +153,20 @@ def rows_of(runs: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, 
     """A row of every run and method."""
     import json
 
-    from lissom.eval import overrides_of
+    from lissom.eval import overrides_of, task_name
     from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance, provenance_of
     from lissom.models import transductive
     from lissom.models.transductive import Clustering
+    from lissom.training.runs import read_config
+    from lissom.training.stages import final_config
 
-    here, rows, loaded = provenance(), [], {}
+    here, rows, loaded, seen = provenance(), [], {}, {}
+    for run in runs:
+        config = final_config(read_config(run))
+        same = label_of(run, task_name(config)), config.seed
+        if same in seen:
+            raise UserError(f"{seen[same]} and {run} would be one line: they are of one name, task and seed")
+        seen[same] = run
     for run in runs:
         judged = read(run, unkind, choose, loaded)
         soft = chosen(judged.training, judged.ways, (0.0,), NEIGHBOURS[:1])
@@ -177,9 +190,7 @@ def rows_of(runs: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, 
                 measure("accuracy", accuracy(of_batch, batches), episodes=kind)
                 for kind, batches in judged.tests.items()
             ]
-            identity = Identity(
-                NAME, f"features of {judged.label}", judged.config.seed, overrides_of(judged.config), variant=label
-            )
+            identity = Identity(NAME, judged.label, judged.config.seed, overrides_of(judged.config), variant=label)
             notes = (f"seed {judged.config.seed}: {settings}, chosen on training classes",) if settings else ()
             rows.append(Row(identity, here, tuple(found), trained, notes))
         say(f"{run}: {', '.join(f'{row.identity.variant} {row.measurements[0].value:.4f}' for row in rows[-6:])}")

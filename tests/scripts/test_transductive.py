@@ -1,5 +1,7 @@
 """scripts/transductive.py: the columns of the evaluator, method by method, and settings chosen on other episodes."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -38,7 +40,8 @@ def test_columns_are_those_of_the_evaluator(tiny_run, tmp_path, capsys):
             "optimal transport",
         )
     ]
-    assert {row.identity.task for row in rows} == {"features of protonet"}
+    (task,) = {row.identity.task for row in rows}
+    assert task.startswith("features of protonet, episodes(queries=2, ")
     chosen = [note for row in rows for note in row.notes]
     assert len(chosen) == 4 and all("chosen on training classes" in note for note in chosen)
     columns = {
@@ -95,6 +98,15 @@ def test_accuracy_is_a_mean_over_episodes():
     assert float(transductive.accuracy(transductive.right(says_first, 2), batches)) == pytest.approx(
         (0.75 + 0.25 + 0.25) / 3
     )
+
+
+def test_two_runs_of_one_name_and_seed_are_refused(tiny_run, tmp_path, capsys):
+    """One line of two networks would be an average of nothing."""
+    _, run = tiny_run("fewshot/glyphs", "a/plain_seed0", objective="protonet")
+    shutil.copytree(run, tmp_path / "b" / "plain_seed0")
+    with command_line(transductive), pytest.raises(SystemExit):
+        transductive.main(["", f"--runs={tmp_path}/a,{tmp_path}/b"])
+    assert "would be one line" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
