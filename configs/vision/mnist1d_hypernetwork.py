@@ -7,8 +7,8 @@ Result: loss, mean over five conditions, 2,000 steps, three seeds: under SGD the
 does it with the cosine code alone; with the residual 1.293, with both 1.288. Under Adam default 1.261, code 1.242,
 residual 1.278, both 1.267. The main network alone, which knows no condition, 1.424 and 1.405; a network a condition
 1.294 and 1.346.
-results/hypernetworks: uv run scripts/hypernetworks.py --variants=default,code,residual,both --rates=adamw:1e-3,sgd:0.1 \
-    --steps=2000 --evaluations=20
+results/hypernetworks: uv run scripts/hypernetworks.py --variants=default,code,residual,both \
+    --rates=adamw:1e-3,sgd:0.1 --steps=2000 --evaluations=20
 Modes: default, the parametrization without both of its parts; plain, the main network alone, which knows no condition.
 Sweep: model.code=raw,cosine  model.residual=False,True  model.hidden  model.predicted=head,kernel,convs
     model.head_init=fan_out,main  model.network_kwargs.cnn.channels  optim.name=adamw,sgd  optim.learning_rate
