@@ -113,6 +113,14 @@ def read_metrics(run: pathlib.Path) -> list[dict[str, Any]]:
     return entries
 
 
+def trained_by(run: pathlib.Path):
+    """The `Provenance` of a run's training."""
+    from lissom.evaluation.rows import provenance_of
+
+    with _reading(run / "provenance.json"):
+        return provenance_of(json.loads((run / "provenance.json").read_text()))
+
+
 def finished(run: pathlib.Path) -> bool:
     """Whether a run stands there that came to its end."""
     try:
@@ -277,7 +285,7 @@ def _subjects(
 ) -> list:
     """A run's network as trained, and after each of the transforms (None: those of its config); `loaded` keeps the data
     of each task."""
-    from lissom.evaluation.rows import Identity, Row, elsewhere, provenance_of
+    from lissom.evaluation.rows import Identity, Row, elsewhere
     from lissom.training.building import as_learned, further_tests, load_plain
     from lissom.training.config import check
     from lissom.training.runs import check_facts, read_config, read_facts
@@ -290,9 +298,7 @@ def _subjects(
         task = task_name(config)
     with _reading(run / "facts.json"):
         facts = dict(read_facts(run))
-    with _reading(run / "provenance.json"):
-        recorded = json.loads((run / "provenance.json").read_text())
-        trained = provenance_of({**recorded, "data": _checksum(facts)})
+    trained = dataclasses.replace(trained_by(run), data=_checksum(facts))
     times = _training_times(run)
     if task not in loaded:
         loaded[task] = load_plain(config)

@@ -198,7 +198,8 @@ def rows_of(found: Sequence[Network], asked: Asked, workdir: pathlib.Path, merge
 
 def rows_of_seed(found: Mapping[str, Network], chosen: Mapping, seed: int, asked: Asked, workdir: pathlib.Path) -> list:
     """Those of one optimizer and seed, of finished runs."""
-    from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance, provenance_of
+    from lissom.eval import trained_by
+    from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance
 
     here, optimizer = provenance(), next(iter(found.values())).optimizer
     place = lambda label: workdir / f"{found[label].name}_seed{seed}"
@@ -211,7 +212,7 @@ def rows_of_seed(found: Mapping[str, Network], chosen: Mapping, seed: int, asked
     conditions, rows = grid_of(found[FLOOR].config), []
 
     def row(label, measurements, role, of):
-        then = provenance_of(json.loads((place(of[0]) / "provenance.json").read_text()))
+        then = trained_by(place(of[0]))
         notes = [chosen[each][1] for each in of if chosen[each][1]]
         notes += [f"{each} diverged with seed {seed}" for each in of if last[each] is None]
         rates = {each: chosen[each][0].optim.learning_rate for each in of}

@@ -134,10 +134,8 @@ def trained(runs: Sequence[Run], workdir: pathlib.Path) -> None:
 
 def rows_of(runs: Sequence[Run], workdir: pathlib.Path) -> list:
     """A row a run, of what it was trained to; a run that is missing is a UserError."""
-    import json
-
-    from lissom.eval import finished, read_metrics
-    from lissom.evaluation.rows import Identity, Row, measure, provenance_of
+    from lissom.eval import finished, read_metrics, trained_by
+    from lissom.evaluation.rows import Identity, Row, measure
     from lissom.training.runs import check_same
 
     rows = []
@@ -150,8 +148,7 @@ def rows_of(runs: Sequence[Run], workdir: pathlib.Path) -> list:
         identity = Identity(RECIPE, "stdlib_text", run.seed, variant=run.label)
         found = [measure("loss", last["loss"]), measure("train_tokens", run.tokens), measure("qat_share", run.share)]
         found += [measure("parameters", run.parameters, "compiled"), measure("tokens_per_byte", run.per_byte)]
-        trained_by = provenance_of(json.loads((place / "provenance.json").read_text()))
-        rows.append(Row(identity, trained_by, tuple(found)))
+        rows.append(Row(identity, trained_by(place), tuple(found)))
     return rows
 
 

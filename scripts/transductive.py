@@ -4,10 +4,10 @@
         [--out=results/transductive]
 
 Of every finished run on the dataset `episodes` whose network has features, a table a kind of run and a line a method
-(models/transductive.py): class means, k-means from them on, soft k-means, Laplacian-regularised prototypes, the same by
-their defaults, and means moved by optimal transport. Columns are the accuracies on even test episodes, with each
-class's shots those of --candidates candidates that lie farthest from their mean ("far shots"), and with the classes'
-shares of the queries from a Dirichlet distribution of that --concentration ("uneven queries").
+(models/transductive.py): k-means from the class means on, class means alone, soft k-means, Laplacian-regularised
+prototypes, the same by their defaults, and means moved by optimal transport. Columns are the accuracies on even test
+episodes, with each class's shots those of --candidates candidates that lie farthest from their mean ("far shots"), and
+with the classes' shares of the queries from a Dirichlet distribution of that --concentration ("uneven queries").
 
 Soft k-means (its sharpness) and Laplacian-regularised prototypes (sharpness, lambda, neighbours) are those of the
 highest accuracy on --choose episodes of training classes, chosen for each run apart; the rows say which. Training
@@ -42,11 +42,17 @@ class Features(NamedTuple):
     asked: Any
 
 
-class Judged(NamedTuple):
-    """A run: what its table is called, its config, the features of training episodes and of each kind of test."""
+class Run(NamedTuple):
+    """A finished run, its config, and what its tables and those of its other seeds are called."""
 
-    label: str
+    path: pathlib.Path
     config: Any
+    label: str
+
+
+class Judged(NamedTuple):
+    """Of one network the features of training episodes, and of the test episodes of each kind."""
+
     ways: int
     training: list[Features]
     tests: dict[str, list[Features]]
@@ -74,41 +80,48 @@ def features_of(network, objective, source, numbers: Sequence[int], batch: int) 
         yield Features(support, given["support_labels"], queries, given["labels"])
 
 
-def label_of(run: pathlib.Path, task: str) -> str:
-    """What the tables of a run and of its other seeds are called."""
-    return f"features of {re.sub(r'_seed[0-9]+$', '', run.name)}, {task}"
+def labelled(paths: Sequence[pathlib.Path]) -> list[Run]:
+    """The runs. UserError where one has no episodes of classes, or two would be one line of a table."""
+    from lissom.eval import task_name
+    from lissom.training.runs import read_config
+    from lissom.training.stages import final_config
+
+    found: dict[tuple[str, int], Run] = {}
+    for path in paths:
+        config = final_config(read_config(path))
+        name = config.data.name
+        if name != "episodes":
+            raise UserError(f"{path} is of the dataset {name!r}: this is about 'episodes', which have classes")
+        label = f"features of {re.sub(r'_seed[0-9]+$', '', path.name)}, {task_name(config)}"
+        if (label, config.seed) in found:
+            other = found[label, config.seed].path
+            raise UserError(f"{other} and {path} would be one line: they are of one name, task and seed")
+        found[label, config.seed] = Run(path, config, label)
+    return list(found.values())
 
 
-def read(run: pathlib.Path, unkind: dict[str, dict], choose: int, loaded: dict[str, dict]) -> Judged:
-    """The features of a finished run; `loaded` keeps the episodes that runs share. UserError where it has none of
-    classes."""
-    import jax
+def read(run: Run, unkind: dict[str, dict], choose: int, loaded: dict[str, dict]) -> Judged:
+    """The features of a run; `loaded` keeps the episodes that runs share. UserError where it has none."""
     from flax import nnx
 
     from lissom.eval import task_name
     from lissom.models.variables import merge
     from lissom.training.building import build_objective, load_plain
     from lissom.training.meta.networks import has_features
-    from lissom.training.runs import load_network, read_config
-    from lissom.training.stages import final_config
+    from lissom.training.runs import load_network
 
-    config = final_config(read_config(run))
-    if config.data.name != "episodes":
-        raise UserError(f"{run} is of the dataset {config.data.name!r}: this is about 'episodes', which have classes")
-    network, objective = load_network(run), build_objective(config)
+    network, objective = load_network(run.path), build_objective(run.config)
     if not has_features(nnx.eval_shape(lambda: merge(network))):
-        raise UserError(f"the network of {run}, {config.model.name}, has no features")
-    task = task_name(config)
+        raise UserError(f"the network of {run.path}, {run.config.model.name}, has no features")
+    task = task_name(run.config)
     if task not in loaded:
         kinds = {OWN: {}} | unkind
-        loaded[task] = {kind: load_plain(config, **EVEN | settings) for kind, settings in kinds.items()}
+        loaded[task] = {kind: load_plain(run.config, **EVEN | settings) for kind, settings in kinds.items()}
     sets = loaded[task]
-    own, batch = sets[OWN], config.evaluation.batch_size
+    own, batch = sets[OWN], run.config.evaluation.batch_size
     of = lambda source, count: list(features_of(network, objective, source, range(count), batch))
-    training = of(own.train, min(choose, len(own.train)))
     tests = {kind: of(dataset.test, len(dataset.test)) for kind, dataset in sets.items()}
-    jax.clear_caches()  # the next run's functions are others
-    return Judged(label_of(run, task), config, own.info["classes"], training, tests)
+    return Judged(own.info["classes"], of(own.train, min(choose, len(own.train))), tests)
 
 
 def right(method: Callable, ways: int) -> Callable[[Features], Any]:
@@ -149,32 +162,23 @@ def chosen(batches: Sequence[Features], ways: int, strengths: Sequence[float], n
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def rows_of(runs: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, say: Callable[[str], None]) -> list:
+def rows_of(paths: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, say: Callable[[str], None]) -> list:
     """A row of every run and method."""
-    import json
-
-    from lissom.eval import overrides_of, task_name
-    from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance, provenance_of
+    from lissom.eval import overrides_of, trained_by
+    from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance
     from lissom.models import transductive
     from lissom.models.transductive import Clustering
-    from lissom.training.runs import read_config
-    from lissom.training.stages import final_config
 
-    here, rows, loaded, seen = provenance(), [], {}, {}
-    for run in runs:
-        config = final_config(read_config(run))
-        same = label_of(run, task_name(config)), config.seed
-        if same in seen:
-            raise UserError(f"{seen[same]} and {run} would be one line: they are of one name, task and seed")
-        seen[same] = run
-    for run in runs:
+    here, rows, loaded = provenance(), [], {}
+    for run in labelled(paths):
         judged = read(run, unkind, choose, loaded)
         soft = chosen(judged.training, judged.ways, (0.0,), NEIGHBOURS[:1])
         graph = chosen(judged.training, judged.ways, STRENGTHS, NEIGHBOURS)
         with_settings = lambda settings: lambda *given: transductive.laplacian(*given, settings)[0]
+        # Differences in the tables are to the first.
         methods = {
-            "class means": (transductive.nearest_prototype, ""),
             "k-means": (transductive.k_means, ""),
+            "class means": (transductive.nearest_prototype, ""),
             "soft k-means": (with_settings(soft), f"sharpness {soft.sharpness:g}"),
             "Laplacian": (
                 with_settings(graph),
@@ -183,17 +187,19 @@ def rows_of(runs: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, 
             "Laplacian, defaults": (with_settings(Clustering()), ""),
             "optimal transport": (transductive.transported, ""),
         }
-        trained = elsewhere(provenance_of(json.loads((run / "provenance.json").read_text())), here)
-        for label, (method, settings) in methods.items():
+        trained, seed = elsewhere(trained_by(run.path), here), run.config.seed
+        told = []
+        for name, (method, settings) in methods.items():
             of_batch = right(method, judged.ways)
             found = [
                 measure("accuracy", accuracy(of_batch, batches), episodes=kind)
                 for kind, batches in judged.tests.items()
             ]
-            identity = Identity(NAME, judged.label, judged.config.seed, overrides_of(judged.config), variant=label)
-            notes = (f"seed {judged.config.seed}: {settings}, chosen on training classes",) if settings else ()
+            identity = Identity(NAME, run.label, seed, overrides_of(run.config), variant=name)
+            notes = (f"seed {seed}: {settings}, chosen on training classes",) if settings else ()
             rows.append(Row(identity, here, tuple(found), trained, notes))
-        say(f"{run}: {', '.join(f'{row.identity.variant} {row.measurements[0].value:.4f}' for row in rows[-6:])}")
+            told.append(f"{name} {found[0].value:.4f}")
+        say(f"{run.path}: {', '.join(told)}")
     return rows
 
 

@@ -33,7 +33,7 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     # The smallest ones too: both workers need them, and again once `few_maps` has dropped them.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # Tracing makes many objects that live on: with the usual thresholds a twelfth of the time is collections.
+    # Tracing makes many objects that live on, over which the usual thresholds let collections go again and again.
     gc.set_threshold(50_000, 20, 20)
 
 

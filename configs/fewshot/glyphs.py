@@ -29,7 +29,7 @@ HELD_OUT = ("georgian", "armenian", "hebrew", "lisu", "lao", "old_italic")
 
 
 def get_config(arg: str = ""):
-    config, chosen = base(), mode(arg, ("tiny",))
+    config = base()
     letters = {"test_scripts": HELD_OUT, "classes": None, "size": 20, "train_size": 51_200, "test_size": 26_000}
     episodes = {
         "source": "glyphs",
@@ -60,11 +60,8 @@ def get_config(arg: str = ""):
     config.optim.learning_rate = 3e-3
     config.train = {"steps": 1000}
     config.log.every = 100
-    # As many images a step as the episodes have.
-    images = 80 if chosen else 320
-    baselines = (f"supervised features: objective=supervised {SINGLE}=True data.batch_size={images}",)
-    config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8), "baselines": baselines})
-    if chosen:
+    config.evaluation.update({"batch_size": 20, "latency_batches": (1, 8)})
+    if mode(arg, ("tiny",)):
         config = tiny(config)
         config.data.batch_size = 8
         config.data.kwargs.episodes.update({"queries": 2, "test_size": 6})
@@ -74,4 +71,8 @@ def get_config(arg: str = ""):
         # Full in the second step, in partitions and searched in the third.
         small = {"memory": 24, "clusters": 3, "neighbours": 2, "warm_up": 2, "width": 16}
         config.objective_kwargs.beclr.update(small)
+    tasks = config.data.kwargs.episodes
+    images = config.data.batch_size * tasks.ways * (tasks.shots + tasks.queries)  # as many a step as the episodes have
+    baseline = f"supervised features: objective=supervised {SINGLE}=True data.batch_size={images}"
+    config.evaluation.baselines = (baseline,)
     return config

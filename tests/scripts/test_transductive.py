@@ -32,8 +32,8 @@ def test_columns_are_those_of_the_evaluator(tiny_run, tmp_path, capsys):
         (method, seed)
         for seed in (0, 1)
         for method in (
-            "class means",
             "k-means",
+            "class means",
             "soft k-means",
             "Laplacian",
             "Laplacian, defaults",
@@ -61,8 +61,8 @@ def test_columns_are_those_of_the_evaluator(tiny_run, tmp_path, capsys):
 
 
 def test_what_is_chosen_is_best_there():
-    """Two classes on the line, whose queries all lie to the right of the supports: a softness that lets the centres
-    move is right where a hard one is not, or as right; the first of several as good is taken."""
+    """No settings of the grid, each judged alone, are better on those episodes, and some are worse: two classes on the
+    line, whose queries lie to the right of their supports."""
     rng = np.random.default_rng(0)
     labels = np.tile(np.arange(2, dtype=np.int32), (30, 1))
     asked = np.repeat(labels, 8, 1)
