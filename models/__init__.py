@@ -100,7 +100,7 @@ SIZES = {
     },
     "in_context": {
         "tiny": {"width": 16, "depth": 2, "heads": 2},
-        "small": {"width": 64, "depth": 4, "heads": 4},
+        "small": {"width": 64, "depth": 2, "heads": 4},
     },
     "set_clusterer": {
         "tiny": {"width": 16, "heads": 2},

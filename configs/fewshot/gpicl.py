@@ -3,7 +3,7 @@
 Paper: Kirsch et al. 2022, General-Purpose In-Context Learning by Meta-Learning Transformers, arXiv:2212.04458.
 Command: uv run train.py --config=configs/fewshot/gpicl.py
 Time: not measured yet. Result: not measured yet.
-Gaussians in 16 dimensions, 5 classes, 50 examples a sequence. Test sets: unseen tasks, those of training ("seen"), and
+Gaussians in 16 dimensions, 5 classes, 32 examples a sequence. Test sets: unseen tasks, those of training ("seen"), and
 unseen tasks of another base set ("other": digits, since Gaussians of other means, projected, are much the same tasks).
 first_accuracy and last_accuracy of each say what it is: memorised (no gain within a sequence), identified (a gain on
 seen tasks alone) or learned (a gain on unseen tasks too).
@@ -22,8 +22,9 @@ def get_config(arg: str = ""):
         "base": "gaussians",
         "classes": 5,
         "dims": 16,
-        "length": 50,
-        "tasks": 8192,
+        "spread": 0.5,
+        "length": 32,
+        "tasks": 65_536,
         "fixed_permutation": 0.0,
         "test_size": 5000,
     }
@@ -45,8 +46,8 @@ def get_config(arg: str = ""):
         }
     )
     config.objective = "in_context"
-    config.optim.update({"learning_rate": 1e-3, "weight_decay": 1e-2})
-    config.train = {"steps": 10_000}
+    config.optim.update({"learning_rate": 3e-3, "weight_decay": 1e-2})
+    config.train = {"steps": 3_000}
     config.evaluation.update({"data": ({"tested": "seen"}, {"tested": "other", "other_base": "digits"})})
     if mode(arg, ("tiny",)):
         config = tiny(config)
