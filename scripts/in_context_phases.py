@@ -8,9 +8,10 @@
 Kirsch et al. 2022, arXiv:2212.04458, figures 2 to 5. Each run is the recipe configs/fewshot/gpicl.py with a mixer, a
 width, and so many training tasks. It is judged on unseen tasks and on the test sets of config.evaluation.data: tasks of
 training ("seen"), and of another base set ("other"). The learning rate of each mixer and width is that of --rates with
-the lowest loss on unseen tasks after a quarter of the steps, of the most training tasks and seed 0; of one rate none is
-tried. What is finished in --workdir is not trained again; a --shard trains its part of the mixers and widths and
-measures nothing; --merge trains nothing.
+the lowest loss on unseen tasks, of the most training tasks and seed 0; of one rate none is tried. It is tried in whole
+runs: the loss is that of chance for a good part of a run before it falls, so that a part of one says which rate is the
+quickest there, and this one may stay there. What is finished in --workdir is not trained again; a --shard trains its
+part of the mixers and widths and measures nothing; --merge trains nothing.
 
 Printed and written: rows and tables of all runs, and the phases: accuracies at the first and at the last position, and
 
@@ -78,7 +79,8 @@ class Run(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """A mixer and a width: what is tuned, {rate: config of its trial}, and its runs, at the first of the rates."""
+    """A mixer and a width: what is tuned, {rate: its run of the most tasks and seed 0}, and its runs, at the first of
+    the rates."""
 
     label: str
     trials: dict[float, Any]
@@ -116,26 +118,29 @@ def grid(asked: Asked) -> list[Learner]:
             nnx.eval_shape(lambda config=sized: build_network(config, facts, nnx.Rngs(0)))
             of = lambda tasks, seed, sized=sized: overridden(sized, [(f"{DATA}.tasks", tasks), ("seed", seed)])
             runs = [Run(mixer, width, n, seed, of(n, seed)) for seed in range(asked.seeds) for n in asked.tasks]
-            short = [("train.steps", max(1, base.train.steps // 4))]
-            trials = {rate: overridden(of(max(asked.tasks), 0), [(RATE, rate), *short]) for rate in asked.rates}
+            trials = {rate: overridden(of(max(asked.tasks), 0), [(RATE, rate)]) for rate in asked.rates}
             found.append(Learner(runs[0].learner, trials, runs))
     return found
 
 
-def tuned(learner: Learner, workdir: pathlib.Path, merge: bool) -> tuple[list[Run], str | None]:
-    """(the learner's runs at its best rate, what a reader must know of it)."""
+def tuned(learner: Learner, workdir: pathlib.Path, merge: bool) -> tuple[dict[pathlib.Path, Run], str | None]:
+    """({where it lies: run} at the learner's best rate, what a reader must know of it); the trial of this rate is one
+    of the runs."""
     from lissom.training.config import overridden
 
     place = lambda rate: workdir / "tuned" / f"{learner.runs[0].stem}_{rate:g}"
     rate, note = sweeps.tuned(learner.label, learner.trials, place, merge)
-    return [run._replace(config=overridden(run.config, [(RATE, rate)])) for run in learner.runs], note
+    runs = [run._replace(config=overridden(run.config, [(RATE, rate)])) for run in learner.runs]
+    tried = max(run.tasks for run in runs), 0
+    whole = lambda run: len(learner.trials) > 1 and (run.tasks, run.seed) == tried
+    return {place(rate) if whole(run) else workdir / run.name: run for run in runs}, note
 
 
 def trained(learners: Sequence[Learner], workdir: pathlib.Path) -> None:
     """Trains what is not finished."""
     for learner in learners:
-        for run in tuned(learner, workdir, False)[0]:
-            sweeps.trained(run.config, workdir / run.name)
+        for place, run in tuned(learner, workdir, False)[0].items():
+            sweeps.trained(run.config, place)
 
 
 def measured(learners: Sequence[Learner], workdir: pathlib.Path) -> tuple[list[Run], list]:
@@ -143,18 +148,17 @@ def measured(learners: Sequence[Learner], workdir: pathlib.Path) -> tuple[list[R
     UserError."""
     from lissom.eval import evaluate
 
-    runs, notes = [], {}
+    runs, notes = {}, {}
     for learner in learners:
         chosen, note = tuned(learner, workdir, True)
-        for run in chosen:
-            if sweeps.trained(run.config, workdir / run.name, merge=True) is None:
+        for place, run in chosen.items():
+            if sweeps.trained(run.config, place, merge=True) is None:
                 print(f"{run.name} diverged, and has no row", file=sys.stderr)
                 continue
-            runs.append(run)
-            notes[str(workdir / run.name)] = [note] if note else []
-    places = [workdir / run.name for run in runs]
-    variants = {str(at): run.learner for at, run in zip(places, runs, strict=True)}
-    return runs, evaluate(places, variants=variants, notes=notes)
+            runs[place] = run
+            notes[str(place)] = [note] if note else []
+    variants = {str(place): run.learner for place, run in runs.items()}
+    return list(runs.values()), evaluate(list(runs), variants=variants, notes=notes)
 
 
 def value(row, name: str, tested: str | None = None) -> float | None:

@@ -66,21 +66,25 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
 
 
 def test_the_rate_is_that_of_the_best_trial(tmp_path, monkeypatch):
-    """A trial is a quarter as long, of the most tasks and seed 0; here the loss is lowest at 1e-2, the largest."""
+    """A trial is the run of the most tasks and seed 0; here the loss is lowest at 1e-2, the largest."""
     tried = {}
 
     def trained(config, run, merge=False):
+        assert run.name not in tried
         tried[run.name] = config
         return 1 / config.optim.learning_rate
 
     monkeypatch.setattr(script.sweeps, "trained", trained)
-    learner = script.grid(ASKED._replace(rates=(1e-3, 1e-2), pairs=(*ASKED.pairs, ("train.steps", "8"))))[1]
+    learner = script.grid(ASKED._replace(rates=(1e-3, 1e-2), seeds=2))[1]
     runs, note = script.tuned(learner, tmp_path, False)
     assert list(tried) == ["lstm_16_0.001", "lstm_16_0.01"]
-    config = tried["lstm_16_0.01"]
-    assert (config.train.steps, config.data.kwargs.in_context.tasks, config.seed) == (2, 64, 0)
-    assert [run.config.optim.learning_rate for run in runs] == [1e-2, 1e-2] and runs[0].config.train.steps == 8
+    places = ["lstm_16_1_seed0", "tuned/lstm_16_0.01", "lstm_16_1_seed1", "lstm_16_64_seed1"]
+    assert [str(place.relative_to(tmp_path)) for place in runs] == places
+    assert [run.config.optim.learning_rate for run in runs.values()] == [1e-2] * 4
+    assert runs[tmp_path / places[1]].config == tried["lstm_16_0.01"]
     assert note == "lstm, width 16: its learning rate 0.01 is the largest tried, so that one beyond may be better"
+    one = script.grid(ASKED)[1]
+    assert [place.name for place in script.tuned(one, tmp_path, False)[0]] == ["lstm_16_1_seed0", "lstm_16_64_seed0"]
 
 
 @pytest.mark.parametrize(
