@@ -11,7 +11,7 @@ from absl import flags
 
 from lissom.training import flags as command_line
 from lissom.training.config import check, default_workdir
-from lissom.training.errors import UserError, one_sentence
+from lissom.training.errors import one_sentence
 
 
 def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profile: int = 0) -> dict[str, Any]:
@@ -27,13 +27,9 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     # jax is imported behind the check: a mistake is answered in 0.3 seconds instead of 6.
     import dataclasses
     import json
-    import math
-    import signal
-    import time
 
     import jax
 
-    from lissom import data
     from lissom.compression.artefacts import check_transforms, structure_of
     from lissom.compression.starting import starting_network, transformed_network
     from lissom.evaluation import costs
@@ -41,246 +37,111 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.evaluation.rows import provenance
     from lissom.models.variables import flatten
     from lissom.training import processes, runs, sharding, stages
-    from lissom.training.building import class_stream, epoch_examples, fresh_state, further_tests, load_dataset
+    from lissom.training.building import fresh_state, further_tests
     from lissom.training.checkpoints import Checkpoints
-    from lissom.training.config import total_steps
     from lissom.training.logs import Logs
-    from lissom.training.step import make_evaluation, mean_over, trace_step
+    from lissom.training.session import Costs, Session
+    from lissom.training.setup import set_up
 
-    # ----------------------------------------------------------------- where
+    # ------------------------------------------------ what can be wrong is found here
     processes.join()
-    process, count = jax.process_index(), jax.process_count()
+    first_process = jax.process_index() == 0
     workdir = pathlib.Path(workdir)
     resuming = runs.stands(workdir, config, overwrite)
-    mesh = sharding.make_mesh(config.mesh)
-
-    # ------------------------------------------------------------------ data
-    dataset = load_dataset(config)
-    further_tests(config, dataset)  # they are for the end, what is wrong with them is for now
-    classes = class_stream(config, dataset)
-    epoch = epoch_examples(config, dataset, classes)
-    total = total_steps(config, epoch)
-    facts = {**dataset.info, "kind": dataset.kind, "examples": len(dataset.train), "steps": total}
-
-    def stream(stage):
-        """What picks the batches of a stage."""
-        batches = {"batch_size": stage.config.data.batch_size, "augment": stage.config.data.augment, "order": classes}
-        return {**batches, "seed": config.seed, "process": process, "processes": count}
-
+    setup = set_up(config, structure_of)
+    further_tests(config, setup.dataset)  # they are for the end, what is wrong with them is for now
+    check_transforms(config, setup.facts)
     if resuming and (workdir / "facts.json").is_file():
-        runs.check_facts(workdir, facts, (*runs.SHAPES, "examples", "steps", "sha256"))
+        runs.check_facts(workdir, setup.facts, (*runs.SHAPES, "examples", "steps", "sha256"))
 
-    # --------------------------------------------------- shapes, programs, claim
-    # Everything that can be wrong with any stage is found before the directory is touched.
-    plan, assemblies = zip(*stages.assembled(config, facts, epoch, mesh, structure_of), strict=True)
-    check_transforms(config, facts)
+    plan, assemblies, spent, traces = setup.plan, setup.assemblies, Costs(), {}
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     # Made where it lies: of several processes none could put it on the others' devices.
-    everywhere = sharding.replicated(mesh)
+    everywhere = sharding.replicated(setup.mesh)
     loop_key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed))[1], out_shardings=everywhere)()
 
-    traces, spent, memory = {}, {"compile": 0.0, "train": 0.0, "flops": 0.0}, {}
+    def counted(stage):
+        traces[stage.name] = traces.get(stage.name, 0) + 1
 
-    def program(stage, assembly):
-        """The traced step of a stage, and where its batches go."""
-
-        def counted():
-            traces[stage.name] = traces.get(stage.name, 0) + 1
-
-        began = time.monotonic()
-        batch = data.train_batch(dataset, step=stage.start, **stream(stage))
-        where = sharding.batch_shardings(mesh, batch)
-        shapes = sharding.global_shapes(batch, where, count)
-        step = trace_step(assembly, stage.config.optim.accumulate, shapes, loop_key, counted)
-        spent["compile"] += time.monotonic() - began
-        return step, where
-
-    programs = [program(stage, assembly) for stage, assembly in zip(plan, assemblies, strict=True)]
+    with spent.compilation():
+        programs = [setup.traced(i, loop_key, lambda stage=stage: counted(stage)) for i, stage in enumerate(plan)]
     store = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     starting = None
     if config.init_from and not (resuming and store.steps()):
         first = assemblies[0]
-        batches = data.train_batches(dataset, start_step=0, **stream(plan[0]))
-        network = starting_network(plan[0].config, batches)
+        network = starting_network(plan[0].config, setup.batches(plan[0], 0))
         starting = runs.starting_values(
             first.shapes, first.stacks, first.objective.path, network, ", ".join(config.init_from)
         )
         del network
+
+    # -------------------------------------------------------- the directory is touched
     processes.together("everything is known")
-    if process == 0 and not resuming:
+    if first_process and not resuming:
         runs.claim(workdir, config, overwrite)
-    if process == 0:
-        (workdir / "facts.json").write_text(json.dumps(facts, indent=1, default=str))
+    if first_process:
+        (workdir / "facts.json").write_text(json.dumps(setup.facts, indent=1, default=str))
         if not (resuming and (workdir / "provenance.json").exists()):
             (workdir / "provenance.json").write_text(json.dumps(dataclasses.asdict(provenance()), indent=1))
     processes.together("claimed")
 
-    # ----------------------------------------------------------------- state
+    # -------------------------------------------------------------------------- state
     state, current = runs.resumed(store, plan, assemblies) if resuming else (None, 0)
     if state is None:
         state = fresh_state(assemblies[0], init_key)
         if starting is not None:
             state = runs.started(state, assemblies[0].stacks, starting)
             del starting
-    start = int(state["step"])
+    spent.start = int(state["step"])
+
+    def opened(index, state):
+        """The state that a stage begins with, of that at the end of the one before."""
+        stage, before, assembly = plan[index], assemblies[index - 1], assemblies[index]
+        fresh = fresh_state(assembly, jax.random.fold_in(init_key, index))
+        with sharding.on_mesh(setup.mesh):
+            network = transformed_network(stage, before, state, setup.batches(stage, 0))
+        return stages.carry(stage, before, assembly, state, fresh, network)
+
+    # --------------------------------------------------------------------------- loop
+    unit = "tokens" if setup.dataset.kind == "tokens" else "examples"
+    logs = Logs(workdir, setup.steps, spent.start, unit, writing=first_process)
     parameters = sum(leaf.size for leaf in flatten(state["params"]).values())
-
-    # ------------------------------------------------------------------ loop
-    unit = "tokens" if dataset.kind == "tokens" else "examples"
-    logs = Logs(workdir, total, start, unit, writing=process == 0)
     logs.say(
-        f"{config.recipe or config.model.name}: {parameters:,} parameters, {total} steps of "
-        f"{config.data.batch_size} on {mesh.size} {jax.devices()[0].device_kind} device(s), in {workdir}"
+        f"{config.recipe or config.model.name}: {parameters:,} parameters, {setup.steps} steps of "
+        f"{config.data.batch_size} on {setup.mesh.size} {jax.devices()[0].device_kind} device(s), in {workdir}"
     )
-    stopped, halted, examples = [], False, 0
-
-    def stop(number, _):
-        stopped.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C does not wait
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    # Programs in flight on more virtual devices than there are cores starve each other's collectives until XLA aborts.
-    virtual = mesh.size > 1 and jax.devices()[0].platform == "cpu"
+    session = Session(
+        *(setup, programs, loop_key),
+        workdir=workdir,
+        logs=logs,
+        store=store,
+        costs=spent,
+        measure=lambda traced, compiled: (costs.count_jaxpr(traced.jaxpr).flops, step_memory(compiled)),
+        profile=profile,
+    )
     outcome: dict[str, float] = {}
-    per_example = dataset.train[0]["inputs"].size if dataset.kind == "tokens" else 1
-
-    began, compiled_evaluations = None, {}
-
-    def times():
-        """Of this session, which began at step `start`."""
-        running = time.monotonic() - began if began else 0.0
-        seconds = spent["train"] + running
-        return {
-            "start": start,
-            "compile_seconds": spent["compile"],
-            "train_seconds": seconds,
-            "examples_per_second": examples / seconds if seconds else math.nan,
-            **memory,
-            **({} if math.isnan(spent["flops"]) else {"train_flops": spent["flops"]}),
-        }
-
-    def evaluate(index, state):
-        if index not in compiled_evaluations:
-            compiled_evaluations[index] = jax.jit(make_evaluation(assemblies[index]), out_shardings=everywhere)
-        ways = sharding.batch_ways(mesh)
-        size = -(-config.evaluation.batch_size // ways) * ways
-        batches = data.eval_batches(dataset, batch_size=size, process=process, processes=count)
-
-        def sums():
-            for batch in batches:
-                batch = sharding.put_batch(batch, sharding.batch_shardings(mesh, batch))
-                yield compiled_evaluations[index](state["params"], state["stats"], state["frozen"], batch, loop_key)
-
-        with sharding.on_mesh(mesh):
-            return mean_over(sums())
-
     try:
-        for index in range(current, len(plan)):
-            stage, assembly = plan[index], assemblies[index]
-            if index > current:
-                fresh = fresh_state(assembly, jax.random.fold_in(init_key, index))
-                before, batches = assemblies[index - 1], data.train_batches(dataset, start_step=0, **stream(stage))
-                with sharding.on_mesh(mesh):
-                    network = transformed_network(stage, before, state, batches)
-                state = stages.carry(stage, before, assembly, state, fresh, network)
-                del network
-                logs.say(f"stage {stage.name!r}: steps {stage.start} to {stage.stop}")
-            if int(state["step"]) >= stage.stop:
-                continue
-
-            traced, where = programs[index]
-            batch_size, step = stage.config.data.batch_size, int(state["step"])
-            frozen = state.pop("frozen")
-            compiling = time.monotonic()
-            with sharding.on_mesh(mesh):
-                compiled = traced.lower().compile()
-            spent["compile"] += time.monotonic() - compiling
-            flops = costs.count_jaxpr(traced.jaxpr).flops
-            flops = math.nan if flops is None else flops  # of a step; unknown of one stage is unknown of all
-            for name, size in step_memory(compiled).items():  # of several stages the largest
-                memory[name] = max(size, memory.get(name, 0))
-
-            batches = data.train_batches(dataset, start_step=step, **stream(stage))
-            pending, began, mark, mark_step = [], time.monotonic(), time.monotonic(), step
-            while step < stage.stop and not halted:
-                if profile and step == start + min(5, total - start - 1):
-                    jax.profiler.start_trace(str(workdir / "profile"))
-                batch = sharding.put_batch(next(batches), where)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = compiled(state, frozen, batch, loop_key)
-                step += 1
-                spent["flops"] += flops
-                if virtual:
-                    jax.block_until_ready(metrics)
-                pending.append((step, metrics))
-                if profile and step == min(start + min(5, total - start - 1) + profile, stage.stop):
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                    profile = 0
-                examples += batch_size
-                # Looked at once a step, so that what stops the loop is also what saves; several processes agree on it
-                # where they log.
-                if count == 1:
-                    halted = bool(stopped)
-                elif step % config.log.every == 0:
-                    halted = processes.any_of(bool(stopped))
-                at_end = step == stage.stop or halted
-                saving = at_end or (config.checkpoint.every and step % config.checkpoint.every == 0)
-                if step % config.log.every == 0 or saving:
-                    values = [(at, jax.device_get(entry)) for at, entry in pending]
-                    pending = []
-                    for at, entry in values:
-                        if not (math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])):
-                            whole = store.steps()
-                            last = f"the last good checkpoint is step {whole[0]}" if whole else "there is no checkpoint"
-                            raise UserError(
-                                f"the loss is {float(entry['loss'])} at step {at}, the gradient's norm "
-                                f"{float(entry['gradient_norm'])}; {last} in {workdir}: lower "
-                                "config.optim.learning_rate or clip_norm, or look for values in "
-                                "the data that are not finite"
-                            )
-                    now = time.monotonic()
-                    rate = (step - mark_step) / max(now - mark, 1e-9)
-                    mark, mark_step = now, step
-                    logs.write(step, values[-1][1])
-                    logs.progress(
-                        step,
-                        float(values[-1][1]["loss"]),
-                        rate * batch_size * per_example,
-                        (total - step) / rate,
-                    )
-                asked = config.evaluation.every and step % config.evaluation.every == 0
-                learned = classes is not None and step in classes.ends  # a task: forgetting is told from here on
-                if (asked or learned) and step < total:
-                    paused = time.monotonic()
-                    logs.write(step, evaluate(index, {**state, "frozen": frozen}), "test")
-                    began += time.monotonic() - paused
-                    mark += time.monotonic() - paused
-                if saving:
-                    logs.write(step, times(), "times")  # a run that is killed after this has its cost recorded
-                    store.save(step, {**state, "frozen": frozen}, assembly.stacks, {"stage": stage.name})
-            spent["train"], began = spent["train"] + time.monotonic() - began, None
-            state["frozen"] = frozen
-            if halted:
-                break
-
-        # ----------------------------------------------------------- the end
-        store.wait()
-        step = int(state["step"])
-        if halted:
-            by = stopped[0] if stopped else "a signal to another process"
-            logs.say(f"stopped by {by} at step {step} of {total}; saved in {workdir}")
-        else:
-            outcome = evaluate(len(plan) - 1, state)
-            logs.write(step, outcome, "test")
-        if step > start:
-            logs.write(step, times(), "times")
+        with session.stopping():
+            for index in range(current, len(plan)):
+                if index > current:
+                    state = opened(index, state)
+                    logs.say(f"stage {plan[index].name!r}: steps {plan[index].start} to {plan[index].stop}")
+                state = session.stage(index, state)
+                if session.stopped:
+                    break
+            store.wait()
+            step = int(state["step"])
+            if session.stopped:
+                logs.say(f"stopped by {session.stopped} at step {step} of {setup.steps}; saved in {workdir}")
+            else:
+                outcome = session.evaluate(len(plan) - 1, state)
+                logs.write(step, outcome, "test")
+            if step > spent.start:
+                logs.write(step, spent.shown(), "times")
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         logs.close()
         store.close()
-    return {"step": step, "traces": traces, **times(), **outcome}
+    return {"step": step, "traces": traces, **spent.shown(), **outcome}
 
 
 def main(argv: list[str]) -> None:

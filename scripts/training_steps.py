@@ -36,40 +36,27 @@ class Step(NamedTuple):
 
 
 def step_of(config) -> Step:
-    """The compiled step of a config, with what it needs."""
+    """The compiled step of a config, of its last stage, with what it needs."""
     import jax
 
-    from lissom import data
     from lissom.compression.artefacts import structure_of
     from lissom.evaluation import costs
     from lissom.evaluation.memory import step_memory
     from lissom.training import sharding
-    from lissom.training.building import assemble, class_stream, epoch_examples, fresh_state, load_dataset
-    from lissom.training.config import total_steps
-    from lissom.training.stages import final_config
-    from lissom.training.step import trace_step
+    from lissom.training.building import fresh_state
+    from lissom.training.setup import set_up
 
-    config = final_config(config)
-    mesh, dataset = sharding.make_mesh(config.mesh), load_dataset(config)
-    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate, 1)
-    order = class_stream(config, dataset)
-    total = total_steps(config, epoch_examples(config, dataset, order))
-    facts = {**dataset.info, "kind": dataset.kind, "examples": len(dataset.train), "steps": total}
-    assembly = assemble(config, facts, total, mesh, structure_of(config))
-    settings = {"batch_size": config.data.batch_size, "augment": config.data.augment, "order": order}
-    stream = data.train_batches(dataset, start_step=0, seed=config.seed, **settings)
-    batches = list(itertools.islice(stream, BATCHES))
-    where = sharding.batch_shardings(mesh, batches[0])
-    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    setup = set_up(config, structure_of)
+    last = setup.plan[-1]
+    batches = list(itertools.islice(setup.batches(last, 0), BATCHES))
+    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(setup.mesh))
     start = time.perf_counter()
-    traced = trace_step(
-        assembly, config.optim.accumulate, sharding.global_shapes(batches[0], where, 1), key, lambda: None
-    )
-    with sharding.on_mesh(mesh):
+    traced, where = setup.traced(-1, key)
+    with sharding.on_mesh(setup.mesh):
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     placed = [sharding.put_batch(batch, where) for batch in batches]
-    state = fresh_state(assembly, key)
+    state = fresh_state(setup.assemblies[-1], key)
     frozen = state.pop("frozen")
     now = {"state": state}
     del state  # each step is given the last one's
