@@ -141,6 +141,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     finally:
         logs.close()
         store.close()
+    session.pass_on()
     return {"step": step, "traces": traces, **spent.shown(), **outcome}
 
 

@@ -132,6 +132,12 @@ class Session:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def pass_on(self) -> None:
+        """Raises again, behind `stopping`, a signal that came when there was no step left to stop before: what goes on
+        with other runs would never know of it."""
+        if self._signals and not self.stopped:
+            signal.raise_signal(signal.Signals[self._signals[0]])
+
     def evaluate(self, index: int, state: dict[str, Any]) -> dict[str, float]:
         """The means that the objective of a stage names, over the test set."""
         setup = self.setup

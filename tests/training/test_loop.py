@@ -15,6 +15,7 @@ import pytest
 
 from lissom.training.checkpoints import Checkpoints
 from lissom.training.errors import UserError
+from lissom.training.session import Session
 from tests.cases import slow, some
 from tests.families import FAMILIES
 
@@ -220,6 +221,26 @@ def test_times_of_a_killed_session_are_kept(tiny_run):
     assert whole["train_flops"] == 2 * second["train_flops"] > 0
     # The state is an argument that the new one is written over.
     assert whole["train_peak_memory"] == second["train_peak_memory"] > whole["train_temporaries"] > 0
+
+
+def test_a_signal_behind_the_last_step_is_for_the_caller(tiny_run, monkeypatch):
+    """Else a script with many runs would go on with the next one."""
+    from lissom.eval import read_metrics
+
+    seen, evaluate = [], Session.evaluate
+
+    def signalled(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(Session, "evaluate", signalled)
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        result, run = tiny_run("vision/mnist1d_cnn", **{"train.steps": 2})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+    assert result["loss"] > 0 and read_metrics(run)[-1]["step"] == 2
 
 
 def test_data_that_changed_since(tmp_path):
