@@ -21,7 +21,8 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     train_seconds, examples_per_second, train_flops (where all of it can be counted), train_peak_memory and
     train_temporaries (bytes of the compiled step on one device, where the backend tells) and, where the run was
     finished, the means that the objective's `evaluate` names.
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can mend, and SystemExit(0) where SIGTERM or Ctrl-C came when there was no step
+    left to stop behind: what goes on with other runs would not know of it.
     """
     check(config)
     # jax is imported behind the check: a mistake is answered in 0.3 seconds instead of 6.
@@ -43,17 +44,19 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
     from lissom.training.session import Costs, Session
     from lissom.training.setup import set_up
 
-    # ------------------------------------------------ what can be wrong is found here
+    # ----------------- what can be wrong with any stage is found before the directory is touched
     processes.join()
     first_process = jax.process_index() == 0
     workdir = pathlib.Path(workdir)
     resuming = runs.stands(workdir, config, overwrite)
-    setup = set_up(config, structure_of)
-    further_tests(config, setup.dataset)  # they are for the end, what is wrong with them is for now
-    check_transforms(config, setup.facts)
-    if resuming and (workdir / "facts.json").is_file():
-        runs.check_facts(workdir, setup.facts, (*runs.SHAPES, "examples", "steps", "sha256"))
 
+    def fits(dataset, facts):
+        further_tests(config, dataset)  # they are for the end, what is wrong with them is for now
+        if resuming and (workdir / "facts.json").is_file():
+            runs.check_facts(workdir, facts, (*runs.SHAPES, "examples", "steps", "sha256"))
+
+    setup = set_up(config, structure_of, fits)
+    check_transforms(config, setup.facts)
     plan, assemblies, spent, traces = setup.plan, setup.assemblies, Costs(), {}
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     # Made where it lies: of several processes none could put it on the others' devices.
@@ -75,7 +78,7 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
         )
         del network
 
-    # -------------------------------------------------------- the directory is touched
+    # ---------------------------------------------------------------------- directory
     processes.together("everything is known")
     if first_process and not resuming:
         runs.claim(workdir, config, overwrite)
@@ -138,10 +141,13 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
                 logs.write(step, outcome, "test")
             if step > spent.start:
                 logs.write(step, spent.shown(), "times")
+        if session.signals and not session.stopped:
+            logs.say(f"{session.signals[0]} came behind the last step: {workdir} is finished")
+            raise SystemExit(0)
     finally:
+        session.close()
         logs.close()
         store.close()
-    session.pass_on()
     return {"step": step, "traces": traces, **spent.shown(), **outcome}
 
 

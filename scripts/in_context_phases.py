@@ -10,8 +10,9 @@ width, and so many training tasks. It is judged on unseen tasks and on the test 
 training ("seen"), and of another base set ("other"). The learning rate of each mixer and width is that of --rates with
 the lowest loss on unseen tasks, of the most training tasks and seed 0; of one rate none is tried. It is tried in whole
 runs: the loss is that of chance for a good part of a run before it falls, so that a part of one says which rate is the
-quickest there, and this one may stay there. What is finished in --workdir is not trained again; a --shard trains its
-part of the mixers and widths and measures nothing; --merge trains nothing.
+quickest there, and this one may stay there. So the best of these runs is also one of those that are shown. What is
+finished in --workdir is not trained again; a --shard trains its part of the mixers and widths and measures nothing;
+--merge trains nothing.
 
 Printed and written: rows and tables of all runs, and the phases: accuracies at the first and at the last position, and
 
@@ -128,12 +129,11 @@ def tuned(learner: Learner, workdir: pathlib.Path, merge: bool) -> tuple[dict[pa
     of the runs."""
     from lissom.training.config import overridden
 
-    place = lambda rate: workdir / "tuned" / f"{learner.runs[0].stem}_{rate:g}"
-    rate, note = sweeps.tuned(learner.label, learner.trials, place, merge)
-    runs = [run._replace(config=overridden(run.config, [(RATE, rate)])) for run in learner.runs]
-    tried = max(run.tasks for run in runs), 0
-    whole = lambda run: len(learner.trials) > 1 and (run.tasks, run.seed) == tried
-    return {place(rate) if whole(run) else workdir / run.name: run for run in runs}, note
+    place = lambda run, rate: workdir / f"{run.name}_{rate:g}"
+    most = max((run for run in learner.runs if run.seed == 0), key=lambda run: run.tasks)
+    rate, note = sweeps.tuned(learner.label, learner.trials, lambda rate: place(most, rate), merge)
+    of = lambda run: run._replace(config=overridden(run.config, [(RATE, rate)]))
+    return {place(run, rate): of(run) for run in learner.runs}, note
 
 
 def trained(learners: Sequence[Learner], workdir: pathlib.Path) -> None:

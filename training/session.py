@@ -25,7 +25,7 @@ PROFILED_FROM = 5  # steps of a session before those that are profiled: the firs
 @dataclass
 class Costs:
     """What a session, which began at step `start`, has cost: seconds, examples, operations (nan where they can't be
-    counted), and bytes of the largest of its compiled steps."""
+    counted: unknown of one stage is unknown of all), and bytes of the largest of its compiled steps."""
 
     start: int = 0
     compiling: float = 0.0
@@ -67,21 +67,28 @@ class Profile:
     """A trace of `steps` steps of a session for TensorBoard, none of 0; it ends with the stage that it began in."""
 
     def __init__(self, directory: pathlib.Path, steps: int, start: int, total: int):
-        self._directory, self._left = directory, steps
+        self._directory, self._steps = directory, steps
         self._first = start + min(PROFILED_FROM, total - start - 1)
         self._last = self._first + steps
+        self._running = False
 
     def before(self, step: int) -> None:
         """Called before step number `step`, of which the first is 0."""
-        if self._left and step == self._first:
+        if self._steps and step == self._first:
             jax.profiler.start_trace(str(self._directory))
+            self._running = True
 
     def after(self, steps: int, stop: int, state: Any) -> None:
         """Called when `steps` steps are made, of the `stop` that the stage ends with."""
-        if self._left and steps == min(self._last, stop):
+        if self._running and steps == min(self._last, stop):
             jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is still running."""
+        if self._running:
             jax.profiler.stop_trace()
-            self._left = 0
+        self._running = False
 
 
 class Session:
@@ -108,7 +115,7 @@ class Session:
         self._programs, self._key, self._measure = programs, key, measure
         self._workdir, self._logs, self._store = workdir, logs, store
         self._profile = Profile(workdir / "profile", profile, costs.start, setup.steps)
-        self._signals: list[str] = []
+        self.signals: list[str] = []
         self._evaluations: dict[int, Callable] = {}
         dataset = setup.dataset
         self._per_example = dataset.train[0]["inputs"].size if dataset.kind == "tokens" else 1
@@ -117,12 +124,17 @@ class Session:
         self._virtual = setup.mesh.size > 1 and jax.devices()[0].platform == "cpu"
         self.stopped = ""  # by what, where something has
 
+    def close(self) -> None:
+        """Ends what is still running where the session was stopped."""
+        self._profile.close()
+
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
-        """Inside SIGTERM and the first Ctrl-C end the stage that runs behind its step, and it is saved."""
+        """Inside, SIGTERM and the first Ctrl-C end the stage that runs behind its step (of several processes behind the
+        next one that is logged), and it is saved. What came is in `signals`."""
 
         def stop(number, _):
-            self._signals.append(signal.Signals(number).name)
+            self.signals.append(signal.Signals(number).name)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C does not wait
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -131,12 +143,6 @@ class Session:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def pass_on(self) -> None:
-        """Raises again, behind `stopping`, a signal that came when there was no step left to stop before: what goes on
-        with other runs would never know of it."""
-        if self._signals and not self.stopped:
-            signal.raise_signal(signal.Signals[self._signals[0]])
 
     def evaluate(self, index: int, state: dict[str, Any]) -> dict[str, float]:
         """The means that the objective of a stage names, over the test set."""
@@ -218,7 +224,7 @@ class Session:
     def _asked_to_stop(self, step: int) -> str:
         """By what, or nothing. Looked at once a step, so that what stops the loop is also what saves; several processes
         agree on it where they log."""
-        mine = self._signals[0] if self._signals else ""
+        mine = self.signals[0] if self.signals else ""
         if jax.process_count() == 1:
             return mine
         if step % self.setup.config.log.every or not processes.any_of(bool(mine)):

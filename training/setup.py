@@ -53,13 +53,18 @@ class Setup:
         return {**batches, **ours, "order": self.classes, "seed": self.config.seed}
 
 
-def set_up(config, structure_of: Callable) -> Setup:
-    """A config's data are loaded and its stages assembled. What can be wrong with either is a UserError, as in
-    `stages.assembled`, whose `structure_of` it is."""
+def set_up(
+    config,
+    structure_of: Callable,
+    check: Callable[[data.Dataset, dict[str, Any]], None] = lambda dataset, facts: None,
+) -> Setup:
+    """A config's data are loaded, check(dataset, facts) is called, and the stages are assembled by `structure_of` (see
+    `stages.assembled`). What can be wrong with the data is a DataError or a UserError, with the stages a UserError."""
     mesh, dataset = sharding.make_mesh(config.mesh), load_dataset(config)
     classes = class_stream(config, dataset)
     epoch = epoch_examples(config, dataset, classes)
     sizes = {"examples": len(dataset.train), "steps": total_steps(config, epoch)}
     facts = {**dataset.info, "kind": dataset.kind, **sizes}
+    check(dataset, facts)
     plan, assemblies = zip(*stages.assembled(config, facts, epoch, mesh, structure_of), strict=True)
     return Setup(config, mesh, dataset, classes, facts, plan, assemblies)

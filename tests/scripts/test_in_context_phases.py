@@ -49,9 +49,9 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
     capsys.readouterr()
     script.trained(learners, tmp_path / "runs")
     assert "seed0" not in capsys.readouterr().err  # nothing was trained again
-    other = script.grid(asked._replace(rates=(0.5,)))
+    other = script.grid(asked._replace(pairs=(*asked.pairs, ("optim.clip_norm", "2.0"))))
     for again in (script.trained, script.measured):
-        with pytest.raises(UserError, match=r"holds a run of another config .*learning_rate"):
+        with pytest.raises(UserError, match=r"holds a run of another config .*clip_norm"):
             again(other, tmp_path / "runs")
     script.report(learners, tmp_path / "runs", tmp_path / "out")
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
@@ -77,14 +77,17 @@ def test_the_rate_is_that_of_the_best_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(script.sweeps, "trained", trained)
     learner = script.grid(ASKED._replace(rates=(1e-3, 1e-2), seeds=2))[1]
     runs, note = script.tuned(learner, tmp_path, False)
-    assert list(tried) == ["lstm_16_0.001", "lstm_16_0.01"]
-    places = ["lstm_16_1_seed0", "tuned/lstm_16_0.01", "lstm_16_1_seed1", "lstm_16_64_seed1"]
-    assert [str(place.relative_to(tmp_path)) for place in runs] == places
+    assert list(tried) == ["lstm_16_64_seed0_0.001", "lstm_16_64_seed0_0.01"]
+    places = ["lstm_16_1_seed0_0.01", "lstm_16_64_seed0_0.01", "lstm_16_1_seed1_0.01", "lstm_16_64_seed1_0.01"]
+    assert [place.name for place in runs] == places
     assert [run.config.optim.learning_rate for run in runs.values()] == [1e-2] * 4
-    assert runs[tmp_path / places[1]].config == tried["lstm_16_0.01"]
+    assert runs[tmp_path / places[1]].config == tried[places[1]]
     assert note == "lstm, width 16: its learning rate 0.01 is the largest tried, so that one beyond may be better"
     one = script.grid(ASKED)[1]
-    assert [place.name for place in script.tuned(one, tmp_path, False)[0]] == ["lstm_16_1_seed0", "lstm_16_64_seed0"]
+    assert [place.name for place in script.tuned(one, tmp_path, False)[0]] == [
+        "lstm_16_1_seed0_0.001",
+        "lstm_16_64_seed0_0.001",
+    ]
 
 
 @pytest.mark.parametrize(

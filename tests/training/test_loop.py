@@ -223,24 +223,36 @@ def test_times_of_a_killed_session_are_kept(tiny_run):
     assert whole["train_peak_memory"] == second["train_peak_memory"] > whole["train_temporaries"] > 0
 
 
-def test_a_signal_behind_the_last_step_is_for_the_caller(tiny_run, monkeypatch):
-    """Else a script with many runs would go on with the next one."""
-    from lissom.eval import read_metrics
+def test_a_signal_behind_the_last_step_ends_the_process(tmp_path, monkeypatch):
+    """Else a script with many runs would go on with the next one. The run itself is finished."""
+    from lissom.eval import finished, read_metrics
+    from lissom.train import train
+    from lissom.training.config import load_recipe, overridden
 
-    seen, evaluate = [], Session.evaluate
+    evaluate = Session.evaluate
 
     def signalled(*args):
         signal.raise_signal(signal.SIGTERM)
         return evaluate(*args)
 
     monkeypatch.setattr(Session, "evaluate", signalled)
-    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
-    try:
-        result, run = tiny_run("vision/mnist1d_cnn", **{"train.steps": 2})
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert seen == [signal.SIGTERM]
-    assert result["loss"] > 0 and read_metrics(run)[-1]["step"] == 2
+    config = overridden(load_recipe("configs/vision/mnist1d_cnn.py:tiny"), [("mesh.data", 1)])
+    with pytest.raises(SystemExit) as end:
+        train(config, tmp_path / "run")
+    assert end.value.code == 0 and finished(tmp_path / "run")
+    assert any(entry["kind"] == "test" for entry in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("stages", [(2, 6), (6, 2)])
+def test_profile_of_stages(stages, tmp_path):
+    """The trace begins with the sixth step, whichever stage that is of, and ends with its stage at the latest."""
+    from lissom.train import train
+    from lissom.training.config import load_recipe, overridden
+
+    config = overridden(load_recipe("configs/vision/mnist1d_cnn.py:tiny"), [("mesh.data", 1), ("train.steps", 8)])
+    entries = tuple({"name": f"s{i}", "duration": steps} for i, steps in enumerate(stages))
+    train(overridden(config, [("stages", entries)]), tmp_path / "run", profile=10)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_data_that_changed_since(tmp_path):
@@ -256,15 +268,22 @@ def test_data_that_changed_since(tmp_path):
             inputs, labels = rng.random((count, 8, 8, 1), np.float32), rng.integers(0, 10, count)
             np.savez(folder / f"{split}.npz", inputs=inputs, labels=labels)
 
-    def run():
+    def run(name="run", settings=()):
         config = load_recipe("configs/vision/digits_vit.py:tiny")
-        train(overridden(config, [("data.name", str(folder)), ("mesh.data", 1)]), tmp_path / "run")
+        train(overridden(config, [("data.name", str(folder)), ("mesh.data", 1), *settings]), tmp_path / name)
 
     write(64)
     run()
     write(32)
     with pytest.raises(UserError, match="examples 64, which by now is 32"):
         run()
+    # Also where the stages would not fit: what has changed is said, not what comes of it.
+    epochs = [("train.epochs", 2), ("stages", ({"name": "all", "duration": 8},))]
+    write(64)
+    run("epochs", epochs)
+    write(32)
+    with pytest.raises(UserError, match="examples 64, which by now is 32"):
+        run("epochs", epochs)
 
 
 def test_frozen_is_saved_once(tmp_path):
