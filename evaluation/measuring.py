@@ -101,8 +101,9 @@ def measure_subject(subject: Subject) -> None:
         if not settings:
             subject.measurements += _modelled(subject, totals)
     subject.measurements += _corruption_accuracy(subject.measurements)
-    hidden = sum(getattr(node, "hidden", 0) for _, node in nnx.iter_graph(subject.merge(subject.graph, subject.state)))
-    count = memory.parameter_count((subject.state[0], subject.state[2])) + hidden
+    nodes = nnx.iter_graph(subject.merge(subject.graph, subject.state))
+    further = sum(getattr(node, "further_scalars", 0) for _, node in nodes)  # of kernels that are packed
+    count = memory.parameter_count((subject.state[0], subject.state[2])) + further
     note(measure("parameters", count, "compiled"))
     note(measure("parameter_bytes", memory.parameter_bytes((subject.state[0], subject.state[2])), "compiled"))
     note(measure("artefact_bytes", subject.artefact_bytes))

@@ -21,10 +21,11 @@ Printed and written: rows and tables of all runs, and the phases: accuracies at 
     memorised     on neither, and the first on seen tasks is more than 0.1 above chance
     none          nothing of this
 
-phases.png: accuracy at the last position over the number of tasks. state.png and parameters.png: that on unseen tasks
-over the bytes of the state that a prediction is made from (the cache of a whole sequence), and over parameters, of the
-runs of most tasks. The remedies of the paper are fields of the recipe, each for a --workdir and --out of its own:
---config.data.batch_size=512, --config.data.kwargs.in_context.fixed_permutation=0.1.
+phases.png: accuracy at the last position over the number of tasks, where there are several. state.png and
+parameters.png: that on unseen tasks over the bytes of the state that a prediction is made from (the cache of a whole
+sequence), and over parameters, of the runs of most tasks, where several mixers or widths have one. The remedies of the
+paper are fields of the recipe, each for a --workdir and --out of its own: --config.data.batch_size=512,
+--config.data.kwargs.in_context.fixed_permutation=0.1.
 """
 
 import math
@@ -226,7 +227,7 @@ def curve(label: str, points: Sequence[tuple[float, float]]):
 
 
 def plots(runs: Sequence[Run], rows: Sequence, out: pathlib.Path) -> None:
-    """phases.png, state.png and parameters.png."""
+    """phases.png, state.png and parameters.png, where there is more than one x to draw over."""
     from lissom.evaluation.plots import curve_plot
 
     own = list(zip(runs, rows[: len(runs)], strict=True))
@@ -243,8 +244,11 @@ def plots(runs: Sequence[Run], rows: Sequence, out: pathlib.Path) -> None:
             for test in tests_of([row for _, row in mine])
         ]
         panels[learner] += [curve(FLOOR, floor)] if floor else []
-    curve_plot(panels, out / "phases.png", x_label="training tasks", y_label=label, x_scale="log")
+    if len({run.tasks for run in runs}) > 1:
+        curve_plot(panels, out / "phases.png", x_label="training tasks", y_label=label, x_scale="log")
     most = max(run.tasks for run in runs)
+    if len({run.learner for run in runs}) == 1:
+        return
 
     def over(name: str, said: str, file: str) -> None:
         of_most = [

@@ -182,6 +182,8 @@ def test_streams_have_floors_further_tests_and_a_state(tiny_run):
         assert found == [{"examples": 100, **more} for more in ({}, *others)]
     (cache,) = (m for m in rows[0].measurements if m.name == "cache_bytes")
     assert cache.value == 4 * (2 * 2 * 16 + 3) and cache.conditions == {"length": 20}
+    block = 2 * 16 * 64 + 64 + 16 * 16 + (16 * 64 + 64) + (64 * 16 + 16) + 2 * 32
+    assert values(rows[0])["parameters"] == (21 * 16 + 16) + 2 * block + 32 + (16 * 5 + 5)
     (decoded,) = (m for m in rows[0].measurements if m.name == "decode_p50")
     assert decoded.value > 0 and decoded.conditions == {"batch": 1, "length": 30}
     for floor in rows[1:3]:  # clusters this tight are known once they were seen

@@ -213,7 +213,7 @@ class PackedSigns(nnx.Module):
         self.scale = None if scale is None else Frozen(product.matrix(scale).reshape(-1), out_sharding=(None,))
 
     @property
-    def hidden(self) -> int:
+    def further_scalars(self) -> int:
         """How many more scalars the kernel has than there are numbers here."""
         return math.prod(self.shape) - self.words.size - (0 if self.scale is None else self.scale.size)
 

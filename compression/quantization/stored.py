@@ -48,7 +48,7 @@ class Packed(nnx.Module):
         self.tensor = None if scaled.tensor is None else Frozen(scaled.tensor.reshape(()), out_sharding=())
 
     @property
-    def hidden(self) -> int:
+    def further_scalars(self) -> int:
         """How many more scalars the kernel has than there are numbers here."""
         held = sum(variable[...].size for variable in (self.codes, self.scale, self.tensor) if variable is not None)
         return math.prod(self.shape) - held
@@ -101,7 +101,7 @@ class Stored(Quantizer):
         self.one_matrix = one_matrix
 
     @property
-    def hidden(self) -> int:
+    def further_scalars(self) -> int:
         """A range is none of the network's parameters."""
         return 0 if self.scale is None else -1
 

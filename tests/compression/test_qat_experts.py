@@ -142,7 +142,7 @@ def test_bytes_of_packed_experts(weights, bits, groups):
     channels = EXPERTS * 2 * HIDDEN
     assert inner.kernel.codes[...].dtype == jnp.uint8 and inner.kernel.codes[...].nbytes == channels * WIDTH * bits // 8
     assert inner.kernel.scale[...].nbytes == channels * groups * 4
-    assert inner.kernel.hidden == channels * (WIDTH - WIDTH * bits // 8 - groups)
+    assert inner.kernel.further_scalars == channels * (WIDTH - WIDTH * bits // 8 - groups)
 
 
 @pytest.mark.parametrize("border", [None, 0.7])

@@ -61,8 +61,11 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
     assert [script.value(row, "cache_bytes") for row in rows[:2]] == [4 * (2 * 2 * n + 3) for n in (8, 16)]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| lstm | 16 | 268 | 64 |" in text and "nearest centroid in context" in text
-    for name in ("phases", "state", "parameters"):
-        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["parameters.png", "state.png"]
+    assert (tmp_path / "out" / "state.png").stat().st_size > 1000
+    several = [run for tasks in (1, 64) for run in script.grid(asked._replace(tasks=(tasks,)))[0].runs]
+    script.plots(several, [rows[0], rows[0], *rows[2:]], tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").glob("*.png")] == ["phases.png"]
 
 
 def test_the_rate_is_that_of_the_best_trial(tmp_path, monkeypatch):
