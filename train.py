@@ -145,7 +145,6 @@ def train(config, workdir: str | pathlib.Path, *, overwrite: bool = False, profi
             logs.say(f"{session.signals[0]} came behind the last step: {workdir} is finished")
             raise SystemExit(0)
     finally:
-        session.close()
         logs.close()
         store.close()
     return {"step": step, "traces": traces, **spent.shown(), **outcome}

@@ -68,12 +68,8 @@ class Run(NamedTuple):
     config: Any
 
     @property
-    def stem(self) -> str:
-        return f"{self.mixer.replace(':', '_')}_{self.width}"
-
-    @property
     def name(self) -> str:
-        return f"{self.stem}_{self.tasks}_seed{self.seed}"
+        return f"{self.mixer.replace(':', '_')}_{self.width}_{self.tasks}_seed{self.seed}"
 
     @property
     def learner(self) -> str:

@@ -124,14 +124,10 @@ class Session:
         self._virtual = setup.mesh.size > 1 and jax.devices()[0].platform == "cpu"
         self.stopped = ""  # by what, where something has
 
-    def close(self) -> None:
-        """Ends what is still running where the session was stopped."""
-        self._profile.close()
-
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
         """Inside, SIGTERM and the first Ctrl-C end the stage that runs behind its step (of several processes behind the
-        next one that is logged), and it is saved. What came is in `signals`."""
+        next one that is logged), and it is saved. What came is in `signals`. A trace that still runs ends here."""
 
         def stop(number, _):
             self.signals.append(signal.Signals(number).name)
@@ -143,6 +139,7 @@ class Session:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self._profile.close()
 
     def evaluate(self, index: int, state: dict[str, Any]) -> dict[str, float]:
         """The means that the objective of a stage names, over the test set."""

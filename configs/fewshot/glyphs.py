@@ -14,8 +14,9 @@ largest tried, reptile's the smallest.
 results/fewshot_glyphs: uv run scripts/compare.py --config=configs/fewshot/glyphs.py \
     --vary=objective=maml,fomaml,anil,reptile,protonet,meta_sgd,imaml \
     --also="beclr: objective=beclr data.batch_size=256" --tune=optim.learning_rate=3e-3,1e-2,3e-2
-results/fewshot_glyphs_5: the same with --config.data.kwargs.episodes.shots=5, without imaml and beclr, the
-    baseline with data.batch_size=400
+results/fewshot_glyphs_5: the same with --config.data.kwargs.episodes.shots=5, without imaml and beclr, and, since
+    the recipe's own baseline counts the images of its own shots, --config.evaluation.baselines="('supervised features:
+    objective=supervised objective_kwargs.supervised.single=True data.batch_size=400',)"
 results/steps_fewshot_glyphs: uv run scripts/training_steps.py --config=configs/fewshot/glyphs.py \
     --config.data.batch_size=1 --repeats=5 --also="fomaml, 5 steps: objective=fomaml" \
     --also="maml, 20 steps, tree: objective=maml objective_kwargs.maml.inner_steps=20 objective_kwargs.maml.remat=tree"

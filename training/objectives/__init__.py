@@ -1,1 +1,1 @@
-"""Objectives: what is optimised and how it is judged. All run in the one loop of train.py."""
+"""Objectives: what is optimised and how it is judged. All run in the one loop (`training/session.py`)."""
