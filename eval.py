@@ -220,12 +220,14 @@ def evaluate(
     from lissom.models.registry import UnknownName
 
     here, runs = provenance(), [pathlib.Path(run) for run in runs]
-    variants, notes, transforms, loaded = variants or {}, notes or {}, transforms or {}, {}
+    variants, notes, transforms = variants or {}, notes or {}, transforms or {}
+    loaded: dict[str, Any] = {}  # the data of each task
+    beside: dict[str, list] = {}  # and its further test sets, as `further_tests` gives them
     subjects = []
     for run in runs:
         try:
             of_run = (variants.get(str(run)), notes.get(str(run), ()), transforms.get(str(run)))
-            subjects += _subjects(run, loaded, here, *of_run)
+            subjects += _subjects(run, loaded, beside, here, *of_run)
         except (UserError, DataError, UnknownName) as error:
             if skip is None:
                 raise
@@ -254,7 +256,7 @@ def evaluate(
     for task, group in tasks.items():
         dataset = loaded[task]
         if floors and any(subject.floor for subject in group):
-            rows += _floor_rows(task, dataset, group[0].blank.provenance)
+            rows += _floor_rows(task, dataset, beside[task], group[0].blank.provenance)
     return rows
 
 
@@ -278,13 +280,14 @@ def _tell_apart(subjects: list) -> None:
 def _subjects(
     run: pathlib.Path,
     loaded: dict,
+    beside: dict,
     here,
     variant: str | None,
     notes: Sequence[str],
     transforms: Sequence[Mapping[str, Any]] | None,
 ) -> list:
     """A run's network as trained, and after each of the transforms (None: those of its config); `loaded` keeps the data
-    of each task."""
+    of each task, `beside` the test sets beside it."""
     from lissom.evaluation.rows import Identity, Row, elsewhere
     from lissom.training.building import as_learned, further_tests, load_plain
     from lissom.training.config import check
@@ -305,6 +308,8 @@ def _subjects(
     dataset = as_learned(config, loaded[task])
     check_facts(run, {**dataset.info, "kind": dataset.kind})  # a network fits the data that it was trained on
     further = further_tests(config, dataset)
+    known = beside.setdefault(task, [])
+    known += [each for each in further if all(each[0] != settings for settings, _ in known)]
     measured = dataclasses.replace(here, data=_checksum(dataset.info))
     identity = Identity(config.recipe, task, config.seed, overrides_of(given), variant=variant)
     blank = Row(identity, measured, (), elsewhere(trained, measured), tuple(notes))
@@ -398,23 +403,41 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
     )
 
 
-def _floor_rows(task: str, dataset, provenance) -> list:
+# What a floor of these kinds says of a test example is what it learns from it: it costs nothing to judge it on more
+# test sets.
+IN_TASK = ("stream", "episode")
+
+
+def _floor_rows(task: str, dataset, further: Sequence[tuple[Mapping[str, Any], Any]], provenance) -> list:
+    """The trivial methods on the test set and, where they learn from a test example itself, on the further ones."""
     import functools
 
     from lissom.data import cue_match, dynamics
     from lissom.data.episodes import nearest_of_all, regression
     from lissom.evaluation.measuring import floor_rows
 
-    # The generated data whose answer can be worked out.
-    info = dataset.info
-    oracles = {
-        "cue_match": functools.partial(cue_match.solve, classes=info.get("classes")),
-        "dynamics": functools.partial(dynamics.solve, systems=info.get("systems"), interval=info.get("interval")),
-        "episodes": nearest_of_all,
-        **({"regression_tasks": regression.solve} if set(info.get("families", ())) <= set(regression.CURVES) else {}),
-    }
-    oracle = oracles.get(dataset.name)
-    return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance, oracle)
+    def of(dataset):
+        # The generated data whose answer can be worked out.
+        info = dataset.info
+        oracles = {
+            "cue_match": functools.partial(cue_match.solve, classes=info.get("classes")),
+            "dynamics": functools.partial(dynamics.solve, systems=info.get("systems"), interval=info.get("interval")),
+            "episodes": nearest_of_all,
+            **(
+                {"regression_tasks": regression.solve}
+                if set(info.get("families", ())) <= set(regression.CURVES)
+                else {}
+            ),
+        }
+        oracle = oracles.get(dataset.name)
+        return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance, oracle)
+
+    rows = of(dataset)
+    for settings, other in further if dataset.kind in IN_TASK else ():
+        for number, row in enumerate(of(other)):
+            more = [dataclasses.replace(m, conditions={**m.conditions, **settings}) for m in row.measurements]
+            rows[number] = dataclasses.replace(rows[number], measurements=(*rows[number].measurements, *more))
+    return rows
 
 
 def check_writable(path: pathlib.Path | str, flag: str) -> None:

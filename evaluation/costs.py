@@ -37,6 +37,7 @@ CALLS = {
     "custom_vmap_call": "call",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
+    "eval_jaxpr": "call_jaxpr",  # what a checkpoint within a checkpoint leaves behind
     "compute_on": "jaxpr",
 }
 KERNELS = ("pallas_call", "core_map", "mpmd_map")

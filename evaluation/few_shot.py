@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 from sklearn.covariance import ledoit_wolf
+from sklearn.linear_model import LogisticRegression
 
 from lissom.models import transductive
 from lissom.models.tallies import interval
@@ -38,8 +39,9 @@ def rows(
 
 
 def classified(known: Sequence[Mapping], asked: Sequence[Mapping]) -> dict[str, list[np.ndarray]]:
-    """Labels by the pixels: nearest class mean, k-means from it on; and the nearest class mean where pixels are divided
-    by how they differ within training classes (linear discriminant analysis, all directions kept)."""
+    """Labels by the inputs: nearest class mean, k-means from it on, logistic regression of the support (L2 weight 1),
+    and the nearest class mean where inputs are divided by how they differ within training classes (linear
+    discriminant analysis, all directions kept)."""
     ways = int(max(episode["support_labels"].max() for episode in asked)) + 1
     plain = lambda episode: (_flat(episode["support_inputs"]), _flat(episode["inputs"]))
     whitening = within_class_whitening(known)
@@ -56,8 +58,15 @@ def classified(known: Sequence[Mapping], asked: Sequence[Mapping]) -> dict[str, 
     return {
         "nearest centroid on inputs": answers(plain, transductive.nearest_prototype),
         "k-means on inputs": answers(plain, transductive.k_means),
+        "logistic regression on inputs": [logistic_regression(episode) for episode in asked],
         "nearest centroid, linear discriminants": answers(whitened, transductive.nearest_prototype),
     }
+
+
+def logistic_regression(episode: Mapping) -> np.ndarray:
+    """The labels of the queries by a regression on the support alone."""
+    model = LogisticRegression(max_iter=1000).fit(_flat(episode["support_inputs"]), episode["support_labels"])
+    return model.predict(_flat(episode["inputs"]))
 
 
 def within_class_whitening(known: Sequence[Mapping]) -> np.ndarray:

@@ -25,6 +25,7 @@ METRICS = {
     "first_accuracy": Metric("fraction", "higher", "streams whose first label is predicted"),
     "last_accuracy": Metric("fraction", "higher", "streams whose last label is predicted"),
     "token_accuracy": Metric("fraction", "higher", "masked-in test tokens that are predicted"),
+    "accuracy_gain": Metric("fraction", "higher", "accuracy less that of class means of the same features"),
     "accuracy_interval": Metric("fraction", "lower", "half width of the 95 % interval of accuracy over test episodes"),
     "mse": Metric("1", "lower", "mean squared error of the targets of the queries of test episodes"),
     "mse_interval": Metric("1", "lower", "half width of the 95 % interval of mse over test episodes"),

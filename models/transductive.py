@@ -143,6 +143,7 @@ def transported(
     epsilon: float = 0.05,
     passes: int = 5,
     kept: float | None = None,
+    slack: float | None = None,
 ) -> jax.Array:
     """Scores by prototypes that optimal transport has moved to the queries (OpTA of BECLR: Poulakakis-Daktylidis &
     Jamali-Rad 2024, arXiv:2402.02444). In each of the `passes`, with even marginals over prototypes and queries and
@@ -151,13 +152,14 @@ def transported(
         plan = sinkhorn(cost, epsilon);    c_n <- sum_q plan_nq z_q / sum_q plan_nq
 
     and at the end kept x the prototype + (1 - kept) c_n. None is what the authors' code does: 0 of one shot, 0.3 of
-    more. The even marginal says that every class has as many queries: where that is not so it does harm.
+    more. The even marginal says that every class has as many queries: where that is not so it does harm. `slack`, which
+    is not the paper's, makes a penalty of it (`sinkhorn`).
     """
     first = prototypes(support, labels, ways)
     kept = (0.0 if len(support) == ways else 0.3) if kept is None else kept
 
     def one(centres, _):
-        plan = sinkhorn(squared_distances(centres, queries), epsilon=epsilon)
+        plan = sinkhorn(squared_distances(centres, queries), epsilon=epsilon, slack=slack)
         return means(plan.T, queries), None
 
     centres, _ = jax.lax.scan(one, first, None, length=passes)

@@ -17,8 +17,8 @@ the test loss; of one factor none is tried. A run whose loss is not finite has d
 has no loss.
 
     loss, accuracy       on the test set, means over the grid of conditions; the loss also at each condition
-    steps_to_loss        to the first of the --evaluations whose loss is at most the last one of `default` (the first of
-                         --variants where that is none), same seed and optimizer; unknown where there is none such
+    steps_to_loss        to the first of the --evaluations whose loss is at most the floor's last one, same seed and
+                         optimizer; unknown where there is none such
     gradient_variance    sum over parameters of the variance of the gradient of a batch, with its conditions and noise,
                          over --batches batches / the squared norm of its mean; with the first parameters and the last.
                          Unbiased both; unknown where the mean can't be told from 0
@@ -208,7 +208,6 @@ def rows_of_seed(found: Mapping[str, Network], chosen: Mapping, seed: int, asked
         run = place(label)
         config = final(chosen[label][0], asked, seed)
         last[label] = None if trained(config, run, True) is None else tests_of(run)[-1]
-    reference = asked.variants[0] if "default" not in asked.variants else "default"
     conditions, rows = grid_of(found[FLOOR].config), []
 
     def row(label, measurements, role, of):
@@ -224,9 +223,8 @@ def rows_of_seed(found: Mapping[str, Network], chosen: Mapping, seed: int, asked
         of_run = last[label] or {}
         told = [measure(name, of_run.get(name), conditions="mean") for name in ("loss", "accuracy")]
         told += [measure("loss", of_run.get(f"loss_at/{at:g}"), condition=at) for at in conditions]
-        if last[label] and last[reference]:
-            steps = steps_to(place(label), last[reference]["loss"])
-            told.append(measure("steps_to_loss", steps, of=reference))
+        if last[label] and last[FLOOR]:
+            told.append(measure("steps_to_loss", steps_to(place(label), last[FLOOR]["loss"]), of=FLOOR))
         if label != FLOOR and last[label]:
             values = gradient_variances(final(chosen[label][0], asked, seed), place(label), asked.batches)
             told += [measure("gradient_variance", value, parameters=at) for at, value in values.items()]

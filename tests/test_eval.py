@@ -186,9 +186,17 @@ def test_streams_have_floors_further_tests_and_a_state(tiny_run):
     assert values(rows[0])["parameters"] == (21 * 16 + 16) + 2 * block + 32 + (16 * 5 + 5)
     (decoded,) = (m for m in rows[0].measurements if m.name == "decode_p50")
     assert decoded.value > 0 and decoded.conditions == {"batch": 1, "length": 30}
-    for floor in rows[1:3]:  # clusters this tight are known once they were seen
-        assert values(floor)["last_accuracy"] > 0.9 > values(floor)["accuracy"] > 0.6
-        assert values(floor)["first_accuracy"] < 0.4
+    for floor in rows[1:]:  # on all three test sets
+        for name in ("accuracy", "first_accuracy", "last_accuracy"):
+            found = [{"examples": 100, **m.conditions} for m in floor.measurements if m.name == name]
+            assert found == [{"examples": 100, **more} for more in ({}, *others)]
+    for floor in rows[1:3]:  # clusters this tight are known once they were seen; pictures of digits are not
+        of = {test: {} for test in ("unseen", "seen", "other")}
+        for m in floor.measurements:
+            of[m.conditions.get("tested", "unseen")][m.name] = m.value
+        for test in ("unseen", "seen"):
+            assert of[test]["last_accuracy"] > 0.9 > of[test]["accuracy"] > 0.6 > of[test]["first_accuracy"] + 0.2
+        assert of["other"]["accuracy"] < of["unseen"]["accuracy"] and of["other"]["first_accuracy"] < 0.4
     assert "last accuracy" in render(rows)
 
 

@@ -142,6 +142,7 @@ SETTINGS = {
         "objective_kwargs.maml.statistics": "queries",
     },
     "fewshot/sinusoid": {},
+    "fewshot/linear": {},
     "vision/digits_vit": {},
 }
 

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
 from lissom.evaluation.costs import count
 from lissom.ops.grouped_matmul import grouped_matmul
+from lissom.training.meta.inner import adapted
 
 
 def shape(*dimensions, dtype=jnp.float32):
@@ -113,6 +115,16 @@ def squared(x):
 
 
 squared.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x.T + x.T @ g,))
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 16), ("step", 20), ("tree", 28)])
+def test_checkpoints_within_checkpoints(remat, products):
+    """Four inner steps of two products, and as many in their backward pass; a checkpointed step computes its first one
+    again, and two segments of two steps all of theirs besides."""
+    x, w = jnp.ones((7, 5)), jnp.ones((5, 3))
+    loss = lambda w, key: jnp.square(jnp.tanh(x @ w)).sum()
+    learned = lambda w: adapted(loss, w, optax.sgd(0.1), 4, jax.random.key(0), remat=remat)
+    assert count(jax.grad(lambda w: jnp.square(learned(w)).sum()), w).flops == products * 2 * 7 * 5 * 3
 
 
 def test_inside_of_jit_remat_and_custom_rules():

@@ -172,3 +172,7 @@ def test_transport_is_wrong_where_classes_are_not_even():
     right = lambda scores: (np.asarray(scores.argmax(-1)) == 0).mean()
     assert right(transductive.nearest_prototype(support, labels, queries, 3)) == 1
     assert right(transductive.transported(support, labels, queries, 3)) < 0.7
+    # Where shares are a penalty, what lies far from all queries gets next to none of them; without end they hold.
+    assert right(transductive.transported(support, labels, queries, 3, slack=0.2)) == 1
+    balanced, loose = (transductive.transported(support, labels, queries, 3, slack=slack) for slack in (None, 1e6))
+    np.testing.assert_allclose(loose, balanced, rtol=1e-2, atol=1e-2)

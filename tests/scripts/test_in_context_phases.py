@@ -56,6 +56,7 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
     script.report(learners, tmp_path / "runs", tmp_path / "out")
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
     assert [row.identity.variant for row in rows[:2]] == ["lstm, width 8", "lstm, width 16"]
+    assert [row.identity.overrides["optim.learning_rate"] for row in rows[:2]] == [1e-3, 1e-3]  # the recipe's, said
     assert script.tests_of(rows) == ["unseen", "seen", "other, other_base=digits"]
     # h and c of two layers, and three lengths.
     assert [script.value(row, "cache_bytes") for row in rows[:2]] == [4 * (2 * 2 * n + 3) for n in (8, 16)]

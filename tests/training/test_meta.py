@@ -485,6 +485,21 @@ def test_judged_by_hand():
     np.testing.assert_allclose(found, 1.96 * 0.25 * np.sqrt(600 / 599 / 600), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("batch", "module"), [(classes(), cnn()), (regression(), perceptron())])
+def test_one_network_for_all_tasks_learns_their_own_targets(batch, module):
+    """The gradient is that of the mean loss over all examples of all tasks, whatever task they are of."""
+    _, (found, _, told) = gradient(Supervised(classes=False, statistics="support"), module, batch)
+    both = lambda name: batch[name].reshape(-1, *batch[name].shape[2:])
+    inputs = jnp.concatenate([both("support_inputs"), both("inputs")])
+    targets = jnp.concatenate([both("support_labels"), both("labels")])
+    outputs, _ = module(inputs, train=True, key=KEY)
+    np.testing.assert_allclose(told["loss"], task_loss(outputs, targets), rtol=1e-5)
+    labelled = jnp.issubdtype(targets.dtype, jnp.integer)
+    value = (outputs.argmax(-1) == targets).mean() if labelled else jnp.square(outputs - targets).mean()
+    np.testing.assert_allclose(told["accuracy" if labelled else "mse"], value, rtol=1e-5)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
 @pytest.mark.parametrize("name", ["maml", "anil", "meta_sgd", "imaml", "reptile", "protonet", "supervised"])
 def test_judge_is_what_the_answers_are(name):
     from lissom.models.registry import construct

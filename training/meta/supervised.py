@@ -5,8 +5,9 @@ from flax import nnx
 
 from lissom.models.linear import Linear
 from lissom.training.errors import UserError
+from lissom.training.meta.episodic import hits
 from lissom.training.meta.gradient_based import MAML
-from lissom.training.meta.networks import TaskNetwork, a_network_a_task, headless, one_network
+from lissom.training.meta.networks import TaskNetwork, a_network_a_task, headless, one_network, task_loss
 from lissom.training.meta.prototypes import nearest_unit_mean, unit_means
 from lissom.training.objectives.base import auxiliary, cross_entropy, reported
 
@@ -25,9 +26,9 @@ class Supervised(MAML):
     Of classes: cross-entropy of all training classes, supports and queries alike; an episode is answered by the nearest
     class mean of the features, which are divided by their norms (Chen et al. 2019, arXiv:1904.04232; Wang et al. 2019,
     arXiv:1911.04623). `single`: its batches are single examples of all classes, as those papers have it, and
-    `data.batch_size` counts these; a batch of episodes has examples of few classes. Of targets: one network for all
-    tasks, which is then fine-tuned on the support by the inner loop (the pretraining baseline of Finn et al. 2017,
-    arXiv:1703.03400).
+    `data.batch_size` counts these; a batch of episodes has examples of few classes. `classes=False`: one network for
+    all tasks, by their own targets or labels, which is then fine-tuned on the support by the inner loop (the
+    pretraining baseline of Finn et al. 2017, arXiv:1703.03400).
     """
 
     def __init__(self, *, classes: bool = True, single: bool = False, statistics: str = "running", **settings):
@@ -73,16 +74,17 @@ class Supervised(MAML):
         targets = jnp.concatenate([flat("support_labels"), flat("labels")])
         if not self.of_classes:
             outputs, aux = module(inputs, train=True, key=key)
-            error = jnp.square(outputs.astype(jnp.float32) - targets).mean()
-            return error + auxiliary(aux), {"mse": error, **reported(aux)}
+            error = task_loss(outputs, targets)
+            right = hits(outputs, targets)
+            told = {"mse": error} if right is None else {"accuracy": right}
+            return error + auxiliary(aux), {**told, **reported(aux)}
         numbered = lambda name: jnp.take_along_axis(batch["classes"], batch[name], 1).reshape(-1)
         labels = jnp.concatenate([numbered("support_labels"), numbered("labels")])
         return self._loss_of_classes(module, inputs, labels, key)
 
     def _loss_of_classes(self, module, inputs, labels, key):
         logits = module.classes(module.network.features(inputs, train=True, key=key))
-        hits = (logits.argmax(-1) == labels).mean()
-        return cross_entropy(logits, labels).mean(), {"accuracy": hits}
+        return cross_entropy(logits, labels).mean(), {"accuracy": hits(logits, labels)}
 
     def adapt(self, network: TaskNetwork, params, stats, inputs, targets, key, train=False):
         if not self.of_classes:

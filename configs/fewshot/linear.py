@@ -1,0 +1,41 @@
+"""Few-shot classification where the classes of a task are the sides of random planes through the origin.
+
+Paper: the task is the house's own; Finn et al. 2017, MAML, arXiv:1703.03400, and the objectives' docstrings.
+Command: uv run scripts/compare.py --config=configs/fewshot/linear.py --vary=objective=maml,fomaml,anil,reptile,protonet
+Time: not measured.
+Result: not measured.
+Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised
+    data.kwargs.linear_tasks.dims=2,8,32  data.kwargs.linear_tasks.ways=2,5  data.kwargs.linear_tasks.shots=1,5,20
+    objective_kwargs.maml.inner_steps=1,5,10
+"""
+
+from lissom.configs.base import base, mode, tiny
+
+
+def get_config(arg: str = ""):
+    config = base()
+    tasks = {"dims": 8, "ways": 2, "shots": 5, "queries": 15, "test_size": 1_000}
+    config.data.update({"name": "linear_tasks", "batch_size": 25, "kwargs": {"linear_tasks": tasks}})
+    config.model.update({"name": "mlp", "size": "sinusoid", "activation": "relu"})
+    config.objective = "maml"
+    inner = {"inner": "sgd", "inner_rate": 0.1, "inner_steps": 5}
+    config.objective_kwargs = {
+        "maml": {**inner, "remat": "none"},
+        "fomaml": inner,
+        "anil": {**inner, "remat": "none"},
+        "meta_sgd": {**inner, "inner_steps": 1, "remat": "none"},
+        "imaml": {**inner, "inner_steps": 16, "proximity": 0.5, "solver_steps": 5},
+        "reptile": {**inner, "inner_batch": 10},
+        "protonet": {},
+        "supervised": {**inner, "classes": False},
+    }
+    config.optim.learning_rate = 1e-2
+    config.train = {"steps": 5_000}
+    config.log.every = 500
+    baselines = ("one network, fine-tuned: objective=supervised",)
+    config.evaluation.update({"batch_size": 250, "latency_batches": (1, 32), "baselines": baselines})
+    if mode(arg, ("tiny",)):
+        config = tiny(config)
+        config.data.batch_size = 8
+        config.data.kwargs.linear_tasks.test_size = 20
+    return config
