@@ -399,8 +399,15 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
         times=times,
         simulated=imitates(network),
         floor=bool(config.evaluation.floor),
-        further=[(settings, batches(other)) for settings, other in further],
+        further=[(_conditions(settings), batches(other)) for settings, other in further],
     )
+
+
+def _conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a further test set as a row holds them: a list or a table of them as text."""
+    return {
+        name: value if isinstance(value, str | int | float | bool) else str(value) for name, value in settings.items()
+    }
 
 
 # What a floor of these kinds says of a test example is what it learns from it: it costs nothing to judge it on more
@@ -435,7 +442,9 @@ def _floor_rows(task: str, dataset, further: Sequence[tuple[Mapping[str, Any], A
     rows = of(dataset)
     for settings, other in further if dataset.kind in IN_TASK else ():
         for number, row in enumerate(of(other)):
-            more = [dataclasses.replace(m, conditions={**m.conditions, **settings}) for m in row.measurements]
+            more = [
+                dataclasses.replace(m, conditions={**m.conditions, **_conditions(settings)}) for m in row.measurements
+            ]
             rows[number] = dataclasses.replace(rows[number], measurements=(*rows[number].measurements, *more))
     return rows
 

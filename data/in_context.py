@@ -14,6 +14,7 @@ inputs are centred feature by feature and divided by one standard deviation of a
 features do not grow; examples are drawn with replacement; a fixed permutation is the identity.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,9 +52,10 @@ def in_context(
     base: "gaussians", points around `classes` means in `dims` dimensions (`spread` is the standard deviation of the
     noise / that of the means), or a labelled dataset by name, of which the first `classes` classes are taken.
     tasks: number K of training tasks, which sequences are drawn from; 0: every training sequence has a new one.
-    tested: the tasks of the test sequences: "unseen" ones, "seen" ones of training (of a fresh draw of examples), or
-    unseen ones of `other_base` ("gaussians" of other means, or a labelled dataset). Test examples are never training
-    examples. fixed_permutation: share of the training sequences whose labels are not permuted.
+    tested: the tasks of the test sequences: "unseen" ones, "seen" ones, drawn from those that training draws from (a
+    run meets a part of them, and with tasks=0 few) on a fresh draw of examples, or unseen ones of `other_base`
+    ("gaussians" of other means, or a labelled dataset). Test examples are never training examples.
+    fixed_permutation: share of the training sequences whose labels are not permuted.
 
     Sequence i of a split depends on (settings, split, i) alone, and task k on (seed, k).
     """
@@ -63,14 +65,17 @@ def in_context(
         *(("train_size", train_size, 1), ("test_size", test_size, 1), ("seed", seed, 0)),
     ):
         require(value >= least, f"{where}: {name} must be at least {least}, got {value}")
-    require(spread > 0, f"{where}: spread must be above 0, got {spread}")
-    require(
-        spread == 1.0 or GAUSSIANS in (base, other_base),
-        f"{where}: spread={spread} is of Gaussians, and base={base!r} is stored",
-    )
+    require(0 < spread < math.inf, f"{where}: spread must be a number above 0, got {spread}")
+    require(seed < 2**64, f"{where}: seed must be below 2**64, got {seed}")
     require(0 <= fixed_permutation <= 1, f"{where}: fixed_permutation must be in 0..1, got {fixed_permutation}")
     require(tested in TESTED, f"{where}: tested={tested!r} is not known{nearest(tested, TESTED)}")
     other = tested == "other"
+    drawn = base == GAUSSIANS or (other and other_base == GAUSSIANS)
+    require(spread == 1.0 or drawn, f"{where}: spread={spread} is of Gaussians, and base={base!r} is stored")
+    require(
+        other or other_base == GAUSSIANS,
+        f"{where}: other_base={other_base!r} is what tested='other' is of, and tested={tested!r}",
+    )
     require(
         not other or base != other_base or base == GAUSSIANS,
         f"{where}: tested='other' needs an other_base than base={base!r}",

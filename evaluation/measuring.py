@@ -96,8 +96,8 @@ def measure_subject(subject: Subject) -> None:
     note = subject.measurements.append
     judge = jax.jit(lambda state, batch, key: subject.judge(subject.merge(subject.graph, state), batch, key))
     for settings, batches in (({}, subject.batches), *subject.further):
-        totals = _totals(subject, judge, batches())
-        subject.measurements += _test_means(subject, totals, settings)
+        totals, queries = _totals(subject, judge, batches())
+        subject.measurements += _test_means(subject, totals, settings, queries)
         if not settings:
             subject.measurements += _modelled(subject, totals)
     subject.measurements += _corruption_accuracy(subject.measurements)
@@ -143,12 +143,14 @@ def _products(subject: Subject) -> dict[int, list[products.Call]]:
     return found
 
 
-def _totals(subject: Subject, judge: Callable, batches: Iterable[dict]) -> tallies.Totals:
-    """What the objective judges of one test set, summed."""
+def _totals(subject: Subject, judge: Callable, batches: Iterable[dict]) -> tuple[tallies.Totals, int]:
+    """(what the objective judges of one test set, summed; the queries of an episode, where it is of episodes)."""
     totals: tallies.Totals = {}
+    queries = 0
     for batch in batches:
         tallies.add(totals, judge(subject.state, batch, jax.random.key(0)))
-    return totals
+        queries = batch["labels"].shape[1] if subject.kind == "episode" else 0
+    return totals, queries
 
 
 def _modelled(subject: Subject, totals: tallies.Totals) -> list[Measurement]:
@@ -164,9 +166,12 @@ def _modelled(subject: Subject, totals: tallies.Totals) -> list[Measurement]:
     ]
 
 
-def _test_means(subject: Subject, totals: tallies.Totals, settings: Mapping[str, Any]) -> list[Measurement]:
-    """The means of one test set. `settings`, by which it is another than the run's own, stand in the
-    conditions; of such a one there are only `JUDGED`: what layers say of themselves they say of the run's own."""
+def _test_means(
+    subject: Subject, totals: tallies.Totals, settings: Mapping[str, Any], queries: int
+) -> list[Measurement]:
+    """The means of one test set, each of whose episodes has so many `queries`. `settings`, by which it is another than
+    the run's own, stand in the conditions; of such a one there are only `JUDGED`: what layers say of themselves they
+    say of the run's own."""
     tokens, found = subject.kind == "tokens", []
     for name, (mean, count) in tallies.means(totals).items():
         if name not in METRICS:  # what a layer of another package reports stands in metrics.jsonl
@@ -177,7 +182,6 @@ def _test_means(subject: Subject, totals: tallies.Totals, settings: Mapping[str,
         value = mean if math.isfinite(mean) else None
         conditions = {"tokens" if tokens else "examples": int(count), **settings}
         if subject.kind == "episode":  # counted are episodes, judged their queries
-            queries = len(subject.examples[0]["labels"])
             conditions = {"examples": int(count) * queries, **settings}
         found.append(measure(name, value, **conditions))
         if name == "loss" and tokens and subject.vocab_size == 256 and value is not None:

@@ -141,25 +141,30 @@ def transported(
     ways: int,
     *,
     epsilon: float = 0.05,
-    passes: int = 5,
+    passes: int | None = None,
     kept: float | None = None,
     slack: float | None = None,
 ) -> jax.Array:
     """Scores by prototypes that optimal transport has moved to the queries (OpTA of BECLR: Poulakakis-Daktylidis &
     Jamali-Rad 2024, arXiv:2402.02444). In each of the `passes`, with even marginals over prototypes and queries and
-    squared distances as the cost,
+    squared distances, divided by the largest, as the cost,
 
         plan = sinkhorn(cost, epsilon);    c_n <- sum_q plan_nq z_q / sum_q plan_nq
 
-    and at the end kept x the prototype + (1 - kept) c_n. None is what the authors' code does: 0 of one shot, 0.3 of
-    more. The even marginal says that every class has as many queries: where that is not so it does harm. `slack`, which
-    is not the paper's, makes a penalty of it (`sinkhorn`).
+    and at the end kept x the prototype + (1 - kept) c_n. The division, and what None is, are the authors' code's: 5
+    passes of one shot and 1 of more, of which 0 and 0.3 of the prototype are kept. Otherwise than there rows are
+    centred by the episode (`centred`), and the nearest of the centres answers where a logistic regression does there.
+
+    The even marginal says that every class has as many queries: where that is not so it does harm. `slack`, which is
+    not the paper's, makes a penalty of it (`sinkhorn`).
     """
-    first = prototypes(support, labels, ways)
-    kept = (0.0 if len(support) == ways else 0.3) if kept is None else kept
+    first, one_shot = prototypes(support, labels, ways), len(support) == ways
+    passes = (5 if one_shot else 1) if passes is None else passes
+    kept = (0.0 if one_shot else 0.3) if kept is None else kept
 
     def one(centres, _):
-        plan = sinkhorn(squared_distances(centres, queries), epsilon=epsilon, slack=slack)
+        cost = squared_distances(centres, queries)
+        plan = sinkhorn(cost / jnp.maximum(cost.max(), 1e-9), epsilon=epsilon, slack=slack)
         return means(plan.T, queries), None
 
     centres, _ = jax.lax.scan(one, first, None, length=passes)

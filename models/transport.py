@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+NEVER = -1e30  # the logarithm of a scaling of 0: -inf has differences that are no numbers
+
 
 def sinkhorn(
     cost: jax.Array,
@@ -26,7 +28,7 @@ def sinkhorn(
 
     Rounds are a fixed number, so that the plan can be differentiated and vmapped.
     """
-    if epsilon <= 0 or rounds < 1 or (slack is not None and slack <= 0):
+    if not epsilon > 0 or rounds < 1 or not (slack is None or slack > 0):
         raise ValueError(f"epsilon={epsilon}, rounds={rounds} and slack={slack} must be above 0")
     cost = jnp.asarray(cost, jnp.float32)
     size = cost.shape
@@ -35,19 +37,20 @@ def sinkhorn(
         for n, given in zip(size, (rows, columns), strict=True)
     ]
     log_rows, log_columns = map(_log, weights)
+    empty_rows, empty_columns = (given <= 0 for given in weights)
     kernel, damping = -cost / epsilon, 1.0 if slack is None else slack / (slack + epsilon)
 
     def one(u, _):
         v = damping * (log_columns - jax.nn.logsumexp(kernel + u[:, None], 0))
+        v = jnp.where(empty_columns, NEVER, v)
         u = damping * (log_rows - jax.nn.logsumexp(kernel + v[None], 1))
-        return u, v
+        return jnp.where(empty_rows, NEVER, u), v
 
-    u, v = jax.lax.scan(one, jnp.zeros(size[0]), None, length=rounds)
+    u, v = jax.lax.scan(one, jnp.where(empty_rows, NEVER, 0.0), None, length=rounds)
     plan = jnp.exp(kernel + u[:, None] + v[-1][None])
-    empty = (weights[0] <= 0)[:, None] | (weights[1] <= 0)[None]
-    return jnp.where(empty, 0.0, plan)
+    return jnp.where(empty_rows[:, None] | empty_columns[None], 0.0, plan)
 
 
 def _log(weights: jax.Array) -> jax.Array:
-    """log, with a large negative number in the place of -inf, whose differences are no numbers."""
-    return jnp.log(jnp.maximum(weights, 1e-30))
+    """log; of 0, where it is not read, any number."""
+    return jnp.log(jnp.where(weights > 0, weights, 1.0))

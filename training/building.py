@@ -88,6 +88,11 @@ def epoch_examples(config, dataset: data.Dataset, stream: data.ClassStream | Non
     return stream.steps * stream.batch_size
 
 
+# The facts that a network is built for. A decoder takes any length; the examples of a task have one shape.
+SAME = ("classes", "vocab_size", "features", "environments", "interval")
+SHAPES = ("input_shape", "outputs")
+
+
 def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], data.Dataset]]:
     """[(settings, the dataset with them)] for each entry of `config.evaluation.data`, and for each of
     `config.evaluation.corruptions` at each severity: test sets beside that of `dataset`, which a network of its
@@ -97,7 +102,7 @@ def further_tests(config, dataset: data.Dataset) -> list[tuple[dict[str, Any], d
         if any(settings == earlier for earlier, _ in found):
             raise UserError(f"config.evaluation.data holds {settings} twice")
         other = load_dataset(config, **settings)
-        for name in ("classes", "vocab_size", "features", "environments", "interval"):
+        for name in SAME + (SHAPES if dataset.kind == "episode" else ()):
             ours, theirs = dataset.info.get(name), other.info.get(name)
             if ours != theirs:
                 raise UserError(

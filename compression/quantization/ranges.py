@@ -137,8 +137,11 @@ KINDS = {"frozen": Frozen, "learned": Learned, "clipped": Clipped}
 
 
 def given(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What a network is called with."""
-    return {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
+    """What a network is called with; of episodes the queries of all tasks as one batch, and not yet adapted to any."""
+    found = {name: jnp.asarray(batch[name]) for name in ("inputs", "meta", "environment") if name in batch}
+    if "support_inputs" in batch:
+        found["inputs"] = found["inputs"].reshape(-1, *found["inputs"].shape[2:])
+    return found
 
 
 def check_warm_up(network: nnx.Module, calls: int | None) -> None:

@@ -18,7 +18,8 @@ seen tasks alone) or learned (a gain on unseen tasks too).
 The phase plot over the number of tasks, the mixer and the width: scripts/in_context_phases.py.
 Sweep: data.kwargs.in_context.tasks=1,16,256,4096,65536 (0: a new one for each sequence)
     model.mixer=attention,lstm  model.width=32,64,128  data.batch_size=16,64,256
-    data.kwargs.in_context.fixed_permutation=0.0,0.1,0.5  data.kwargs.in_context.base=gaussians,digits,mnist5k
+    data.kwargs.in_context.fixed_permutation=0.0,0.1,0.5
+Modes: digits, tasks made of pictures of digits, and Gaussians as the other base set.
 """
 
 from lissom.configs.base import base, mode, tiny
@@ -56,8 +57,13 @@ def get_config(arg: str = ""):
     config.objective = "in_context"
     config.optim.update({"learning_rate": 1e-3, "weight_decay": 1e-2})
     config.train = {"steps": 3_000}
-    config.evaluation.update({"data": ({"tested": "seen"}, {"tested": "other", "other_base": "digits"})})
-    if mode(arg, ("tiny",)):
+    other = {"tested": "other", "other_base": "digits"}
+    chosen = mode(arg, ("tiny", "digits"))
+    if chosen == "digits":
+        config.data.kwargs.in_context.update({"base": "digits", "spread": 1.0})
+        other = {"tested": "other", "other_base": "gaussians", "spread": 0.5}
+    config.evaluation.update({"data": ({"tested": "seen"}, other)})
+    if chosen == "tiny":
         config = tiny(config)
         config.data.kwargs.in_context.update({"length": 12, "tasks": 8, "test_size": 50})
     return config

@@ -1,5 +1,7 @@
 """Sequences of tasks: what they are made of, what depends on what, and which tasks the test has."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -194,8 +196,15 @@ def test_pipelines_ask_for_what_they_need(monkeypatch):
         ({"dims": 0}, "dims must be at least 1, got 0"),
         ({"length": 1}, "length must be at least 2, got 1"),
         ({"tasks": -1}, "tasks must be at least 0, got -1"),
-        ({"spread": 0.0}, "spread must be above 0, got 0.0"),
-        ({"spread": 2.0, "base": "digits", "other_base": "mnist5k"}, "spread=2.0 is of Gaussians, and base='digits'"),
+        ({"spread": 0.0}, "spread must be a number above 0, got 0.0"),
+        ({"spread": math.inf}, "spread must be a number above 0, got inf"),
+        ({"spread": 2.0, "base": "digits"}, "spread=2.0 is of Gaussians, and base='digits'"),
+        ({"other_base": "digits"}, "other_base='digits' is what tested='other' is of, and tested='unseen'"),
+        ({"seed": 2**70}, r"seed must be below 2\*\*64"),
+        (
+            {"spread": 2.0, "base": "digits", "tested": "other", "other_base": "mnist5k"},
+            "spread=2.0 is of Gaussians, and base='digits'",
+        ),
         ({"fixed_permutation": 1.5}, r"fixed_permutation must be in 0\.\.1, got 1.5"),
         ({"tested": "sen"}, "tested='sen' is not known; did you mean 'seen'"),
         ({"train_size": 0}, "train_size must be at least 1, got 0"),

@@ -70,6 +70,11 @@ def test_what_weighs_nothing_stays_empty(slack):
     rows, columns = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.0, 0.4, 0.3, 0.3])
     plan = sinkhorn(COST[:3, :4], epsilon=0.05, rows=rows, columns=columns, slack=slack)
     assert plan[2].max() == 0 and plan[:, 0].max() == 0 and plan[:2, 1:].min() > 0
+    for epsilon in (0.05, 1.0):  # and changes nothing
+        given = {"epsilon": epsilon, "slack": slack}
+        plan = sinkhorn(COST[:3, :4], rows=rows, columns=columns, **given)
+        without = sinkhorn(COST[:2, 1:4], rows=rows[:2], columns=columns[1:], **given)
+        np.testing.assert_allclose(plan[:2, 1:], without, rtol=1e-5)
 
 
 def test_unbalanced():
@@ -98,5 +103,7 @@ def test_an_empty_class_stays_empty_and_gradients_are_finite():
 def test_bad_settings():
     with pytest.raises(ValueError, match="epsilon=0, rounds=50 and slack=None must be above 0"):
         sinkhorn(COST, epsilon=0)
+    with pytest.raises(ValueError, match="epsilon=nan"):
+        sinkhorn(COST, epsilon=float("nan"))
     with pytest.raises(ValueError, match="slack=-1"):
         sinkhorn(COST, epsilon=1, slack=-1)

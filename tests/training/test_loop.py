@@ -84,6 +84,14 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 ON_DEVICES = ("vit", "resnet", "sequence_scan", "language", "block_transformer", "meta", "episodes")
+# Of the meta-learners each has its own way through a mesh: normalisation by the task, conjugate gradients, no gradient,
+# memories that all devices share.
+META = {
+    "maml, normalised": ("fewshot/glyphs", {}),
+    "imaml": ("fewshot/sinusoid", {"objective": "imaml"}),
+    "reptile": ("fewshot/glyphs", {"objective": "reptile"}),
+    "contrastive": FAMILIES["contrastive"],
+}
 
 
 @pytest.mark.parametrize(
@@ -93,10 +101,11 @@ ON_DEVICES = ("vit", "resnet", "sequence_scan", "language", "block_transformer",
         ("language", [*MESHES, {"data": 2, "expert": 4}]),
         *((family, MESHES[-1:]) for family in ON_DEVICES if family != "language"),
         *(slow(family, MESHES[:-1]) for family in ON_DEVICES if family != "language"),
+        *(slow(family, MESHES[-1:]) for family in META),
     ],
 )
 def test_eight_devices_are_one(family, meshes, tiny_run):
-    recipe, overrides = FAMILIES[family]
+    recipe, overrides = META[family] if family in META else FAMILIES[family]
     # Not Adam: where a gradient is zero but for rounding it would make a whole step of the rounding.
     overrides = {**overrides, "optim.name": "sgd", "optim.learning_rate": 0.1}
     _, one = tiny_run(recipe, "one", **overrides)

@@ -280,16 +280,19 @@ def test_reptile_of_two_steps_by_hand():
     np.testing.assert_allclose(found["w"], [(0.5 - np.mean(moved)) / (0.2 * 2)], rtol=1e-5)
 
 
-def test_implicit_gradient_is_that_of_the_closed_form():
-    """phi = argmin mean (p x - y)^2 + (l / 2) (p - w)^2 = (c + l w) / (h + l): d phi / d w = l / (h + l)."""
+@pytest.mark.parametrize("damping", [0.0, 3.0])
+def test_implicit_gradient_is_that_of_the_closed_form(damping):
+    """phi = argmin mean (p x - y)^2 + (l / 2) (p - w)^2 = (c + l w) / (h + l): d phi / d w = l / (h + l); damped by d
+    it is (l + d) / (h + l + d), of the same phi."""
     batch, proximity = regression(), 1.5
-    objective = ImplicitMAML(proximity=proximity, inner_steps=400, inner_rate=0.05, solver_steps=2)
+    settings = {"inner_steps": 400, "inner_rate": 0.05, "solver_steps": 2}
+    objective = ImplicitMAML(proximity=proximity, damping=damping, **settings)
     _, (found, _, _) = gradient(objective, Line(), batch)
     expected = []
     for x, y, z, t in zip(*(np.asarray(batch[n]) for n in ("support_inputs", "support_labels", "inputs", "labels"))):
         h, c = 2 * (x * x).mean(), 2 * (x * y).mean()
         phi = (c + proximity * 0.5) / (h + proximity)
-        expected.append(2 * (z * (z * phi - t)).mean() * proximity / (h + proximity))
+        expected.append(2 * (z * (z * phi - t)).mean() * (proximity + damping) / (h + proximity + damping))
     np.testing.assert_allclose(found["w"], [np.mean(expected)], rtol=1e-4)
 
 
@@ -324,6 +327,30 @@ def test_conjugate_gradients():
         np.testing.assert_allclose(flat(found), np.linalg.solve(a, flat(b)), rtol=1e-3, atol=1e-4)
     zero = conjugate_gradients(product, jax.tree.map(jnp.zeros_like, b), 3)
     assert (flat(zero) == 0).all()
+
+
+def test_conjugate_gradients_end_where_curvature_is_not_positive():
+    """Of diag(1, -1): along (2, 1) it is 3, so that one step of 5 / 3 is taken, and along the next direction it is not;
+    along (1, 2) it is -3 at once."""
+    product = lambda v: v * jnp.array([1.0, -1.0])
+    for steps in (1, 5):
+        np.testing.assert_allclose(conjugate_gradients(product, jnp.array([2.0, 1.0]), steps), [10 / 3, 5 / 3])
+        np.testing.assert_allclose(conjugate_gradients(product, jnp.array([1.0, 2.0]), steps), [1.0, 2.0])
+
+
+def test_implicit_gradient_is_no_rounding():
+    """Of a network whose loss curves down by more than the proximity: a change of its weights by 1e-6 of their size
+    changes the gradient by no more than 1e-3 of its size."""
+    batch, module = regression(tasks=8), perceptron()
+    objective = ImplicitMAML(proximity=0.1, inner_steps=4, solver_steps=5)
+    parts, (found, _, _) = gradient(objective, module, batch)
+    leaves, tree = jax.tree.flatten(parts.params)
+    keys = jax.random.split(KEY, len(leaves))
+    moved = [leaf * (1 + 1e-6 * jax.random.normal(key, leaf.shape)) for leaf, key in zip(leaves, keys, strict=True)]
+    other, _, _ = objective.gradients(
+        parts.graph, jax.tree.unflatten(tree, moved), parts.stats, parts.frozen, batch, KEY, jnp.zeros((), jnp.int32)
+    )
+    assert jnp.linalg.norm(flat(other) - flat(found)) < 1e-3 * jnp.linalg.norm(flat(found))
 
 
 # ---- prototypes, and learning classes ------------------------------------------------------------------------------
@@ -563,6 +590,7 @@ def test_adaptation_learns_the_support():
         ("supervised", {"classes": False, "remat": "tree"}, "remat='tree': 'supervised' has no inner loop in training"),
         ("supervised", {"inner_steps": 3}, "inner_steps=3 is of the fine-tuning, which classes=True has none of"),
         ("supervised", {"classes": False, "single": True}, "single=True is of classes"),
+        ("imaml", {"damping": -1.0}, "damping=-1.0 must be at least 0"),
         ("imaml", {"solver_steps": 0}, "solver_steps=0 must be at least 1"),
         ("imaml", {"parameters": "head"}, "'imaml' adapts all parameters"),
         ("imaml", {"second_order": False}, "second_order=False means nothing to 'imaml', which"),

@@ -12,6 +12,7 @@ from lissom.training.meta.networks import (
     STATISTICS,
     TaskNetwork,
     a_network_a_task,
+    check_state,
     has_features,
     note,
     one_network,
@@ -68,6 +69,7 @@ class Episodic(Objective):
 
     def loss(self, module, batch, key, step):
         del step
+        check_state(module, self.statistics_of)
         network, params, stats = TaskNetwork.of(module, self.statistics_of, self.method)
 
         def task(support, targets, inputs, labels, key):

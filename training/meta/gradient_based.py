@@ -13,7 +13,7 @@ from lissom.models.variables import Param, flatten, logical_axes, map_paths, pat
 from lissom.training import OPTIMIZERS
 from lissom.training.meta.episodic import Episodic
 from lissom.training.meta.inner import REMAT, adapted
-from lissom.training.meta.networks import parts, task_loss, together
+from lissom.training.meta.networks import note_of_frozen, parts, task_loss, together
 
 RATES = "inner_rates"  # of the network: no inner loop changes them
 # What the inner directions have by default: descent is plain, and Adam's root has a slope where a gradient is 0.
@@ -70,6 +70,9 @@ class MAML(Episodic):
                 f"objective.parameters={self.parameters.pattern!r} matches none of {', '.join(names[:6])} ..."
             )
         return model
+
+    def notes(self, network):
+        return (*super().notes(network), *note_of_frozen(network))
 
     def chosen(self, params: Any) -> tuple[Any, Any]:
         """(the parameters that the inner loop changes, the others)."""

@@ -19,11 +19,23 @@ class ImplicitMAML(MAML):
 
     by `solver_steps` steps of conjugate gradients with products of H: its memory does not grow with inner_steps. It is
     exact as far as both loops have converged, and asks that I + H / proximity is positive definite: where the loss
-    curves down by more than `proximity`, there is no such minimum. All inner steps of a task have one key, so that
-    dropout draws one mask.
+    curves down by more than `proximity`, there is no such minimum, and the solver ends (`conjugate_gradients`).
+    `damping` is added to the proximity in the solver alone: without end it leaves the first-order gradient. The paper
+    has none; the authors' code has 10, and twice the I. All inner steps of a task have one key, so that dropout draws
+    one mask.
     """
 
-    def __init__(self, *, proximity: float = 2.0, solver_steps: int = 5, second_order: bool = True, **settings):
+    def __init__(
+        self,
+        *,
+        proximity: float = 2.0,
+        damping: float = 0.0,
+        solver_steps: int = 5,
+        second_order: bool = True,
+        **settings,
+    ):
+        if damping < 0:
+            raise ValueError(f"objective.damping={damping} must be at least 0")
         if proximity <= 0:
             raise ValueError(f"objective.proximity={proximity} must be above 0")
         if solver_steps < 1:
@@ -37,7 +49,7 @@ class ImplicitMAML(MAML):
                 "objective.second_order=False means nothing to 'imaml', which differentiates no inner step"
             )
         super().__init__(**settings)
-        self.proximity, self.solver_steps = proximity, solver_steps
+        self.proximity, self.damping, self.solver_steps = proximity, damping, solver_steps
 
     def descend(self, network, params, stats, inputs, targets, key, train):
         def loss(phi, task, key):
@@ -53,7 +65,7 @@ class ImplicitMAML(MAML):
             return adapted(regularised, theta, self.optimizer(theta), steps, key, second_order=False)
 
         task = (stats, inputs, targets)
-        return implicit(solve, jax.grad(loss), self.proximity, self.solver_steps)(params, task, key)
+        return implicit(solve, jax.grad(loss), self.proximity + self.damping, self.solver_steps)(params, task, key)
 
 
 def implicit(
@@ -85,20 +97,25 @@ def implicit(
 
 def conjugate_gradients(product: Callable[[Any], Any], target: Any, steps: int) -> Any:
     """x with product(x) = target after `steps` steps from 0, `product` symmetric and positive definite (Hestenes &
-    Stiefel 1952). Once the residual is 0 it stays there."""
+    Stiefel 1952). Once the residual is 0 it stays there. Where it is not positive along a direction the steps end, with
+    what there is (Steihaug 1983), and at the first one with `target`: a step divides by it, so that near 0 rounding
+    would decide."""
     dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
     ratio = lambda a, b: jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
     add = lambda a, scale, b: jax.tree.map(lambda x, y: x + scale * y, a, b)
 
-    def step(state, _):
-        x, residual, direction, norm = state
+    def step(state, number):
+        x, residual, direction, norm, going = state
         curved = product(direction)
-        length = ratio(norm, dot(direction, curved))
+        curvature = dot(direction, curved)
+        going &= curvature > 0
+        length = jnp.where(going, ratio(norm, curvature), jnp.where(number == 0, 1.0, 0.0))
         x, residual = add(x, length, direction), add(residual, -length, curved)
         after = dot(residual, residual)
         direction = add(residual, ratio(after, norm), direction)
-        return (x, residual, direction, after), None
+        return (x, residual, direction, after, going), None
 
     zeros = jax.tree.map(jnp.zeros_like, target)
-    (x, *_), _ = jax.lax.scan(step, (zeros, target, target, dot(target, target)), None, length=steps)
+    begun = (zeros, target, target, dot(target, target), jnp.array(True))
+    (x, *_), _ = jax.lax.scan(step, begun, jnp.arange(steps))
     return x

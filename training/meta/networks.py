@@ -10,8 +10,9 @@ from flax import nnx
 
 from lissom.models import products
 from lissom.models.norms import BatchNorm
-from lissom.models.variables import Parts, Tree, map_paths, merge, split, stats_of
+from lissom.models.variables import Parts, Tree, is_stat, map_paths, merge, split, stats_of
 from lissom.ops import dispatch
+from lissom.training.errors import UserError
 from lissom.training.objectives.base import cross_entropy
 
 STATISTICS = {
@@ -90,9 +91,31 @@ def batch_norms(network: nnx.Module) -> list[BatchNorm]:
     return [node for _, node in nnx.iter_graph(network) if isinstance(node, BatchNorm)]
 
 
+def check_state(network: nnx.Module, statistics: str) -> None:
+    """UserError where a network in training has state besides BatchNorm's and the statistics are a task's own: what its
+    tasks make of that is thrown away, and a range of activations or a router's bias would never move."""
+    if statistics == "running":
+        return
+    own = [path for path, node in nnx.iter_graph(network) if isinstance(node, BatchNorm)]
+    for path, value in nnx.iter_graph(network):
+        if isinstance(value, nnx.Variable) and is_stat(path, value) and path[:-1] not in own:
+            raise UserError(
+                f"statistics={statistics!r} keeps none of the network's state, and {'/'.join(map(str, path))} is some "
+                "that training moves: set config.objective_kwargs.<objective>.statistics='running'"
+            )
+
+
 def note(network: nnx.Module, statistics: str) -> tuple[str, ...]:
     """What a row says of BatchNorm, where the network has one."""
     return (f"BatchNorm normalises {STATISTICS[statistics]}",) if batch_norms(network) else ()
+
+
+def note_of_frozen(network: nnx.Module) -> tuple[str, ...]:
+    """What a row says of an inner loop that part of a network is kept from."""
+    _, params, _, frozen = split(network)
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    held = count(frozen)
+    return (f"{held:,} frozen numbers are not adapted, {count(params):,} parameters are",) if held else ()
 
 
 def task_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from lissom.models.variables import Parts, merge
 from lissom.training.errors import UserError
 from lissom.training.meta.gradient_based import MAML
 from lissom.training.meta.inner import adapted
-from lissom.training.meta.networks import TaskNetwork, a_network_a_task, task_loss, together
+from lissom.training.meta.networks import TaskNetwork, a_network_a_task, check_state, task_loss, together
 
 
 class Reptile(MAML):
@@ -34,6 +34,7 @@ class Reptile(MAML):
     def gradients(self, graph, params, stats, frozen, batch, key, step):
         del step
         module = merge(Parts(graph, params, stats, frozen))
+        check_state(module, self.statistics_of)
         network, params, stats = TaskNetwork.of(module, self.statistics_of, self.method)
         mine, others = self.chosen(params)
         joined = lambda name: jnp.concatenate([batch[f"support_{name}"], batch[name]], 1)

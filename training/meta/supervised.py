@@ -7,7 +7,7 @@ from lissom.models.linear import Linear
 from lissom.training.errors import UserError
 from lissom.training.meta.episodic import hits
 from lissom.training.meta.gradient_based import MAML
-from lissom.training.meta.networks import TaskNetwork, a_network_a_task, headless, one_network, task_loss
+from lissom.training.meta.networks import TaskNetwork, a_network_a_task, headless, note, one_network, task_loss
 from lissom.training.meta.prototypes import nearest_unit_mean, unit_means
 from lissom.training.objectives.base import auxiliary, cross_entropy, reported
 
@@ -58,6 +58,9 @@ class Supervised(MAML):
                 "config.objective_kwargs.supervised.classes=False"
             )
         self._classes = facts.get("train_classes")
+
+    def notes(self, network):
+        return note(network, self.statistics_of) if self.of_classes else super().notes(network)
 
     def structure(self, model):
         return headless(model) if self.of_classes else super().structure(model)
