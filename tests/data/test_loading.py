@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def prepare_with_tfds(folder, features, examples, name="toy_set"):
-    """A dataset as `tfds build` leaves it."""
+    """A dataset as `tfds build` leaves it, of the examples of each split, or of the same ones in two."""
     import tensorflow_datasets as tfds
     from etils import epath
 
@@ -253,10 +253,11 @@ def prepare_with_tfds(folder, features, examples, name="toy_set"):
             )
 
         def _split_generators(self, dl_manager):
-            return {split: self._generate_examples() for split in ("train", "validation")}
+            given = examples if isinstance(examples, dict) else dict.fromkeys(("train", "validation"), examples)
+            return {split: self._generate_examples(some) for split, some in given.items()}
 
-        def _generate_examples(self):
-            yield from enumerate(examples)
+        def _generate_examples(self, some):
+            yield from enumerate(some)
 
     Prepared.name = name
     Prepared(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -280,6 +281,37 @@ def test_prepared_tfds_images(tmp_path):
     assert "no setting 'imagesize'; did you mean 'image_size'" in sentence(
         "toy_set", data_dir=str(tmp_path), imagesize=4
     )
+
+
+def test_episodes_of_prepared_tfds_images(tmp_path):
+    """With the features and the splits of omniglot: classes of the test are none of training. An example is known by
+    its picture, all of one grey."""
+    import tensorflow_datasets as tfds
+
+    label = lambda count: tfds.features.ClassLabel(num_classes=count)
+    features = {"image": tfds.features.Image(shape=(105, 105, 3)), "label": label(9)}
+    features |= {"alphabet": label(3), "alphabet_char_id": tfds.features.Scalar(np.int64)}
+
+    def example(number, drawer):
+        picture = np.full((105, 105, 3), 20 * number + drawer, np.uint8)
+        return {"image": prep.encode_image(picture), "label": number, "alphabet": number // 3, "alphabet_char_id": 1}
+
+    of = lambda classes: [example(number, drawer) for drawer in range(5) for number in classes]
+    prepare_with_tfds(tmp_path, features, {"train": of(range(5)), "test": of(range(5, 9))}, name="omniglot")
+    given = {"source": "omniglot", "source_kwargs": {"data_dir": str(tmp_path), "image_size": 7}}
+    data = load("episodes", **given, ways=3, shots=2, queries=3, train_size=8, test_size=8)
+    assert data.info["train_classes"] == 5 and data.info["test_classes"] == 4
+    assert data.info["input_shape"] == (7, 7, 3)
+    for source, classes in ((data.train, range(5)), (data.test, range(5, 9))):
+        for episode in (source[i] for i in range(len(source))):
+            greys = {}
+            for part in ("support_", ""):
+                pictures, labels = episode[f"{part}inputs"], episode[f"{part}labels"]
+                shown = np.rint(255 * pictures[:, 0, 0, 0]).astype(int)
+                np.testing.assert_array_equal(np.asarray(classes)[episode["classes"][labels]], shown // 20)
+                greys[part] = set(shown.tolist())
+            assert len(greys["support_"]) == 6 and len(greys[""]) == 9 and not greys["support_"] & greys[""]
+    assert "a class of an episode needs up to 6 examples" in sentence("episodes", **given, ways=3, shots=3, queries=3)
 
 
 def test_prepared_tfds_frames(tmp_path):
