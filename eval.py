@@ -181,9 +181,9 @@ def task_name(config) -> str:
     return config.data.name + (f"({inner})" if inner else "")
 
 
-def overrides_of(config) -> dict[str, Any]:
-    """{field: value} of what differs from the recipe, but for the seed and for fields that change no result; empty
-    where the recipe's file is gone."""
+def overrides_of(config, named: Sequence[str] = ()) -> dict[str, Any]:
+    """{field: value} of what differs from the recipe, but for the seed and for fields that change no result, and of the
+    `named` fields though they don't; empty where the recipe's file is gone."""
     from flax.traverse_util import flatten_dict
 
     from lissom.training.config import WATCHING, from_json, load_recipe, to_json
@@ -195,7 +195,7 @@ def overrides_of(config) -> dict[str, Any]:
     return {
         key: value if isinstance(value, str | int | float | bool) else str(value)
         for key, value in flatten_dict(config.to_dict(), sep=".").items()
-        if key != "seed" and not key.startswith(WATCHING) and value != base.get(key, "unset")
+        if key in named or (key != "seed" and not key.startswith(WATCHING) and value != base.get(key, "unset"))
     }
 
 
@@ -206,12 +206,14 @@ def evaluate(
     notes: Mapping[str, Sequence[str]] | None = None,
     transforms: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     floors: bool = True,
+    named: Sequence[str] = (),
     skip: Callable[[str], None] | None = None,
 ) -> list:
     """The rows of finished runs: one for each run, evaluation transform and seed, then the floors of each task.
 
     `variants` maps a run's path to its label in tables, `notes` to sentences that its rows carry, `transforms` to what
-    it is measured behind instead of the transforms of its config. A directory without a whole run is a UserError; with
+    it is measured behind instead of the transforms of its config. `named` fields stand in the rows though they are the
+    recipe's, as tuned ones should: recipes change. A directory without a whole run is a UserError; with
     `skip` it is left out and said there, and only when none is left is it an error.
     """
     from lissom.data.errors import DataError
@@ -226,7 +228,7 @@ def evaluate(
     subjects = []
     for run in runs:
         try:
-            of_run = (variants.get(str(run)), notes.get(str(run), ()), transforms.get(str(run)))
+            of_run = (variants.get(str(run)), notes.get(str(run), ()), transforms.get(str(run)), named)
             subjects += _subjects(run, loaded, beside, here, *of_run)
         except (UserError, DataError, UnknownName) as error:
             if skip is None:
@@ -285,6 +287,7 @@ def _subjects(
     variant: str | None,
     notes: Sequence[str],
     transforms: Sequence[Mapping[str, Any]] | None,
+    named: Sequence[str],
 ) -> list:
     """A run's network as trained, and after each of the transforms (None: those of its config); `loaded` keeps the data
     of each task, `beside` the test sets beside it."""
@@ -311,7 +314,7 @@ def _subjects(
     known = beside.setdefault(task, [])
     known += [each for each in further if all(each[0] != settings for settings, _ in known)]
     measured = dataclasses.replace(here, data=_checksum(dataset.info))
-    identity = Identity(config.recipe, task, config.seed, overrides_of(given), variant=variant)
+    identity = Identity(config.recipe, task, config.seed, overrides_of(given, named), variant=variant)
     blank = Row(identity, measured, (), elsewhere(trained, measured), tuple(notes))
     times |= _forgetting(run, config, dataset)
     entries = [dict(entry) for entry in (config.evaluation.transforms if transforms is None else transforms)]

@@ -338,7 +338,8 @@ def compare(
         labels[str(run)] = variant.label
     if not measure:
         return []
-    return evaluate(runs, variants=labels, notes={run: notes[label] for run, label in labels.items()})
+    notes_of = {run: notes[label] for run, label in labels.items()}
+    return evaluate(runs, variants=labels, notes=notes_of, named=[axis_of(axis, "--tune")[0] for axis in tune])
 
 
 def share(jobs: Sequence, shard: tuple[int, int]) -> list:

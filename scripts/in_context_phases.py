@@ -28,7 +28,6 @@ paper are fields of the recipe, each for a --workdir and --out of its own: --con
 --config.data.kwargs.in_context.fixed_permutation=0.1.
 """
 
-import dataclasses
 import math
 import pathlib
 import sys
@@ -156,12 +155,7 @@ def measured(learners: Sequence[Learner], workdir: pathlib.Path) -> tuple[list[R
             runs[place] = run
             notes[str(place)] = [note] if note else []
     variants = {str(place): run.learner for place, run in runs.items()}
-    rows = evaluate(list(runs), variants=variants, notes=notes)
-    for number, run in enumerate(runs.values()):  # a tuned rate is named, be it the recipe's or not
-        identity = rows[number].identity
-        overrides = {**identity.overrides, RATE: run.config.optim.learning_rate}
-        rows[number] = dataclasses.replace(rows[number], identity=dataclasses.replace(identity, overrides=overrides))
-    return list(runs.values()), rows
+    return list(runs.values()), evaluate(list(runs), variants=variants, notes=notes, named=[RATE])
 
 
 def value(row, name: str, tested: str | None = None) -> float | None:

@@ -205,6 +205,9 @@ def test_names():
 
     config = overridden(load_recipe("configs/language/recall_lm.py"), [("model.width", "96"), ("seed", "4")])
     assert overrides_of(config) == {"model.width": 96}
+    # A field may be asked for though it is the recipe's.
+    named = overrides_of(config, ["optim.learning_rate"])
+    assert named == {"model.width": 96, "optim.learning_rate": config.optim.learning_rate}
     # What the recipe has no entry for is named as it was given.
     deep = overridden(config, [("model.mixer_kwargs.window.window", "7")])
     assert overrides_of(deep) == {"model.width": 96, "model.mixer_kwargs.window.window": 7}

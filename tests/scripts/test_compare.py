@@ -251,6 +251,7 @@ def test_the_rows_of_a_variant_tuned_at_the_edge_say_so(tmp_path, monkeypatch):
     assert [run.name for run in runs] == [f"{label}_seed{seed}" for seed in (0, 1) for label in labels]
     note = "optim.learning_rate=1e-2 is the largest of the values tried (1e-3, 3e-3, 1e-2), so that one beyond may be "
     assert asked["notes"] == {str(run): [note + "better"] for run in runs}
+    assert asked["named"] == ["optim.learning_rate"]
     # Every variant once, when its first run's turn comes; and every run once.
     trials = [
         f"{label} optim.learning_rate={rate}".replace(" ", "_") for label in labels for rate in axis[20:].split(",")
