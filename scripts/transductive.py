@@ -63,8 +63,8 @@ class Judged(NamedTuple):
     tests: dict[str, list[Features]]
 
 
-def features_of(network, objective, source, numbers: Sequence[int], batch: int) -> Iterator[Features]:
-    """Of those episodes of a source."""
+def features_of(network, objective) -> Callable[[Any, Sequence[int], int], list[Features]]:
+    """What a network makes of those episodes of a source, `batch` at a time: of(source, numbers, batch)."""
     import jax
     import numpy as np
 
@@ -78,11 +78,14 @@ def features_of(network, objective, source, numbers: Sequence[int], batch: int) 
         support, queries = objective.features(merge(type(network)(graph, *state)), given)
         return jax.vmap(transductive.centred)(support, queries)
 
-    for start in range(0, len(numbers), batch):
-        episodes = [source[number] for number in numbers[start : start + batch]]
-        given = {name: np.stack([episode[name] for episode in episodes]) for name in episodes[0]}
-        support, queries = map(np.asarray, of_batch(state, given))
-        yield Features(support, given["support_labels"], queries, given["labels"])
+    def batches(source, numbers: Sequence[int], batch: int) -> Iterator[Features]:
+        for start in range(0, len(numbers), batch):
+            episodes = [source[number] for number in numbers[start : start + batch]]
+            given = {name: np.stack([episode[name] for episode in episodes]) for name in episodes[0]}
+            support, queries = map(np.asarray, of_batch(state, given))
+            yield Features(support, given["support_labels"], queries, given["labels"])
+
+    return lambda *asked: list(batches(*asked))
 
 
 def labelled(paths: Sequence[pathlib.Path]) -> list[Run]:
@@ -124,11 +127,13 @@ def read(run: Run, unkind: dict[str, dict], choose: int, loaded: dict[str, dict]
         loaded[task] = {kind: load_plain(run.config, **EVEN | settings) for kind, settings in kinds.items()}
     sets = loaded[task]
     own, batch = sets[OWN], run.config.evaluation.batch_size
-    of = lambda source, count: list(features_of(network, objective, source, range(count), batch))
+    features = features_of(network, objective)
+    of = lambda source, count: features(source, range(count), batch)
     tests = {kind: of(dataset.test, len(dataset.test)) for kind, dataset in sets.items()}
     return Judged(own.info["classes"], of(own.train, min(choose, len(own.train))), tests)
 
 
+@functools.cache  # of several runs a method is compiled once
 def right(method: Callable, ways: int) -> Callable[[Features], Any]:
     """The compiled share [B, ...] of each episode's queries that `method` of one episode, (support, labels, queries,
     ways) -> scores [..., Q, ways], says right."""
@@ -147,22 +152,37 @@ def of_episodes(of_batch: Callable[[Features], Any], batches: Sequence[Features]
     return np.concatenate([of_batch(batch) for batch in batches]).astype(np.float64)
 
 
-def chosen(batches: Sequence[Features], ways: int, strengths: Sequence[float], neighbours: Sequence[int]):
-    """The `Clustering` of the highest accuracy of a grid; of several as good ones the first."""
+@functools.cache
+def by_settings(settings) -> Callable:
+    """Laplacian-regularised prototypes by a `Clustering`."""
+    from lissom.models.transductive import laplacian
+
+    return lambda *given: laplacian(*given, settings)[0]
+
+
+@functools.cache
+def by_all(grid: Sequence[tuple[float, float]], neighbours: int) -> Callable:
+    """The same by all (sharpness, strength) of a grid at once: scores [settings, Q, ways]."""
     import jax
     import jax.numpy as jnp
 
     from lissom.models.transductive import Clustering, laplacian
 
-    grid = list(itertools.product(SHARPNESS, strengths))
+    def every(*given):
+        of = lambda sharpness, strength: laplacian(*given, Clustering(sharpness, strength, neighbours))[0]
+        return jax.vmap(of)(*jnp.array(grid).T)
+
+    return every
+
+
+def chosen(batches: Sequence[Features], ways: int, strengths: Sequence[float], neighbours: Sequence[int]):
+    """The `Clustering` of the highest accuracy of a grid; of several as good ones the first."""
+    from lissom.models.transductive import Clustering
+
+    grid = tuple(itertools.product(SHARPNESS, strengths))
     found = []
     for near in neighbours:
-
-        def every(*given, near=near):
-            of = lambda sharpness, strength: laplacian(*given, Clustering(sharpness, strength, near))[0]
-            return jax.vmap(of)(*jnp.array(grid).T)
-
-        values = of_episodes(right(every, ways), batches).mean(0)
+        values = of_episodes(right(by_all(grid, near), ways), batches).mean(0)
         found += [(value, Clustering(*pair, near)) for value, pair in zip(values, grid, strict=True)]
     return max(found, key=lambda pair: pair[0])[1]
 
@@ -178,24 +198,26 @@ def rows_of(paths: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int,
     from lissom.models.transductive import Clustering
 
     here, rows, loaded = provenance(), [], {}
+    moved = {
+        "optimal transport, one pass": (functools.partial(transductive.transported, passes=1), ""),
+        "optimal transport": (transductive.transported, ""),
+        "optimal transport with slack": (functools.partial(transductive.transported, slack=SLACK), ""),
+    }
     for run in labelled(paths):
         judged = read(run, unkind, choose, loaded)
         soft = chosen(judged.training, judged.ways, (0.0,), NEIGHBOURS[:1])
         graph = chosen(judged.training, judged.ways, STRENGTHS, NEIGHBOURS)
-        with_settings = lambda settings: lambda *given: transductive.laplacian(*given, settings)[0]
         # Differences in the tables are to the first.
         methods = {
             "k-means": (transductive.k_means, ""),
             MEANS: (transductive.nearest_prototype, ""),
-            "soft k-means": (with_settings(soft), f"sharpness {soft.sharpness:g}"),
+            "soft k-means": (by_settings(soft), f"sharpness {soft.sharpness:g}"),
             "Laplacian": (
-                with_settings(graph),
+                by_settings(graph),
                 f"sharpness {graph.sharpness:g}, lambda {graph.strength:g}, {graph.neighbours} neighbours",
             ),
-            "Laplacian, defaults": (with_settings(Clustering()), ""),
-            "optimal transport, one pass": (functools.partial(transductive.transported, passes=1), ""),
-            "optimal transport": (transductive.transported, ""),
-            "optimal transport with slack": (functools.partial(transductive.transported, slack=SLACK), ""),
+            "Laplacian, defaults": (by_settings(Clustering()), ""),
+            **moved,
         }
         trained, seed = elsewhere(trained_by(run.path), here), run.config.seed
         found = {
