@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
         "fomaml": inner,
         "anil": {**inner, "remat": "none"},
         "meta_sgd": {**inner, "inner_steps": 1, "remat": "none"},
-        "imaml": {**inner, "inner_steps": 16, "proximity": 0.5, "solver_steps": 5},
+        "imaml": {**inner, "inner_steps": 16, "proximity": 2.0, "damping": 10.0, "solver_steps": 5},
         "reptile": {**inner, "inner_batch": 10},
         "protonet": {},
         "supervised": {**inner, "classes": False},
