@@ -142,7 +142,6 @@ SETTINGS = {
         "objective_kwargs.maml.statistics": "queries",
     },
     "fewshot/sinusoid": {},
-    "fewshot/linear": {},
     "vision/digits_vit": {},
 }
 
