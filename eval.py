@@ -224,7 +224,7 @@ def evaluate(
     here, runs = provenance(), [pathlib.Path(run) for run in runs]
     variants, notes, transforms = variants or {}, notes or {}, transforms or {}
     loaded: dict[str, Any] = {}  # the data of each task
-    beside: dict[str, list] = {}  # and its further test sets, as `further_tests` gives them
+    beside: dict[str, list] = {}  # and its further test sets, [(conditions, dataset)]
     subjects = []
     for run in runs:
         try:
@@ -310,7 +310,7 @@ def _subjects(
         loaded[task] = load_plain(config)
     dataset = as_learned(config, loaded[task])
     check_facts(run, {**dataset.info, "kind": dataset.kind})  # a network fits the data that it was trained on
-    further = further_tests(config, dataset)
+    further = [(_conditions(settings), other) for settings, other in further_tests(config, dataset)]
     known = beside.setdefault(task, [])
     known += [each for each in further if all(each[0] != settings for settings, _ in known)]
     measured = dataclasses.replace(here, data=_checksum(dataset.info))
@@ -402,7 +402,7 @@ def _subject(run: pathlib.Path, config, entry: dict, name, dataset, further, bla
         times=times,
         simulated=imitates(network),
         floor=bool(config.evaluation.floor),
-        further=[(_conditions(settings), batches(other)) for settings, other in further],
+        further=[(settings, batches(other)) for settings, other in further],
     )
 
 
@@ -420,36 +420,35 @@ IN_TASK = ("stream", "episode")
 
 def _floor_rows(task: str, dataset, further: Sequence[tuple[Mapping[str, Any], Any]], provenance) -> list:
     """The trivial methods on the test set and, where they learn from a test example itself, on the further ones."""
-    import functools
-
-    from lissom.data import cue_match, dynamics
-    from lissom.data.episodes import nearest_of_all, regression
     from lissom.evaluation.measuring import floor_rows
 
     def of(dataset):
-        # The generated data whose answer can be worked out.
-        info = dataset.info
-        oracles = {
-            "cue_match": functools.partial(cue_match.solve, classes=info.get("classes")),
-            "dynamics": functools.partial(dynamics.solve, systems=info.get("systems"), interval=info.get("interval")),
-            "episodes": nearest_of_all,
-            **(
-                {"regression_tasks": regression.solve}
-                if set(info.get("families", ())) <= set(regression.CURVES)
-                else {}
-            ),
-        }
-        oracle = oracles.get(dataset.name)
+        oracle = _oracle(dataset)
         return floor_rows(task, dataset.kind, dataset.train, dataset.test, dataset.info, provenance, oracle)
 
     rows = of(dataset)
     for settings, other in further if dataset.kind in IN_TASK else ():
         for number, row in enumerate(of(other)):
-            more = [
-                dataclasses.replace(m, conditions={**m.conditions, **_conditions(settings)}) for m in row.measurements
-            ]
+            more = [dataclasses.replace(m, conditions={**m.conditions, **settings}) for m in row.measurements]
             rows[number] = dataclasses.replace(rows[number], measurements=(*rows[number].measurements, *more))
     return rows
+
+
+def _oracle(dataset) -> Callable | None:
+    """Of generated data whose answer can be worked out what does so (`measuring.floor_rows`)."""
+    import functools
+
+    from lissom.data import cue_match, dynamics
+    from lissom.data.episodes import nearest_of_all, regression
+
+    info = dataset.info
+    oracles = {
+        "cue_match": functools.partial(cue_match.solve, classes=info.get("classes")),
+        "dynamics": functools.partial(dynamics.solve, systems=info.get("systems"), interval=info.get("interval")),
+        "episodes": nearest_of_all,
+        **({"regression_tasks": regression.solve} if set(info.get("families", ())) <= set(regression.CURVES) else {}),
+    }
+    return oracles.get(dataset.name)
 
 
 def check_writable(path: pathlib.Path | str, flag: str) -> None:

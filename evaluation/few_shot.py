@@ -8,7 +8,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import LogisticRegression
 
 from lissom.models import transductive
-from lissom.models.tallies import interval
+from lissom.models.tallies import interval, moments
 
 FITTED = 400  # training episodes that a floor may learn from
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernel, in standard deviations of the inputs
@@ -33,8 +33,8 @@ def rows(
     told = []
     for name, answers in found.items():
         values = np.array([score(said, episode["labels"]) for said, episode in zip(answers, asked, strict=True)])
-        moments = np.array([values.sum(), np.square(values).sum(), len(values)])
-        told.append((name, kinds[name], {metric: float(values.mean()), **interval(f"{metric}_interval", moments)}))
+        spread = interval(f"{metric}_interval", moments(values))
+        told.append((name, kinds[name], {metric: float(values.mean()), **spread}))
     return told
 
 

@@ -67,8 +67,13 @@ def firing(activity: np.ndarray) -> dict[str, float]:
 EPISODES = 600  # an interval over fewer test episodes is none
 
 
+def moments(values: np.ndarray) -> np.ndarray:
+    """Of the values of all episodes what `interval` is told."""
+    return np.array([values.sum(), np.square(values).sum(), len(values)])
+
+
 def interval(name: str, moments: np.ndarray) -> dict[str, float]:
-    """[3] -> 1.96 standard errors of the mean over episodes: half the width of its 95 % interval."""
+    """`moments` [3] -> 1.96 standard errors of the mean over episodes: half the width of its 95 % interval."""
     total, squares, count = moments
     if count < EPISODES:
         return {}

@@ -12,7 +12,7 @@ that --concentration ("uneven queries"); and the gain of each over the class mea
 
 Soft k-means (its sharpness) and Laplacian-regularised prototypes (sharpness, lambda, neighbours) are those of the
 highest accuracy on --choose episodes of training classes, chosen for each run apart; the rows say which. Training
-classes are no validation classes: the network has learned them. The slack was chosen on episodes of Gaussian classes.
+classes are no validation classes: the network has learned them.
 """
 
 import functools
@@ -20,7 +20,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -63,8 +63,8 @@ class Judged(NamedTuple):
     tests: dict[str, list[Features]]
 
 
-def features_of(network, objective) -> Callable[[Any, Sequence[int], int], list[Features]]:
-    """What a network makes of those episodes of a source, `batch` at a time: of(source, numbers, batch)."""
+def features_of(network, objective) -> Callable[[Any, int, int], list[Features]]:
+    """of(source, count, batch): what the network makes of the first episodes of a source, so many at a time."""
     import jax
     import numpy as np
 
@@ -78,14 +78,16 @@ def features_of(network, objective) -> Callable[[Any, Sequence[int], int], list[
         support, queries = objective.features(merge(type(network)(graph, *state)), given)
         return jax.vmap(transductive.centred)(support, queries)
 
-    def batches(source, numbers: Sequence[int], batch: int) -> Iterator[Features]:
-        for start in range(0, len(numbers), batch):
-            episodes = [source[number] for number in numbers[start : start + batch]]
+    def of(source, count: int, batch: int) -> list[Features]:
+        found = []
+        for start in range(0, count, batch):
+            episodes = [source[number] for number in range(start, min(start + batch, count))]
             given = {name: np.stack([episode[name] for episode in episodes]) for name in episodes[0]}
             support, queries = map(np.asarray, of_batch(state, given))
-            yield Features(support, given["support_labels"], queries, given["labels"])
+            found.append(Features(support, given["support_labels"], queries, given["labels"]))
+        return found
 
-    return lambda *asked: list(batches(*asked))
+    return of
 
 
 def labelled(paths: Sequence[pathlib.Path]) -> list[Run]:
@@ -127,10 +129,9 @@ def read(run: Run, unkind: dict[str, dict], choose: int, loaded: dict[str, dict]
         loaded[task] = {kind: load_plain(run.config, **EVEN | settings) for kind, settings in kinds.items()}
     sets = loaded[task]
     own, batch = sets[OWN], run.config.evaluation.batch_size
-    features = features_of(network, objective)
-    of = lambda source, count: features(source, range(count), batch)
-    tests = {kind: of(dataset.test, len(dataset.test)) for kind, dataset in sets.items()}
-    return Judged(own.info["classes"], of(own.train, min(choose, len(own.train))), tests)
+    of = features_of(network, objective)
+    tests = {kind: of(dataset.test, len(dataset.test), batch) for kind, dataset in sets.items()}
+    return Judged(own.info["classes"], of(own.train, min(choose, len(own.train)), batch), tests)
 
 
 @functools.cache  # of several runs a method is compiled once
@@ -189,12 +190,10 @@ def chosen(batches: Sequence[Features], ways: int, strengths: Sequence[float], n
 
 def rows_of(paths: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int, say: Callable[[str], None]) -> list:
     """A row of every run and method."""
-    import numpy as np
-
     from lissom.eval import overrides_of, trained_by
     from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance
     from lissom.models import transductive
-    from lissom.models.tallies import interval
+    from lissom.models.tallies import interval, moments
     from lissom.models.transductive import Clustering
 
     here, rows, loaded = provenance(), [], {}
@@ -231,7 +230,7 @@ def rows_of(paths: Sequence[pathlib.Path], unkind: dict[str, dict], choose: int,
             for kind in judged.tests:
                 shares = found[name, kind]
                 values = {"accuracy": shares.mean(), "accuracy_gain": (shares - found[MEANS, kind]).mean()}
-                values |= interval("accuracy_interval", np.array([shares.sum(), (shares**2).sum(), len(shares)]))
+                values |= interval("accuracy_interval", moments(shares))
                 measurements += [measure(metric, value, episodes=kind) for metric, value in values.items()]
             identity = Identity(NAME, run.label, seed, overrides_of(run.config), variant=name)
             notes = (f"seed {seed}: {settings}, chosen on training classes",) if settings else ()

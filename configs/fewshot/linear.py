@@ -9,6 +9,7 @@ Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised
     objective_kwargs.maml.inner_steps=1,5,10
 """
 
+from lissom.configs import meta_learners
 from lissom.configs.base import base, mode, tiny
 
 
@@ -16,24 +17,9 @@ def get_config(arg: str = ""):
     config = base()
     tasks = {"dims": 8, "ways": 2, "shots": 5, "queries": 15, "test_size": 1_000}
     config.data.update({"name": "linear_tasks", "batch_size": 25, "kwargs": {"linear_tasks": tasks}})
-    config.model.update({"name": "mlp", "size": "sinusoid", "activation": "relu"})
-    config.objective = "maml"
-    inner = {"inner": "sgd", "inner_rate": 0.1, "inner_steps": 5}
-    config.objective_kwargs = {
-        "maml": {**inner, "remat": "none"},
-        "fomaml": inner,
-        "anil": {**inner, "remat": "none"},
-        "meta_sgd": {**inner, "inner_steps": 1, "remat": "none"},
-        "imaml": {**inner, "inner_steps": 16, "proximity": 2.0, "damping": 10.0, "solver_steps": 5},
-        "reptile": {**inner, "inner_batch": 10},
-        "protonet": {},
-        "supervised": {**inner, "classes": False},
-    }
+    meta_learners.apply(config, inner={"inner": "sgd", "inner_rate": 0.1, "inner_steps": 5})
     config.optim.learning_rate = 1e-2
     config.train = {"steps": 5_000}
-    config.log.every = 500
-    baselines = ("one network, fine-tuned: objective=supervised",)
-    config.evaluation.update({"batch_size": 250, "latency_batches": (1, 32), "baselines": baselines})
     if mode(arg, ("tiny",)):
         config = tiny(config)
         config.data.batch_size = 8

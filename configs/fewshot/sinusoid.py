@@ -18,6 +18,7 @@ Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised
     objective_kwargs.maml.inner_steps=1,5,10  objective_kwargs.maml.inner=sgd,adamw
 """
 
+from lissom.configs import meta_learners
 from lissom.configs.base import base, mode, tiny
 
 
@@ -25,26 +26,10 @@ def get_config(arg: str = ""):
     config = base()
     tasks = {"families": ("sinusoid",), "shots": 10, "queries": 20, "noise": 0.0, "test_size": 1_000}
     config.data.update({"name": "regression_tasks", "batch_size": 25, "kwargs": {"regression_tasks": tasks}})
-    config.model.update({"name": "mlp", "size": "sinusoid", "activation": "relu"})
-    config.objective = "maml"
     inner = {"inner": "sgd", "inner_rate": 0.01, "inner_steps": 5}
-    config.objective_kwargs = {
-        "maml": {**inner, "remat": "none"},
-        "fomaml": inner,
-        "anil": {**inner, "remat": "none"},
-        "meta_sgd": {**inner, "inner_steps": 1, "remat": "none"},
-        # Descent at one rate leaves the inner problem unsolved or diverges: its curvature grows in the outer loop.
-        "imaml": {"inner": "adamw", "inner_rate": 0.03, "inner_steps": 16}
-        | {"proximity": 2.0, "damping": 10.0, "solver_steps": 5},
-        "reptile": {**inner, "inner_batch": 10},
-        "protonet": {},
-        "supervised": {**inner, "classes": False},
-    }
+    meta_learners.apply(config, inner=inner, implicit={"inner": "adamw", "inner_rate": 0.03})
     config.optim.learning_rate = 1e-3
     config.train = {"steps": 10_000}
-    config.log.every = 500
-    baselines = ("one network, fine-tuned: objective=supervised",)
-    config.evaluation.update({"batch_size": 250, "latency_batches": (1, 32), "baselines": baselines})
     if mode(arg, ("tiny",)):
         config = tiny(config)
         config.data.batch_size = 8

@@ -7,87 +7,18 @@ import optax
 import pytest
 from flax import nnx
 
-from lissom.models.cnn import ConvNet
 from lissom.models.norms import BatchNorm
-from lissom.models.perceptron import Perceptron
-from lissom.models.variables import Param, Parts, merge, split
+from lissom.models.variables import Parts, merge, split
 from lissom.training import OBJECTIVES
 from lissom.training.errors import UserError
 from lissom.training.meta.episodic import judged
 from lissom.training.meta.gradient_based import ANIL, MAML, FirstOrderMAML, MetaSGD
-from lissom.training.meta.implicit import ImplicitMAML, conjugate_gradients
 from lissom.training.meta.inner import REMAT, adapted
 from lissom.training.meta.networks import TaskNetwork, task_loss
 from lissom.training.meta.prototypes import PrototypicalNetworks
 from lissom.training.meta.reptile import Reptile
 from lissom.training.meta.supervised import Supervised
-
-KEY = jax.random.key(0)
-
-
-class Line(nnx.Module):
-    """w x: of one number, its loss has the Hessian 2 mean x^2."""
-
-    def __init__(self, w=0.5):
-        self.w = Param(jnp.full(1, w), out_sharding=(None,))
-
-    def __call__(self, inputs, *, train=False, key=None):
-        return inputs * self.w[...], {"losses": {}, "metrics": {}}
-
-
-def batch_of(support, targets, inputs, labels):
-    given = {"support_inputs": support, "support_labels": targets, "inputs": inputs, "labels": labels}
-    return {name: jnp.asarray(value) for name, value in given.items()} | {"mask": jnp.ones(len(support))}
-
-
-def regression(tasks=3, seed=0, shots=4, queries=5):
-    """x, and y = a x + noise with a task's own a."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    x = jax.random.normal(keys[0], (tasks, shots + queries, 1))
-    y = jax.random.normal(keys[1], (tasks, 1, 1)) * x + 0.1 * jax.random.normal(keys[2], x.shape)
-    return batch_of(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
-
-
-def classes(tasks=2, ways=3, shots=2, queries=4, seed=0):
-    """Pictures [6, 6, 1] around a task's own means."""
-    keys = jax.random.split(jax.random.key(seed), 2)
-    labels = lambda each: jnp.tile(jnp.repeat(jnp.arange(ways), each), (tasks, 1))
-    means = jax.random.normal(keys[0], (tasks, ways, 6, 6, 1))
-    total = shots + queries
-    x = jnp.repeat(means, total, 1).reshape(tasks, ways, total, 6, 6, 1)
-    x = x + 0.5 * jax.random.normal(keys[1], x.shape)
-    flat = lambda part: part.reshape(tasks, -1, 6, 6, 1)
-    found = batch_of(flat(x[:, :, :shots]), labels(shots), flat(x[:, :, shots:]), labels(queries))
-    return found | {"classes": jnp.tile(jnp.arange(ways) + 1, (tasks, 1))}
-
-
-def perceptron(**settings):
-    return Perceptron(**{"input_shape": (1,), "outputs": 1, "hidden": (8,), "rngs": nnx.Rngs(0)} | settings)
-
-
-def smooth():
-    module = perceptron()
-    module.activation = jnp.tanh
-    return module
-
-
-def cnn(**settings):
-    given = {"input_shape": (6, 6, 1), "classes": 3, "channels": (4, 4), "kernel": 3, "batch_norm": True}
-    return ConvNet(**given | settings, rngs=nnx.Rngs(1))
-
-
-def gradient(objective, module, batch, key=KEY):
-    parts = split(objective.build(objective.structure(module), nnx.Rngs(2)))
-    return parts, objective.gradients(*parts, batch, key, jnp.zeros((), jnp.int32))
-
-
-def close(one, other, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **{"rtol": 1e-4, "atol": 1e-6} | tolerance), one, other)
-
-
-def flat(tree):
-    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
-
+from tests.meta import KEY, Line, classes, close, cnn, flat, gradient, perceptron, regression, smooth
 
 # ---- MAML -----------------------------------------------------------------------------------------------------------
 
@@ -278,79 +209,6 @@ def test_reptile_of_two_steps_by_hand():
             phi -= 0.2 * (h * phi - c)
         moved.append(phi)
     np.testing.assert_allclose(found["w"], [(0.5 - np.mean(moved)) / (0.2 * 2)], rtol=1e-5)
-
-
-@pytest.mark.parametrize("damping", [0.0, 3.0])
-def test_implicit_gradient_is_that_of_the_closed_form(damping):
-    """phi = argmin mean (p x - y)^2 + (l / 2) (p - w)^2 = (c + l w) / (h + l): d phi / d w = l / (h + l); damped by d
-    it is (l + d) / (h + l + d), of the same phi."""
-    batch, proximity = regression(), 1.5
-    settings = {"inner_steps": 400, "inner_rate": 0.05, "solver_steps": 2}
-    objective = ImplicitMAML(proximity=proximity, damping=damping, **settings)
-    _, (found, _, _) = gradient(objective, Line(), batch)
-    expected = []
-    for x, y, z, t in zip(*(np.asarray(batch[n]) for n in ("support_inputs", "support_labels", "inputs", "labels"))):
-        h, c = 2 * (x * x).mean(), 2 * (x * y).mean()
-        phi = (c + proximity * 0.5) / (h + proximity)
-        expected.append(2 * (z * (z * phi - t)).mean() * (proximity + damping) / (h + proximity + damping))
-    np.testing.assert_allclose(found["w"], [np.mean(expected)], rtol=1e-4)
-
-
-def test_implicit_gradient_is_that_of_a_long_inner_loop():
-    """MAML through 300 steps of the same regularised descent, of a network with curvature."""
-    batch = regression()
-    objective = ImplicitMAML(proximity=4.0, inner_steps=300, inner_rate=0.05, solver_steps=25)
-    module = smooth()
-    parts, (found, _, _) = gradient(objective, module, batch)
-
-    def loss(params):
-        def task(support, targets, inputs, labels):
-            run = lambda p, x: merge(Parts(parts.graph, p, {}, {}))(x)[0]
-            near = lambda p: sum(jnp.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (p, params))))
-            inner = lambda p, _: task_loss(run(p, support), targets) + 2.0 * near(p)
-            phi = adapted(inner, params, optax.sgd(0.05), 300, KEY)
-            return task_loss(run(phi, inputs), labels)
-
-        names = ("support_inputs", "support_labels", "inputs", "labels")
-        return jax.vmap(task)(*(batch[name] for name in names)).mean()
-
-    close(found, jax.grad(loss)(parts.params), rtol=2e-2, atol=1e-4)
-
-
-def test_conjugate_gradients():
-    """As many steps as dimensions solve a positive definite system, more change nothing, none is wrong for 0."""
-    a = jax.random.normal(KEY, (6, 6))
-    a, b = a @ a.T + jnp.eye(6), {"x": jnp.arange(4.0), "y": jnp.ones(2)}
-    product = lambda v: dict(zip("xy", jnp.split(a @ flat(v), [4])))
-    for steps in (6, 30):
-        found = conjugate_gradients(product, b, steps)
-        np.testing.assert_allclose(flat(found), np.linalg.solve(a, flat(b)), rtol=1e-3, atol=1e-4)
-    zero = conjugate_gradients(product, jax.tree.map(jnp.zeros_like, b), 3)
-    assert (flat(zero) == 0).all()
-
-
-def test_conjugate_gradients_end_where_curvature_is_not_positive():
-    """Of diag(1, -1): along (2, 1) it is 3, so that one step of 5 / 3 is taken, and along the next direction it is not;
-    along (1, 2) it is -3 at once."""
-    product = lambda v: v * jnp.array([1.0, -1.0])
-    for steps in (1, 5):
-        np.testing.assert_allclose(conjugate_gradients(product, jnp.array([2.0, 1.0]), steps), [10 / 3, 5 / 3])
-        np.testing.assert_allclose(conjugate_gradients(product, jnp.array([1.0, 2.0]), steps), [1.0, 2.0])
-
-
-def test_implicit_gradient_is_no_rounding():
-    """Of a network whose loss curves down by more than the proximity: a change of its weights by 1e-6 of their size
-    changes the gradient by no more than 1e-3 of its size."""
-    batch, module = regression(tasks=8), perceptron()
-    objective = ImplicitMAML(proximity=0.1, inner_steps=4, solver_steps=5)
-    parts, (found, _, _) = gradient(objective, module, batch)
-    leaves, tree = jax.tree.flatten(parts.params)
-    keys = jax.random.split(KEY, len(leaves))
-    moved = [leaf * (1 + 1e-6 * jax.random.normal(key, leaf.shape)) for leaf, key in zip(leaves, keys, strict=True)]
-    other, _, _ = objective.gradients(
-        parts.graph, jax.tree.unflatten(tree, moved), parts.stats, parts.frozen, batch, KEY, jnp.zeros((), jnp.int32)
-    )
-    assert jnp.linalg.norm(flat(other) - flat(found)) < 1e-3 * jnp.linalg.norm(flat(found))
 
 
 # ---- prototypes, and learning classes ------------------------------------------------------------------------------
