@@ -4,6 +4,7 @@ overlap; and curves."""
 import itertools
 import math
 import os
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def _draw(axis, panel: Panel) -> None:
             axis.plot([], [], color=GREY, ls=style, lw=1.2, label=f"{name}: {y:.1g}, off the axis")
         else:
             axis.axhline(y, color=GREY, ls=style, lw=1.2, zorder=0, label=name)
-    axis.set_xlabel(panel.x_label)
+    axis.set_xlabel(textwrap.fill(panel.x_label, 44))  # a longer line is cut off at the left
     axis.set_ylabel(panel.y_label)
     if panel.directions[1] == "lower":
         axis.invert_yaxis()
