@@ -12,9 +12,10 @@ main network alone. "no condition" (floor) is the main network alone, trained at
 (ceiling) are main networks each trained, and judged, at one condition of the grid. All learn without clipping and
 decay, at a constant rate, unless --config.optim.FIELD=VALUE says so.
 
-Every network's learning rate is the best of --factors times that of --rates after a quarter of the steps, of seed 0, by
-the test loss; of one factor none is tried. A run whose loss is not finite has diverged: it is worse than any other, and
-has no loss.
+Every network's learning rate is the best of --factors times that of --rates in whole runs of seed 0, by the test loss:
+a part of a run can prefer a rate that is behind at the end. So the best of these runs is also one of those that are
+shown. Of one factor none is tried. A run whose loss is not finite has diverged: it is worse than any other, and has no
+loss.
 
     loss, accuracy       on the test set, means over the grid of conditions; the loss also at each condition
     steps_to_loss        to the first of the --evaluations whose loss is at most the floor's last one, same seed and
@@ -85,6 +86,9 @@ class Network(NamedTuple):
     def name(self) -> str:
         return f"{self.optimizer}_{self.label}".replace(" ", "_")
 
+    def place(self, workdir: pathlib.Path, seed: int, rate: float) -> pathlib.Path:
+        return workdir / f"{self.name}_seed{seed}_{rate:g}"
+
 
 def networks(asked: Asked) -> list[Network]:
     """Of each optimizer the variants, the floor, and the ceiling's, 'at 0.25'."""
@@ -111,20 +115,16 @@ def grid_of(config) -> Sequence[float]:
     return build_objective(config).grid
 
 
-def length_of(asked: Asked, steps: int) -> list[tuple[str, Any]]:
-    return [("train.steps", steps), ("evaluation.every", max(1, asked.steps // asked.evaluations))]
-
-
 def tuned(network: Network, asked: Asked, workdir: pathlib.Path, merge: bool) -> tuple[Any, str | None]:
     """(the config with the best of the rates, what a reader must know of the choice)."""
     from lissom.training.config import overridden
 
-    short = max(1, asked.steps // 4)
     rates = rates_of(asked.rates[network.optimizer], asked.factors)
-    trials = {rate: overridden(network.config, [(RATE, rate), *length_of(asked, short)]) for rate in rates}
-    place = lambda rate: workdir / "tuned" / f"{network.name}_{rate:g}"
+    configs = {rate: overridden(network.config, [(RATE, rate)]) for rate in rates}
+    trials = {rate: final(config, asked, 0) for rate, config in configs.items()}
+    place = lambda rate: network.place(workdir, 0, rate)
     best, note = sweeps.tuned(f"{network.label}, {network.optimizer}", trials, place, merge)
-    return overridden(network.config, [(RATE, best)]), note
+    return configs[best], note
 
 
 def steps_to(run: pathlib.Path, loss: float) -> int | None:
@@ -202,7 +202,8 @@ def rows_of_seed(found: Mapping[str, Network], chosen: Mapping, seed: int, asked
     from lissom.evaluation.rows import Identity, Row, elsewhere, measure, provenance
 
     here, optimizer = provenance(), next(iter(found.values())).optimizer
-    place = lambda label: workdir / f"{found[label].name}_seed{seed}"
+    rate_of = lambda label: chosen[label][0].optim.learning_rate
+    place = lambda label: found[label].place(workdir, seed, rate_of(label))
     last = {}
     for label in found:
         run = place(label)
@@ -214,7 +215,7 @@ def rows_of_seed(found: Mapping[str, Network], chosen: Mapping, seed: int, asked
         then = trained_by(place(of[0]))
         notes = [chosen[each][1] for each in of if chosen[each][1]]
         notes += [f"{each} diverged with seed {seed}" for each in of if last[each] is None]
-        rates = {each: chosen[each][0].optim.learning_rate for each in of}
+        rates = {each: rate_of(each) for each in of}
         overrides = {"optim.learning_rate": rates[label] if label in rates else json.dumps(rates)}
         identity = Identity(RECIPE, f"mnist1d, noise as a condition, {optimizer}", seed, overrides, None, label, role)
         rows.append(Row(identity, here, tuple(measurements), elsewhere(then, here), tuple(notes)))
@@ -241,10 +242,11 @@ def rows_of_seed(found: Mapping[str, Network], chosen: Mapping, seed: int, asked
 
 
 def final(config, asked: Asked, seed: int):
-    """A tuned config at full length."""
+    """The config of a run."""
     from lissom.training.config import overridden
 
-    return overridden(config, [("seed", seed), *length_of(asked, asked.steps)])
+    every = max(1, asked.steps // asked.evaluations)
+    return overridden(config, [("seed", seed), ("train.steps", asked.steps), ("evaluation.every", every)])
 
 
 def run(asked: Asked, workdir: pathlib.Path, out: pathlib.Path | None, shard=(0, 1), merge: bool = False) -> list:
@@ -256,7 +258,7 @@ def run(asked: Asked, workdir: pathlib.Path, out: pathlib.Path | None, shard=(0,
         for network in found[index::count]:
             config, _ = tuned(network, asked, workdir, False)
             for seed in range(asked.seeds):
-                trained(final(config, asked, seed), workdir / f"{network.name}_seed{seed}", False)
+                trained(final(config, asked, seed), network.place(workdir, seed, config.optim.learning_rate), False)
         if count > 1:
             return []
     rows = rows_of(found, asked, workdir, True)

@@ -83,11 +83,11 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
     ]
     values = [{(m.name, *m.conditions.values()): m.value for m in row.measurements} for row in rows]
     for found, run in zip(values, ("sgd_default", "sgd_both", "sgd_no_condition", "sgd_at_0.5"), strict=True):
-        tests = hypernetworks.tests_of(workdir / f"{run}_seed0")
+        tests = hypernetworks.tests_of(workdir / f"{run}_seed0_0.01")
         assert [entry["step"] for entry in tests] == [2, 4, 6, 8]
         assert found["loss", "mean"] == found["loss", 0.5] == tests[-1]["loss"]
     for number, run in enumerate(("sgd_default", "sgd_both", "sgd_no_condition")):
-        tests = hypernetworks.tests_of(workdir / f"{run}_seed0")
+        tests = hypernetworks.tests_of(workdir / f"{run}_seed0_0.01")
         reached = [entry["step"] for entry in tests if entry["loss"] <= values[2]["loss", "mean"]]
         assert values[number]["steps_to_loss", "no condition"] == (reached[0] if reached else None)
     assert values[2]["steps_to_loss", "no condition"] is not None
@@ -123,6 +123,8 @@ def test_what_diverged_is_worst_and_is_not_trained_again(tmp_path, monkeypatch):
         config, note = hypernetworks.tuned(network, asked, tmp_path, False)
         assert config.optim.learning_rate == 0.3 and note is None
     assert trained == [0.1, 0.3, 0.9]
+    assert (tmp_path / "sgd_default_seed0_0.3").is_dir()  # a whole run of seed 0, of those that are shown
+    assert json.loads((tmp_path / "sgd_default_seed0_0.3" / "config.json").read_text())["train"] == {"steps": 8}
     _, note = hypernetworks.tuned(network, asked._replace(factors=(1 / 3, 1.0)), tmp_path, False)
     assert "0.3 is the largest tried" in note
     with pytest.raises(UserError, match=r"default, sgd diverged at every rate: 0\.1, 0\.03"):
