@@ -2,8 +2,12 @@
 
 Paper: the task is the house's own; Finn et al. 2017, MAML, arXiv:1703.03400, and the objectives' docstrings.
 Command: uv run scripts/compare.py --config=configs/fewshot/linear.py --vary=objective=maml,fomaml,anil,reptile,protonet
-Time: not measured.
-Result: not measured.
+Time: half a minute to one a run on one busy core (adaptation to ten points: 0.16 ms).
+Result: accuracy on 1,000 new tasks, three seeds, each at its best of three rates: reptile 77.6 %, maml 77.4, fomaml
+76.7, anil 76.6, protonet 74.4; one network for all tasks, fine-tuned, 54.9. Logistic regression on the ten points alone
+has 76.7, the nearest centroid 73.9.
+results/fewshot_linear: uv run scripts/compare.py --config=configs/fewshot/linear.py \
+    --vary=objective=maml,fomaml,anil,reptile,protonet --tune=optim.learning_rate=3e-3,1e-2,3e-2 --cost=adaptation_p50
 Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised
     data.kwargs.linear_tasks.dims=2,8,32  data.kwargs.linear_tasks.ways=2,5  data.kwargs.linear_tasks.shots=1,5,20
     objective_kwargs.maml.inner_steps=1,5,10
