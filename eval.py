@@ -413,8 +413,8 @@ def _conditions(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# What a floor of these kinds says of a test example is what it learns from it: it costs nothing to judge it on more
-# test sets.
+# What a floor of these kinds says of a test example is, but for settings, what it learns from it: it costs nothing to
+# judge it on more test sets.
 IN_TASK = ("stream", "episode")
 
 
@@ -428,7 +428,7 @@ def _floor_rows(task: str, dataset, further: Sequence[tuple[Mapping[str, Any], A
 
     rows = of(dataset)
     for settings, other in further if dataset.kind in IN_TASK else ():
-        for number, row in enumerate(of(other)):
+        for number, row in enumerate(of(dataclasses.replace(other, train=dataset.train))):  # as the networks' was
             more = [dataclasses.replace(m, conditions={**m.conditions, **settings}) for m in row.measurements]
             rows[number] = dataclasses.replace(rows[number], measurements=(*rows[number].measurements, *more))
     return rows

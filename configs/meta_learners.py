@@ -15,7 +15,7 @@ def apply(config, *, inner: dict[str, Any], implicit: dict[str, Any] | None = No
         "fomaml": inner,
         "anil": {**inner, "remat": "none"},
         "meta_sgd": {**inner, "inner_steps": 1, "remat": "none"},
-        "imaml": {**inner, "inner_steps": 16, "proximity": 2.0, "damping": 10.0, "solver_steps": 5, **(implicit or {})},
+        "imaml": {**inner, "inner_steps": 16, "proximity": 2.0, "damping": 100.0, "solver_steps": 5, **(implicit or {})},
         "reptile": {**inner, "inner_batch": 10},
         "protonet": {},
         "supervised": {**inner, "classes": False},

@@ -80,6 +80,11 @@ class BatchNorm(nnx.Module):
         y = (wide - mean) * jax.lax.rsqrt(var + self.epsilon) * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the running values are those it began with."""
+        return bool((self.mean[...] == 0).all() & (self.var[...] == 1).all())
+
     def affine(self) -> tuple[jax.Array, jax.Array]:
         """(a, b) of y = a x + b, which it is in evaluation: a = scale / sqrt(var + epsilon), b = bias - a mean."""
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)

@@ -7,8 +7,8 @@
 
 Runs are interleaved (all variants of a seed, then the next seed) and lie under --workdir, by default
 runs/compare/<recipe>; what is finished there is not trained again. Every --vary adds an axis of the grid, every --also
-one variant behind it; behind these come the recipe's own `evaluation.baselines`. The field `mode` is that of the
-recipe, what stands behind its colon.
+one variant behind it; behind these come the recipe's own `evaluation.baselines`. A variant that sets the field of
+--tune itself is not tuned. The field `mode` is that of the recipe, what stands behind its colon.
 """
 
 import contextlib
@@ -145,6 +145,12 @@ def tuned(
     return overridden(config, [(key, best)]), note if edge else None
 
 
+def tuned_axes(variant: Variant, tune: Sequence[str]) -> list[str]:
+    """Those of --tune whose field the variant does not set itself."""
+    own = {key for key, _ in variant.overrides}
+    return [axis for axis in tune if axis_of(axis, "--tune")[0] not in own]
+
+
 def at_edge(best: str, values: Sequence[str]) -> str | None:
     """'largest' or 'smallest' where the best of several numbers is that; names have no edge."""
     try:
@@ -225,11 +231,11 @@ def check_axes(variants: Sequence[Variant], seeds: int, match: str | None, tune:
         key, values = axis_of(axis, "--tune")
         if len(set(values)) < max(2, len(values)):
             raise UserError(f"--tune={axis} must be field=value,value with two values at least, and none twice")
-        if key in varied or key in fixed:
+        if key in fixed or not any(tuned_axes(variant, [axis]) for variant in variants):
             raise UserError(f"--tune={key} does not go with {fixed.get(key, '--vary=' + key)}, which sets it too")
         fixed[key] = f"--tune={key}"
     for key in varied:
-        if key in fixed:
+        if key in fixed and not fixed[key].startswith("--tune"):
             raise UserError(f"--vary={key} does not go with {fixed[key]}, which sets it too")
 
 
@@ -266,7 +272,7 @@ def configs_of(
         if variant.label in wanted:
             epoch = epoch_examples(changed, dataset, class_stream(changed, dataset))
             try_out(changed, facts, epoch)
-            for key, values in (axis_of(axis, "--tune") for axis in tune):
+            for key, values in (axis_of(axis, "--tune") for axis in tuned_axes(variant, tune)):
                 for value in values:
                     try_out(overridden(changed, [(key, value), *_halved(changed)]), facts, epoch)
     return configs
@@ -321,7 +327,7 @@ def compare(
         run = place(seed, variant)
         if variant.label not in notes:
             notes[variant.label] = []
-            for axis in tune:
+            for axis in tuned_axes(variant, tune):
                 configs[variant.label], note = tuned(
                     configs[variant.label], workdir, axis, variant.label, merge, shared=shard[1] > 1
                 )

@@ -24,12 +24,15 @@ from flax.errors import TraceContextError
 from lissom.compression.quantization.formats import Format
 from lissom.compression.quantization.rounding import LEAST, at_scale, clipped_at, with_learned_scale
 from lissom.compression.quantization.rules import Rounding
+from lissom.models.norms import BatchNorm
 from lissom.models.variables import Param, Parts, Stat, merge, split, stats_of
 from lissom.training.errors import UserError
 
 
 class Range(nnx.Module):
     """Of one layer. `seen`: the mean over `calls` of what `measure` finds in an x."""
+
+    state_moves = False  # in training: of most it is for calibration alone
 
     def __init__(self, rounding: Rounding):
         self.rounding, self.observing = rounding, False
@@ -66,6 +69,10 @@ class Range(nnx.Module):
 
 class Frozen(Range):
     """See above. `rounding.scheme.clip`: the share of the range that is kept."""
+
+    @property
+    def state_moves(self):
+        return self.rounding.warm_up > 0
 
     def rounded(self, x):
         scale, operand = self.scale, self.rounding.operand
@@ -166,12 +173,17 @@ def _ranges(network: nnx.Module) -> list[Range]:
 
 def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Module:
     """Settles every range of the network on what it sees, unrounded, of so many batches; in place. ValueError where
-    there is none."""
+    there is none. A BatchNorm whose running averages no training has moved normalises by the batch: in a network that
+    was trained by the statistics of tasks they say nothing."""
     found = _ranges(network)
     if not found:
         return network
     for node in found:
         node.observing, node.seen[...], node.calls[...] = True, jnp.zeros(()), jnp.zeros(())
+    norms = [node for _, node in nnx.iter_graph(network) if isinstance(node, BatchNorm) and node.untrained]
+    before = [(node.by_batch, node.momentum) for node in norms]
+    for node in norms:
+        node.by_batch, node.momentum = True, 1.0  # which leaves the averages as they are
     parts, seen = split(network), 0
 
     @jax.jit
@@ -186,6 +198,8 @@ def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Mo
     if not seen:
         raise ValueError("ranges of activations are measured on batches of the training data, and there are none")
     nnx.update(network, now)
+    for node, was in zip(norms, before, strict=True):
+        node.by_batch, node.momentum = was
     for node in found:
         node.observing = False
         node.settle()

@@ -88,8 +88,14 @@ def test_variants_beside_the_grid():
             grid([], [wrong])
     with pytest.raises(UserError, match="there is a variant 'wide' already"):
         grid([], [wide, wide])
+    # What a variant sets itself is not tuned for it; what all of them set is not tuned at all.
+    tune = ["model.width=1,2", "model.depth=1,2"]
+    script.check_axes(variants, 1, None, tune)
+    assert [script.tuned_axes(variant, tune) for variant in variants] == [tune, tune, tune[1:]]
     with pytest.raises(UserError, match=r"does not go with --vary=model\.width"):
-        script.check_axes(variants, 1, None, ["model.width=1,2"])
+        script.check_axes(variants[2:], 1, None, tune)
+    with pytest.raises(UserError, match=r"does not go with --match=params"):
+        script.check_axes(variants, 1, "params", tune)
 
 
 @pytest.mark.parametrize("text", ["3", "4/4", "a/2", "1/"])
@@ -257,6 +263,19 @@ def test_the_rows_of_a_variant_tuned_at_the_edge_say_so(tmp_path, monkeypatch):
         f"{label} optim.learning_rate={rate}".replace(" ", "_") for label in labels for rate in axis[20:].split(",")
     ]
     assert trained == [*trials[:3], runs[0].name, *trials[3:], *(run.name for run in runs[1:])]
+
+
+def test_a_variant_with_a_rate_of_its_own_is_not_tuned(tmp_path, monkeypatch):
+    import lissom.eval
+
+    trained = []
+    monkeypatch.setattr(lissom.eval, "evaluate", lambda runs, **more: runs)
+    fake_losses(monkeypatch, {1e-3: 3.0, 3e-3: 2.0, 5e-3: 1.0}, trained)
+    variants = grid([], ["own: optim.learning_rate=5e-3"])
+    runs = script.compare(config(), variants, tmp_path, seeds=1, tune=["optim.learning_rate=1e-3,3e-3"])
+    assert [run.name for run in runs] == ["recipe_seed0", "own_seed0"]
+    tried = [f"recipe_optim.learning_rate={rate}" for rate in ("1e-3", "3e-3")]
+    assert trained == [*tried, "recipe_seed0", "own_seed0"]
 
 
 def test_shards_write_apart_and_a_join_where_it_is_told(tmp_path, monkeypatch):

@@ -71,6 +71,15 @@ def test_conjugate_gradients_end_where_curvature_is_not_positive():
         np.testing.assert_allclose(conjugate_gradients(product, jnp.array([1.0, 2.0]), steps), [1.0, 2.0])
 
 
+def test_conjugate_gradients_end_before_a_step_is_too_long():
+    """Of diag(1, -0.9) along (0.9488, 1), where it is 1e-4: a step would be 8,000 times as long as the target."""
+    product, target = lambda v: v * jnp.array([1.0, -0.9]), jnp.array([0.9488, 1.0])
+    np.testing.assert_array_equal(conjugate_gradients(product, target, 5, least=0.1), target)
+    assert jnp.linalg.norm(conjugate_gradients(product, target, 1)) > 1e3
+    product, target = lambda v: v * jnp.array([1.0, 0.2]), jnp.array([1.0, 1.0])
+    np.testing.assert_allclose(conjugate_gradients(product, target, 2, least=0.1), [1.0, 5.0], rtol=1e-5)
+
+
 def test_implicit_gradient_is_no_rounding():
     """Of a network whose loss curves down by more than the proximity: a change of its weights by 1e-6 of their size
     changes the gradient by no more than 1e-3 of its size (and by more than its size, if the solver went on)."""

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from lissom.eval import evaluate
+from lissom.evaluation import few_shot
+from lissom.training.building import load_plain
 from lissom.training.errors import UserError
+from lissom.training.runs import read_config
 
 QAT = ({"name": "qat", "rules": ((".*", {"weights": "int8", "activations": {"format": "int8", "warm_up": 1}}),)},)
 ROUNDED = ({"name": "quantize", "rules": ((".*", {"weights": "int8", "activations": "int8"}),)},)
@@ -20,6 +23,15 @@ def test_ranges_that_would_never_move_are_refused(objective, tiny_run):
     _, run = tiny_run("fewshot/sinusoid", **given, **running)
     (row, *_) = evaluate([run], floors=False)
     assert row.measurements
+
+
+def test_ranges_that_training_does_not_move_are_no_state(tiny_run):
+    """A learned range is a parameter."""
+    learned = (
+        {"name": "qat", "rules": ((".*", {"weights": "int8", "activations": {"format": "int8", "range": "learned"}}),)},
+    )
+    _, run = tiny_run("fewshot/sinusoid", objective="fomaml", transforms=learned)
+    assert run.is_dir()
 
 
 def test_activations_are_calibrated_on_queries(tiny_run):
@@ -45,6 +57,22 @@ def test_further_test_sets_of_episodes(tiny_run):
         assert ramp == {"examples": 20 * 20, "families": "('ramp',)"}
     floor = next(row for row in rows if row.identity.variant == "kernel ridge regression")
     assert len({m.value for m in floor.measurements if m.name == "mse"}) == 3
+    # Its width and its ridge are those of the run's own training tasks, as the networks are.
+    plain, lines = (load_plain(read_config(run), **settings) for settings in ({}, others[0]))
+    expected = {name: told["mse"] for name, _, told in few_shot.rows(plain.train, lines.test)}
+    of_lines = next(m for m in floor.measurements if "families" in m.conditions)
+    assert of_lines.value == pytest.approx(expected["kernel ridge regression"])
     assert np.isfinite([m.value for m in rows[0].measurements if m.name == "mse"]).all()
     with pytest.raises(UserError, match=r"has input_shape \(2,\); the network is for \(1,\)"):
         tiny_run("fewshot/sinusoid", "other", **{"evaluation.data": ({"families": ("duffing",)},)})
+
+
+def test_further_test_sets_of_one_that_learns_from_single_examples(tiny_run):
+    """Its floors are fitted to training episodes all the same."""
+    given = {"objective": "supervised", "objective_kwargs.supervised.single": True, "evaluation.floor": True}
+    _, run = tiny_run("fewshot/glyphs", **given, **{"evaluation.data": ({"support_candidates": 3},)})
+    network, *floors = evaluate([run])
+    for row in (network, *floors):
+        found = [m.conditions for m in row.measurements if m.name == "accuracy"]
+        assert [c.get("support_candidates") for c in found] == [None, 3]
+    assert len(floors) >= 5

@@ -19,7 +19,7 @@ class ImplicitMAML(MAML):
 
     by `solver_steps` steps of conjugate gradients with products of H: its memory does not grow with inner_steps. It is
     exact as far as both loops have converged, and asks that I + H / proximity is positive definite: where the loss
-    curves down by more than `proximity`, there is no such minimum, and the solver ends (`conjugate_gradients`).
+    curves down by as much as `proximity`, there is no such minimum, and the solver ends (`conjugate_gradients`).
     `damping` is added to the proximity in the solver alone: without end it leaves the first-order gradient. The paper
     has none; the authors' code has 10, and twice the I. All inner steps of a task have one key, so that dropout draws
     one mask.
@@ -68,6 +68,11 @@ class ImplicitMAML(MAML):
         return implicit(solve, jax.grad(loss), self.proximity + self.damping, self.solver_steps)(params, task, key)
 
 
+# Of I + H / proximity along a direction of norm 1, where the solver ends: with no more than this a step would be ten
+# times as long as what is solved for, and grow without bound as the curvature goes to 0.
+LEAST_CURVATURE = 0.1
+
+
 def implicit(
     solve: Callable[[Any, Any, Any], Any], gradient: Callable[[Any, Any, Any], Any], proximity: float, steps: int
 ) -> Callable[[Any, Any, Any], Any]:
@@ -89,17 +94,17 @@ def implicit(
             curved = jax.jvp(lambda phi: gradient(phi, task, key), (phi,), (w,))[1]
             return jax.tree.map(lambda a, b: a + b / proximity, w, curved)
 
-        return conjugate_gradients(product, v, steps), None, None
+        return conjugate_gradients(product, v, steps, LEAST_CURVATURE), None, None
 
     found.defvjp(forward, backward)
     return found
 
 
-def conjugate_gradients(product: Callable[[Any], Any], target: Any, steps: int) -> Any:
+def conjugate_gradients(product: Callable[[Any], Any], target: Any, steps: int, least: float = 0.0) -> Any:
     """x with product(x) = target after `steps` steps from 0, `product` symmetric and positive definite (Hestenes &
-    Stiefel 1952). Once the residual is 0 it stays there. Where it is not positive along a direction the steps end, with
-    what there is (Steihaug 1983), and at the first one with `target`: a step divides by it, so that near 0 rounding
-    would decide."""
+    Stiefel 1952). Once the residual is 0 it stays there. Where w . product(w) is not above `least` w . w along a
+    direction w the steps end, with what there is (Steihaug 1983, whose least is 0), and at the first one with `target`:
+    a step divides by it, and no step is longer than 1 / `least` times the residual that it goes along."""
     dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), a, b)))
     ratio = lambda a, b: jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
     add = lambda a, scale, b: jax.tree.map(lambda x, y: x + scale * y, a, b)
@@ -108,7 +113,7 @@ def conjugate_gradients(product: Callable[[Any], Any], target: Any, steps: int) 
         x, residual, direction, norm, going = state
         curved = product(direction)
         curvature = dot(direction, curved)
-        going &= curvature > 0
+        going &= curvature > least * dot(direction, direction)
         length = jnp.where(going, ratio(norm, curvature), jnp.where(number == 0, 1.0, 0.0))
         x, residual = add(x, length, direction), add(residual, -length, curved)
         after = dot(residual, residual)

@@ -93,10 +93,12 @@ def batch_norms(network: nnx.Module) -> list[BatchNorm]:
 
 def check_state(network: nnx.Module, statistics: str) -> None:
     """UserError where a network in training has state besides BatchNorm's and the statistics are a task's own: what its
-    tasks make of that is thrown away, and a range of activations or a router's bias would never move."""
+    tasks make of that is thrown away, and a range of activations or a router's bias would never move. (State that no
+    training moves anyway is that of a module which says so, `state_moves`.)"""
     if statistics == "running":
         return
-    own = [path for path, node in nnx.iter_graph(network) if isinstance(node, BatchNorm)]
+    nodes = [(path, node) for path, node in nnx.iter_graph(network) if isinstance(node, nnx.Module)]
+    own = [path for path, node in nodes if isinstance(node, BatchNorm) or not getattr(node, "state_moves", True)]
     for path, value in nnx.iter_graph(network):
         if isinstance(value, nnx.Variable) and is_stat(path, value) and path[:-1] not in own:
             raise UserError(
