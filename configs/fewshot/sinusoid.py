@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     tasks = {"families": ("sinusoid",), "shots": 10, "queries": 20, "noise": 0.0, "test_size": 1_000}
     config.data.update({"name": "regression_tasks", "batch_size": 25, "kwargs": {"regression_tasks": tasks}})
     inner = {"inner": "sgd", "inner_rate": 0.01, "inner_steps": 5}
-    meta_learners.apply(config, inner=inner, implicit={"inner": "adamw"})
+    meta_learners.apply(config, inner=inner, implicit={"inner": "adamw", "inner_rate": 0.03})
     config.optim.learning_rate = 1e-2
     config.train = {"steps": 5_000}
     if mode(arg, ("tiny",)):
