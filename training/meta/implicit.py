@@ -19,7 +19,7 @@ class ImplicitMAML(MAML):
 
     by `solver_steps` steps of conjugate gradients with products of H: its memory does not grow with inner_steps. It is
     exact as far as both loops have converged, and asks that I + H / proximity is positive definite: where the loss
-    curves down by as much as `proximity`, there is no such minimum, and the solver ends (`conjugate_gradients`).
+    curves down by nearly `proximity` there may be no such minimum, and the solver ends (`LEAST_CURVATURE`).
     `damping` is added to the proximity in the solver alone: without end it leaves the first-order gradient. The paper
     has none; the authors' code has 10, and twice the I. All inner steps of a task have one key, so that dropout draws
     one mask.
