@@ -10,8 +10,8 @@ Result: mean squared error of 1,000 new sinusoids, three seeds, each at its best
 Kernel ridge regression without any meta-learning has 0.220 +- 0.063 over tasks; the mean of the ten targets 4.63.
 results/fewshot_sinusoid: uv run scripts/compare.py --config=configs/fewshot/sinusoid.py \
     --vary=objective=maml,fomaml,anil,reptile,meta_sgd,protonet,imaml \
-    --also="imaml at 3e-3: objective=imaml optim.learning_rate=3e-3" --tune=optim.learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1 \
-    --cost=adaptation_p50
+    --also="imaml at 3e-3: objective=imaml optim.learning_rate=3e-3" \
+    --tune=optim.learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1 --cost=adaptation_p50
 Sweep: objective=maml,fomaml,anil,reptile,meta_sgd,imaml,protonet,supervised
     data.kwargs.regression_tasks.families=sinusoid,ramp,('sinusoid','ramp'),('duffing','van_der_pol')
     data.kwargs.regression_tasks.shots=5,10,20  data.kwargs.regression_tasks.noise=0.0,0.3
