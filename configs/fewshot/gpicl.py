@@ -10,9 +10,10 @@ phases, to 71.8 and 52.3 % with seeds far apart. Over the size of the state: doc
 results/in_context_phases: uv run scripts/in_context_phases.py --widths=64 --tasks=16,256,4096,65536 --seeds=3 \
     --rates=1e-3,3e-3,1e-2
 results/in_context_state: uv run scripts/in_context_phases.py --widths=16,64 --tasks=65536 --seeds=3 \
-    --rates=1e-3,3e-3,1e-2
+    --rates=1e-3,3e-3,1e-2 --out=results/in_context_state
 results/in_context_fixed: uv run scripts/in_context_phases.py --mixers=attention --widths=64 --tasks=65536 --seeds=3 \
-    --rates=1e-3 --config.data.kwargs.in_context.fixed_permutation=0.1
+    --rates=1e-3 --config.data.kwargs.in_context.fixed_permutation=0.1 --workdir=runs/in_context_fixed \
+    --out=results/in_context_fixed
 Gaussians in 16 dimensions, 5 classes, 32 examples a sequence. Test sets: unseen tasks, those of training ("seen"), and
 unseen tasks of another base set ("other": digits, since Gaussians of other means, projected, are much the same tasks).
 first_accuracy and last_accuracy of each say what it is: memorised (no gain within a sequence), identified (a gain on
