@@ -14,8 +14,8 @@ of supervised, protonet and fomaml are the largest tried, reptile's the smallest
 results/fewshot_glyphs: uv run scripts/compare.py --config=configs/fewshot/glyphs.py \
     --vary=objective=maml,fomaml,anil,reptile,protonet,meta_sgd,imaml \
     --also="beclr: objective=beclr data.batch_size=256" --tune=optim.learning_rate=3e-3,1e-2,3e-2
-results/fewshot_glyphs_5: the same with --config.data.kwargs.episodes.shots=5 and, since the recipe's own baseline counts
-    the images of its own shots, --config.evaluation.baselines="('supervised features: objective=supervised
+results/fewshot_glyphs_5: the same with --config.data.kwargs.episodes.shots=5 and, since the recipe's own baseline
+    counts the images of its own shots, --config.evaluation.baselines="('supervised features: objective=supervised
     objective_kwargs.supervised.single=True data.batch_size=400',)"
 results/transductive: uv run scripts/transductive.py --out=results/transductive \
     --runs="runs/compare/glyphs/objective=protonet_seed*,runs/compare/glyphs/supervised_features_seed*,\
