@@ -13,7 +13,7 @@ a range works unrounded and notes what it sees.
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import jax
@@ -173,18 +173,24 @@ def _ranges(network: nnx.Module) -> list[Range]:
 
 def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Module:
     """Settles every range of the network on what it sees, unrounded, of so many batches; in place. ValueError where
-    there is none. A BatchNorm whose running averages no training has moved normalises by the batch: in a network that
-    was trained by the statistics of tasks they say nothing."""
+    there is none. Of episodes a BatchNorm whose running averages no training has moved normalises by the batch: the
+    network was trained by the statistics of tasks, and the averages say nothing."""
     found = _ranges(network)
     if not found:
         return network
+    data = iter(islice(data, batches))
+    first = next(data, None)
+    if first is None:
+        raise ValueError("ranges of activations are measured on batches of the training data, and there are none")
     for node in found:
         node.observing, node.seen[...], node.calls[...] = True, jnp.zeros(()), jnp.zeros(())
-    norms = [node for _, node in nnx.iter_graph(network) if isinstance(node, BatchNorm) and node.untrained]
+    norms = []
+    if "support_inputs" in first:
+        norms = [node for _, node in nnx.iter_graph(network) if isinstance(node, BatchNorm) and node.untrained]
     before = [(node.by_batch, node.momentum) for node in norms]
     for node in norms:
         node.by_batch, node.momentum = True, 1.0  # which leaves the averages as they are
-    parts, seen = split(network), 0
+    parts = split(network)
 
     @jax.jit
     def stats(stats, params, frozen, inputs):
@@ -193,10 +199,8 @@ def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Mo
         return stats_of(copy)
 
     now = parts.stats
-    for batch in islice(data, batches):
-        now, seen = stats(now, parts.params, parts.frozen, given(batch)), seen + 1
-    if not seen:
-        raise ValueError("ranges of activations are measured on batches of the training data, and there are none")
+    for batch in chain([first], data):
+        now = stats(now, parts.params, parts.frozen, given(batch))
     nnx.update(network, now)
     for node, was in zip(norms, before, strict=True):
         node.by_batch, node.momentum = was

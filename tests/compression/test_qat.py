@@ -571,9 +571,11 @@ def test_a_recipe_for_pictures_does_not_clip_other_data():
     assert network.stem.quantizer.range.format.signed and not network.blocks[0].conv1.quantizer.range.format.signed
 
 
+@pytest.mark.parametrize("episodes", [False, True])
 @pytest.mark.parametrize("moved", [False, True])
-def test_ranges_behind_a_norm_whose_averages_no_training_has_moved(moved):
-    """They are of what is normalised by the batch, as tasks normalise it; averages that moved are used, and stay."""
+def test_ranges_behind_a_norm_whose_averages_no_training_has_moved(moved, episodes):
+    """Of episodes they are of what is normalised by the batch, as tasks normalise it. Averages that moved are used, and
+    so are those of any network that is for single examples; they stay."""
     module = ConvNet(
         input_shape=(6, 6, 1), classes=3, channels=(4, 4), kernel=3, stride=1, batch_norm=True, rngs=nnx.Rngs(0)
     )
@@ -583,10 +585,11 @@ def test_ranges_behind_a_norm_whose_averages_no_training_has_moved(moved):
             norm.var[...] = jnp.full(4, 9.0)
     rules = [("convs/1", {"weights": "int8", "activations": "int8"})]
     transform = Qat(rules=rules, batches=1)
-    found = transform.values(transform.structure(module), module, [{"inputs": x}])
+    batch = {"inputs": x[None], "support_inputs": x[None]} if episodes else {"inputs": x}
+    found = transform.values(transform.structure(module), module, [batch])
     (measured,) = (node for _, node in nnx.iter_graph(found) if isinstance(node, Range))
     y = module.convs[0](x)
-    mean, var = (0.0, 9.0) if moved else (y.mean((0, 1, 2)), y.var((0, 1, 2)))
+    mean, var = (y.mean((0, 1, 2)), y.var((0, 1, 2))) if episodes and not moved else (0.0, 9.0 if moved else 1.0)
     np.testing.assert_allclose(measured.seen[...], ((y - mean) / jnp.sqrt(var + 1e-5)).max(), rtol=1e-4)
     for norm in found.norms:
         assert norm.by_batch is None and norm.momentum == 0.9
