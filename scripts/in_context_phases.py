@@ -1,18 +1,20 @@
 """Which decoders memorise their training tasks, which find out the task of a sequence, and which learn from it.
 
     uv run scripts/in_context_phases.py [--mixers=attention,lstm] [--widths=32,64]
+        [--also="window 4: model.mixer=window model.mixer_kwargs.window.window=4"]
         [--tasks=1,4,16,64,256,1024,4096,16384,65536] [--rates=3e-4,1e-3,3e-3] [--seeds=1]
         [--workdir=runs/in_context_phases] [--shard=0/2 | --merge] [--out=results/in_context_phases]
         [--config.FIELD=VALUE]
 
 Kirsch et al. 2022, arXiv:2212.04458, figures 2 to 5. Each run is the recipe configs/fewshot/gpicl.py with a mixer, a
-width, and so many training tasks. It is judged on unseen tasks and on the test sets of config.evaluation.data: tasks of
-training ("seen"), and of another base set ("other"). The learning rate of each mixer and width is that of --rates with
-the lowest loss on unseen tasks, of the most training tasks and seed 0; of one rate none is tried. It is tried in whole
-runs: the loss is that of chance for a good part of a run before it falls, so that a part of one says which rate is the
-quickest there, and this one may stay there. So the best of these runs is also one of those that are shown. What is
-finished in --workdir is not trained again; a --shard trains its part of the mixers and widths and measures nothing;
---merge trains nothing.
+width, and so many training tasks; --also, which can be given several times, names settings that stand in the place of a
+mixer, behind those of --mixers (of --mixers= they are all). It is judged on unseen tasks and on the test sets of
+config.evaluation.data: tasks of training ("seen"), and of another base set ("other"). The learning rate of each mixer
+and width is that of --rates with the lowest loss on unseen tasks, of the most training tasks and seed 0; of one rate
+none is tried. It is tried in whole runs: the loss is that of chance for a good part of a run before it falls, so that a
+part of one says which rate is the quickest there, and this one may stay there. So the best of these runs is also one of
+those that are shown. What is finished in --workdir is not trained again; a --shard trains its part of the mixers and
+widths and measures nothing; --merge trains nothing.
 
 Printed and written: rows and tables of all runs, and the phases: accuracies at the first and at the last position, and
 
@@ -39,6 +41,7 @@ from absl import flags
 from lissom import sweeps
 from lissom.sweeps import RATE
 from lissom.training import flags as command_line
+from lissom.training import variants
 from lissom.training.errors import UserError, one_sentence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -59,7 +62,7 @@ GAIN = 0.1
 
 
 class Run(NamedTuple):
-    """One run of the grid and its config."""
+    """One run of the grid and its config. mixer: its name, or that of --also."""
 
     mixer: str
     width: int
@@ -69,7 +72,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.mixer.replace(':', '_')}_{self.width}_{self.tasks}_seed{self.seed}"
+        return f"{variants.directory_of(self.mixer)}_{self.width}_{self.tasks}_seed{self.seed}"
 
     @property
     def learner(self) -> str:
@@ -88,7 +91,7 @@ class Learner(NamedTuple):
 class Asked(NamedTuple):
     """What the flags say."""
 
-    mixers: Sequence[str]
+    mixers: Sequence[variants.Variant]
     widths: Sequence[int]
     tasks: Sequence[int]
     rates: Sequence[float]
@@ -111,11 +114,11 @@ def grid(asked: Asked) -> list[Learner]:
     found = []
     for mixer in asked.mixers:
         for width in asked.widths:
-            sized = overridden(base, [("model.mixer", mixer), ("model.width", width), (RATE, asked.rates[0])])
+            sized = overridden(base, [*mixer.overrides, ("model.width", width), (RATE, asked.rates[0])])
             check(sized)
             nnx.eval_shape(lambda config=sized: build_network(config, facts, nnx.Rngs(0)))
             of = lambda tasks, seed, sized=sized: overridden(sized, [(f"{DATA}.tasks", tasks), ("seed", seed)])
-            runs = [Run(mixer, width, n, seed, of(n, seed)) for seed in range(asked.seeds) for n in asked.tasks]
+            runs = [Run(mixer.label, width, n, seed, of(n, seed)) for seed in range(asked.seeds) for n in asked.tasks]
             trials = {rate: overridden(of(max(asked.tasks), 0), [(RATE, rate)]) for rate in asked.rates}
             found.append(Learner(runs[0].learner, trials, runs))
     return found
@@ -291,23 +294,40 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
         rates = []
     if not rates or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
         raise UserError(f"--rates={','.join(given.rates)} must be numbers above 0, none twice")
-    if not given.mixers or len(set(given.mixers)) < len(given.mixers):
+    if len(set(given.mixers)) < len(given.mixers):
         raise UserError(f"--mixers={','.join(given.mixers)} must name mixers, none twice")
+    also = variants.grid((), given.also)[1:]
+    mixers = [variants.Variant(mixer, (("model.mixer", mixer),)) for mixer in given.mixers] + also
+    if not mixers:
+        raise UserError("neither --mixers nor --also names a mixer")
+    known = {variants.directory_of(mixer) for mixer in given.mixers}
+    if twice := [mixer.label for mixer in also if variants.directory_of(mixer.label) in known]:
+        raise UserError(f"--also={twice[0]!r} is called as one of --mixers is: give it another name")
     if given.seeds < 1:
         raise UserError(f"--seeds={given.seeds} must be at least 1")
     for key, _ in pairs:
         if not key:
             raise UserError(f"the recipe is {RECIPE}: --config.FIELD=VALUE changes it")
-        if key in SET:
-            raise UserError(f"--config.{key} is what the grid sets: give {SET[key]}")
-        if key in FIXED:
-            raise UserError(f"--config.{key} is the same in all of the grid")
-    return Asked(given.mixers, numbers["widths"], numbers["tasks"], rates, given.seeds, tuple(pairs))
+        _check_free(f"--config.{key}", key)
+    for variant in also:
+        for key, _ in variant.overrides:
+            if key != "model.mixer":
+                _check_free(f"--also={variant.label!r} sets {key}, which", key)
+    return Asked(mixers, numbers["widths"], numbers["tasks"], rates, given.seeds, tuple(pairs))
+
+
+def _check_free(said: str, key: str) -> None:
+    """Raises UserError where the grid has this field for its own."""
+    if key in SET:
+        raise UserError(f"{said} is what the grid sets: give {SET[key]}")
+    if key in FIXED:
+        raise UserError(f"{said} is the same in all of the grid")
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
     flags.DEFINE_list("mixers", ["attention", "lstm"], "of the decoders")
+    flags.DEFINE_multi_string("also", [], "'name: field=value field=value': in the place of a mixer")
     flags.DEFINE_list("widths", ["32", "64"], "of the decoders")
     flags.DEFINE_list("tasks", [str(4**n) for n in range(9)], "numbers of training tasks")
     flags.DEFINE_list("rates", ["3e-4", "1e-3", "3e-3"], "learning rates that are tried for each mixer and width")

@@ -5,6 +5,7 @@ import pytest
 from lissom.data.errors import DataError
 from lissom.evaluation.rows import Identity, Row, measure, read_rows
 from lissom.training.errors import UserError
+from lissom.training.variants import Variant
 from scripts import in_context_phases as script
 from tests.scripts.lines import command_line
 
@@ -19,7 +20,8 @@ TINY = {
     "evaluation.latency_batches": "(1,)",
     "evaluation.latency_repeats": "3",
 }
-ASKED = script.Asked(("lstm",), (8, 16), (1, 64), (1e-3,), 1, tuple(TINY.items()))
+LSTM, ATTENTION = (Variant(name, (("model.mixer", name),)) for name in ("lstm", "attention"))
+ASKED = script.Asked((LSTM,), (8, 16), (1, 64), (1e-3,), 1, tuple(TINY.items()))
 
 
 def test_the_grid_is_what_was_asked():
@@ -32,11 +34,22 @@ def test_the_grid_is_what_was_asked():
     config = runs[1].config
     assert (config.model.mixer, config.model.width, config.data.kwargs.in_context.tasks) == ("lstm", 16, 64)
     with pytest.raises(UserError, match="must be a multiple of heads=2"):
-        script.grid(ASKED._replace(mixers=("attention",), widths=(9,)))
+        script.grid(ASKED._replace(mixers=(ATTENTION,), widths=(9,)))
     with pytest.raises(UserError, match="has features 13; the network is for 21"):
         script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("evaluation.data", "({'dims': 8},)"))))
     with pytest.raises(DataError, match="no setting 'tasted'"):
         script.grid(ASKED._replace(pairs=(*ASKED.pairs, ("evaluation.data", "({'tasted': 'seen'},)"))))
+
+
+def test_settings_in_the_place_of_a_mixer():
+    """They are of the run, in its name and in its label, and go with every width."""
+    also = Variant("window 3", (("model.mixer", "window"), ("model.mixer_kwargs.window.window", "3")))
+    _, _, narrow, wide = script.grid(ASKED._replace(mixers=(LSTM, also)))
+    assert (narrow.label, wide.label) == ("window 3, width 8", "window 3, width 16")
+    assert [run.name for run in wide.runs] == ["window_3_16_1_seed0", "window_3_16_64_seed0"]
+    for run in (*wide.runs, *wide.trials.values()):
+        config = run.config if run in wide.runs else run
+        assert config.model.mixer_kwargs.window.window == 3 and config.model.width == 16
 
 
 def test_runs_are_trained_once_and_reported(tmp_path, capsys):
@@ -134,6 +147,12 @@ def test_accuracies_are_told_apart_by_their_test_sets():
         (["--widths=wide"], "--widths=wide must be whole numbers above 0, none twice"),
         (["--mixers=lstm,lstm"], "--mixers=lstm,lstm must name mixers, none twice"),
         (["--mixers=lstmm"], "did you mean 'lstm'"),
+        (["--mixers="], "neither --mixers nor --also names a mixer"),
+        (["--also=window"], "--also='window' must be 'name: field=value field=value'"),
+        (["--also=lstm: model.mixer=window"], "--also='lstm' is called as one of --mixers is: give it another name"),
+        (["--also=wide: model.width=8"], "--also='wide' sets model.width, which is what the grid sets: give --widths"),
+        (["--also=w: data.name=digits"], "--also='w' sets data.name, which is the same in all of the grid"),
+        (["--also=w: model.mixer=window model.mixer_kwargs.window.windows=3"], "did you mean 'window'"),
         (["--seeds=0"], "--seeds=0 must be at least 1"),
         (["--rates=1e-3,fast"], "--rates=1e-3,fast must be numbers above 0, none twice"),
         (["--config.optim.learning_rate=1"], "--config.optim.learning_rate is what the grid sets: give --rates"),
