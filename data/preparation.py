@@ -11,6 +11,8 @@ renames it, so a killed preparation leaves nothing that is taken for whole.
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -27,6 +29,7 @@ from lissom.data.errors import DataError
 
 # A split at most this large is decoded into memory when it is loaded: a batch is then one gather.
 IN_MEMORY_BYTES = 200e6
+INFO = "dataset_info.json"
 AT_ONCE = 1000  # records of one reading; still encoded, they are in memory together
 DEFAULT_DATA_DIR = "~/.cache/lissom/datasets"
 
@@ -48,29 +51,40 @@ def identity(definition: Definition, settings: dict[str, Any]) -> tuple[str, str
 
 def prepared(name: str, definition: Definition, settings: dict[str, Any], data_dir: str | None) -> Dataset:
     """The dataset `name` with complete `settings`, prepared on the first call."""
-    import tensorflow_datasets as tfds
-
     root = data_directory(data_dir)
     config_name, text = identity(definition, settings)
     directory = root / f"lissom_{name}" / config_name / definition.version
     if not _is_prepared(directory):
         _prepare(name, definition, settings, root, config_name, text, directory)
+    found = read(directory.resolve(), (directory / INFO).stat().st_mtime_ns, IN_MEMORY_BYTES)
+    return dataclasses.replace(found, name=name, info=dict(found.info))
+
+
+@functools.lru_cache(maxsize=2)
+def read(directory: Path, written: int, in_memory: float) -> Dataset:
+    """What lies in the directory since the time `written`. The last two are kept, since a run is trained and then
+    measured on one dataset, and the runs of a table are too."""
+    import tensorflow_datasets as tfds
+
     builder = tfds.builder_from_directory(directory)
     metadata = json.loads(builder.info.metadata["lissom"])
-    sources = {split: open_split(builder, split, metadata["kind"]) for split in ("train", "test")}
+    sources = {split: open_split(builder, split, metadata["kind"], in_memory) for split in ("train", "test")}
     info = metadata["info"]
     info["input_shape"] = tuple(info["input_shape"])
-    return Dataset(name=name, kind=metadata["kind"], info=info, **sources)
+    return Dataset(name="", kind=metadata["kind"], info=info, **sources)
 
 
-def open_split(builder, split: str, kind: str):
-    """A source over one split of a prepared builder: in memory when it is small, else record by record."""
+def open_split(builder, split: str, kind: str, in_memory: float):
+    """A source over one split of a prepared builder: in memory up to so many bytes, else record by record."""
     source = RecordSource(builder, split, kind)
     first = source.stored(0)
-    if len(source) * sum(array.nbytes for array in first.values()) > IN_MEMORY_BYTES:
+    if len(source) * sum(array.nbytes for array in first.values()) > in_memory:
         return source
     rows = [source.decoded(record) for record in in_order(source.records)]
-    return ArraySource(kind, {name: np.stack([row[name] for row in rows]) for name in first})
+    arrays = {name: np.stack([row[name] for row in rows]) for name in first}
+    for array in arrays.values():
+        array.setflags(write=False)  # other readers have the same
+    return ArraySource(kind, arrays)
 
 
 class RecordSource:
@@ -140,7 +154,7 @@ def encode_image(array: np.ndarray) -> bytes:
 
 def _is_prepared(directory: Path) -> bool:
     # TFDS renames its temporary folder last, so the file is there only when the splits are.
-    return (directory / "dataset_info.json").is_file()
+    return (directory / INFO).is_file()
 
 
 def _prepare(name, definition, settings, root: Path, config_name: str, text: str, directory: Path) -> None:

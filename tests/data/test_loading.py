@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +84,26 @@ def test_settings_facts_and_version_name_the_directory(tmp_path):
     assert calls == [3, 5, 3, 3]
 
 
+def test_a_process_reads_a_set_once(tmp_path):
+    """Until another stands in its directory; nobody can change what others have."""
+    calls = []
+
+    def generate():
+        calls.append(1)
+        arrays = {"inputs": np.full((3, 2), len(calls), np.float32), "labels": np.zeros(3, np.int32)}
+        return Content("signal", arrays, arrays)
+
+    load_again = lambda: prep.prepared("toy", Definition(generate), {}, str(tmp_path))
+    first, again = load_again(), load_again()
+    assert first.train is again.train and first.name == "toy"
+    again.info["classes"] = 7
+    assert "classes" not in load_again().info
+    with pytest.raises(ValueError, match="read-only"):
+        first.train.arrays["inputs"][0] = 1
+    shutil.rmtree(tmp_path)
+    assert load_again().train[0]["inputs"].tolist() == [2, 2] and first.train[0]["inputs"].tolist() == [1, 1]
+
+
 def test_large_sets_are_read_record_by_record_with_the_same_examples(monkeypatch):
     small = load("sequences", **SMALL)
     monkeypatch.setattr(prep, "IN_MEMORY_BYTES", 0)
@@ -96,6 +117,7 @@ def test_large_sets_are_read_record_by_record_with_the_same_examples(monkeypatch
 
 def test_a_split_read_many_at_a_time_is_the_split_read_one_by_one(monkeypatch):
     monkeypatch.setattr(prep, "AT_ONCE", 7)  # 30 and 10 are no multiples
+    prep.read.cache_clear()
     whole = load("sequences", **SMALL)
     monkeypatch.setattr(prep, "IN_MEMORY_BYTES", 0)
     single = load("sequences", **SMALL)
