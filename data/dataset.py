@@ -102,7 +102,8 @@ def finish(kind: str, stored: Mapping[str, np.ndarray]) -> Example:
 
 
 class ArraySource:
-    """A source over arrays in memory, stacked along the first axis, in stored (compact) form."""
+    """A source over arrays in memory, stacked along the first axis, in stored (compact) form. A single example may be a
+    view of them, and of those that `load` gives nothing can be written to."""
 
     def __init__(self, kind: str, arrays: Mapping[str, np.ndarray]):
         self.kind = kind

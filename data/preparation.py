@@ -11,6 +11,7 @@ renames it, so a killed preparation leaves nothing that is taken for whole.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -57,13 +58,13 @@ def prepared(name: str, definition: Definition, settings: dict[str, Any], data_d
     if not _is_prepared(directory):
         _prepare(name, definition, settings, root, config_name, text, directory)
     found = read(directory.resolve(), (directory / INFO).stat().st_mtime_ns, IN_MEMORY_BYTES)
-    return dataclasses.replace(found, name=name, info=dict(found.info))
+    return dataclasses.replace(found, name=name, info=copy.deepcopy(found.info))
 
 
 @functools.lru_cache(maxsize=2)
 def read(directory: Path, written: int, in_memory: float) -> Dataset:
-    """What lies in the directory since the time `written`. The last two are kept, since a run is trained and then
-    measured on one dataset, and the runs of a table are too."""
+    """What lies in the directory since the time `written`. The last two are kept, each split in up to `in_memory` bytes:
+    a run is trained and then measured on one dataset, and the runs of a table are too."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(directory)
@@ -83,7 +84,7 @@ def open_split(builder, split: str, kind: str, in_memory: float):
     rows = [source.decoded(record) for record in in_order(source.records)]
     arrays = {name: np.stack([row[name] for row in rows]) for name in first}
     for array in arrays.values():
-        array.setflags(write=False)  # other readers have the same
+        array.setflags(write=False)  # who loads the set again has the same ones
     return ArraySource(kind, arrays)
 
 

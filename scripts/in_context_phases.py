@@ -7,14 +7,14 @@
         [--config.FIELD=VALUE]
 
 Kirsch et al. 2022, arXiv:2212.04458, figures 2 to 5. Each run is the recipe configs/fewshot/gpicl.py with a mixer, a
-width, and so many training tasks; --also, which can be given several times, names settings that stand in the place of a
-mixer, behind those of --mixers (of --mixers= they are all). It is judged on unseen tasks and on the test sets of
-config.evaluation.data: tasks of training ("seen"), and of another base set ("other"). The learning rate of each mixer
-and width is that of --rates with the lowest loss on unseen tasks, of the most training tasks and seed 0; of one rate
-none is tried. It is tried in whole runs: the loss is that of chance for a good part of a run before it falls, so that a
-part of one says which rate is the quickest there, and this one may stay there. So the best of these runs is also one of
-those that are shown. What is finished in --workdir is not trained again; a --shard trains its part of the mixers and
-widths and measures nothing; --merge trains nothing.
+width, and so many training tasks; --also, which can be given several times, names a mixer with settings of the model
+that stand in the place of a mixer, behind those of --mixers (of --mixers= they are all). It is judged on unseen tasks
+and on the test sets of config.evaluation.data: tasks of training ("seen"), and of another base set ("other"). The
+learning rate of each mixer and width is that of --rates with the lowest loss on unseen tasks, of the most training
+tasks and seed 0; of one rate none is tried. It is tried in whole runs: the loss is that of chance for a good part of a
+run before it falls, so that a part of one says which rate is the quickest there, and this one may stay there. So the
+best of these runs is also one of those that are shown. What is finished in --workdir is not trained again; a --shard
+trains its part of the mixers and widths and measures nothing; --merge trains nothing.
 
 Printed and written: rows and tables of all runs, and the phases: accuracies at the first and at the last position, and
 
@@ -41,15 +41,16 @@ from absl import flags
 from lissom import sweeps
 from lissom.sweeps import RATE
 from lissom.training import flags as command_line
-from lissom.training import variants
 from lissom.training.errors import UserError, one_sentence
+from lissom.training.variants import Variant, directory_of, named
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPE = "configs/fewshot/gpicl.py"
 OUT = ROOT / "results" / "in_context_phases"
 DATA = "data.kwargs.in_context"
+MIXER = "model.mixer"
 SET = {
-    "model.mixer": "--mixers",
+    MIXER: "--mixers",
     "model.width": "--widths",
     f"{DATA}.tasks": "--tasks",
     "optim.learning_rate": "--rates",
@@ -72,7 +73,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{variants.directory_of(self.mixer)}_{self.width}_{self.tasks}_seed{self.seed}"
+        return f"{directory_of(self.mixer)}_{self.width}_{self.tasks}_seed{self.seed}"
 
     @property
     def learner(self) -> str:
@@ -91,7 +92,7 @@ class Learner(NamedTuple):
 class Asked(NamedTuple):
     """What the flags say."""
 
-    mixers: Sequence[variants.Variant]
+    mixers: Sequence[Variant]
     widths: Sequence[int]
     tasks: Sequence[int]
     rates: Sequence[float]
@@ -157,8 +158,8 @@ def measured(learners: Sequence[Learner], workdir: pathlib.Path) -> tuple[list[R
                 continue
             runs[place] = run
             notes[str(place)] = [note] if note else []
-    variants = {str(place): run.learner for place, run in runs.items()}
-    return list(runs.values()), evaluate(list(runs), variants=variants, notes=notes, named=[RATE])
+    labels = {str(place): run.learner for place, run in runs.items()}
+    return list(runs.values()), evaluate(list(runs), variants=labels, notes=notes, named=[RATE])
 
 
 def value(row, name: str, tested: str | None = None) -> float | None:
@@ -296,32 +297,32 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
         raise UserError(f"--rates={','.join(given.rates)} must be numbers above 0, none twice")
     if len(set(given.mixers)) < len(given.mixers):
         raise UserError(f"--mixers={','.join(given.mixers)} must name mixers, none twice")
-    also = variants.grid((), given.also)[1:]
-    mixers = [variants.Variant(mixer, (("model.mixer", mixer),)) for mixer in given.mixers] + also
+    also = named(given.also)
+    mixers = [Variant(mixer, (("model.mixer", mixer),)) for mixer in given.mixers] + also
     if not mixers:
         raise UserError("neither --mixers nor --also names a mixer")
-    known = {variants.directory_of(mixer) for mixer in given.mixers}
-    if twice := [mixer.label for mixer in also if variants.directory_of(mixer.label) in known]:
-        raise UserError(f"--also={twice[0]!r} is called as one of --mixers is: give it another name")
+    known = {directory_of(mixer) for mixer in given.mixers}
+    for label, overrides in also:
+        if directory_of(label) in known:
+            raise UserError(f"--also={label!r} is called as one of --mixers is: give it another name")
+        keys = [key for key, _ in overrides]
+        if MIXER not in keys:
+            raise UserError(f"--also={label!r} names no mixer: {MIXER}=...")
+        for key in keys:
+            if not key.startswith("model.") or key == "model.name":
+                raise UserError(f"--also={label!r} sets {key}: it may set what the network is made of, model.FIELD")
+            if key in SET and key != MIXER:
+                raise UserError(f"--also={label!r} sets {key}, which is what the grid sets: give {SET[key]}")
     if given.seeds < 1:
         raise UserError(f"--seeds={given.seeds} must be at least 1")
     for key, _ in pairs:
         if not key:
             raise UserError(f"the recipe is {RECIPE}: --config.FIELD=VALUE changes it")
-        _check_free(f"--config.{key}", key)
-    for variant in also:
-        for key, _ in variant.overrides:
-            if key != "model.mixer":
-                _check_free(f"--also={variant.label!r} sets {key}, which", key)
+        if key in SET:
+            raise UserError(f"--config.{key} is what the grid sets: give {SET[key]}")
+        if key in FIXED:
+            raise UserError(f"--config.{key} is the same in all of the grid")
     return Asked(mixers, numbers["widths"], numbers["tasks"], rates, given.seeds, tuple(pairs))
-
-
-def _check_free(said: str, key: str) -> None:
-    """Raises UserError where the grid has this field for its own."""
-    if key in SET:
-        raise UserError(f"{said} is what the grid sets: give {SET[key]}")
-    if key in FIXED:
-        raise UserError(f"{said} is the same in all of the grid")
 
 
 def main(argv: list[str]) -> None:

@@ -44,15 +44,25 @@ def grid(axes: Sequence[str], also: Sequence[str] = ()) -> list[Variant]:
             )
     if len(variants) < math.prod(map(len, parsed.values())):
         raise UserError(f"--vary={' --vary='.join(axes)} names one variant twice")
+    for variant in named(also):
+        if variants.setdefault(directory_of(variant.label), variant) is not variant:
+            raise UserError(f"--also={variant.label!r}: there is a variant of this name already")
+    return list(variants.values())
+
+
+def named(also: Sequence[str]) -> list[Variant]:
+    """['wide: model.ffn=mlp model.width=128', ...] -> its variants, whose names are directories of their own."""
+    found: dict[str, Variant] = {}
     for text in also:
         label, colon, settings = text.partition(": ")
         pairs = [pair.partition("=") for pair in _parts(settings, " ") if pair]
         if not (colon and label.strip() and pairs and all(key and equals and value for key, equals, value in pairs)):
             raise UserError(f"--also={text!r} must be 'name: field=value field=value'")
         variant = Variant(label.strip(), tuple((key, value) for key, _, value in pairs))
-        if variants.setdefault(directory_of(variant.label), variant) is not variant:
-            raise UserError(f"--also={text!r}: there is a variant {variant.label!r} already")
-    return list(variants.values())
+        other = found.setdefault(directory_of(variant.label), variant)
+        if other is not variant:
+            raise UserError(f"--also={text!r}: there is a variant {other.label!r} already")
+    return list(found.values())
 
 
 def with_baselines(axes: Sequence[str], also: Sequence[str], baselines: Sequence[str]) -> list[Variant]:

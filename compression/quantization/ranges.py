@@ -171,10 +171,15 @@ def _ranges(network: nnx.Module) -> list[Range]:
     return [node for _, node in nnx.iter_graph(network) if isinstance(node, Range)]
 
 
-def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Module:
+def calibrate(
+    network: nnx.Module, data: Iterable[Mapping[str, Any]], batches: int, *, training: bool = False
+) -> nnx.Module:
     """Settles every range of the network on what it sees, unrounded, of so many batches; in place. ValueError where
-    there is none. Of episodes a BatchNorm whose running averages no training has moved normalises by the batch: the
-    network was trained by the statistics of tasks, and the averages say nothing."""
+    there is none.
+
+    A BatchNorm whose running averages no training has moved normalises by the batch, where the network will do so too:
+    where it is for `training`, and of episodes, whose statistics are then those of the tasks. (A network of episodes
+    that has not been trained, and is judged by running averages, is taken for one that does not use them.)"""
     found = _ranges(network)
     if not found:
         return network
@@ -185,7 +190,7 @@ def calibrate(network: nnx.Module, data: Iterable[dict], batches: int) -> nnx.Mo
     for node in found:
         node.observing, node.seen[...], node.calls[...] = True, jnp.zeros(()), jnp.zeros(())
     norms = []
-    if "support_inputs" in first:
+    if training or "support_inputs" in first:
         norms = [node for _, node in nnx.iter_graph(network) if isinstance(node, BatchNorm) and node.untrained]
     before = [(node.by_batch, node.momentum) for node in norms]
     for node in norms:

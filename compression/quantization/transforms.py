@@ -95,7 +95,7 @@ class Qat(Transform):
 
     def values(self, module: nnx.Module, source: nnx.Module, data: Iterable[dict]) -> nnx.Module:
         del source
-        return calibrate(module, data, self.batches)
+        return calibrate(module, data, self.batches, training=True)
 
 
 class Binarize(Transform):

@@ -85,7 +85,7 @@ def test_settings_facts_and_version_name_the_directory(tmp_path):
 
 
 def test_a_process_reads_a_set_once(tmp_path):
-    """Until another stands in its directory; nobody can change what others have."""
+    """Until another stands in its directory; what is told of it, and its numbers, nobody can change for others."""
     calls = []
 
     def generate():

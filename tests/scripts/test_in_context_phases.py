@@ -21,6 +21,7 @@ TINY = {
     "evaluation.latency_repeats": "3",
 }
 LSTM, ATTENTION = (Variant(name, (("model.mixer", name),)) for name in ("lstm", "attention"))
+WINDOW = Variant("window 3", (("model.mixer", "window"), ("model.mixer_kwargs.window.window", "3")))
 ASKED = script.Asked((LSTM,), (8, 16), (1, 64), (1e-3,), 1, tuple(TINY.items()))
 
 
@@ -43,8 +44,7 @@ def test_the_grid_is_what_was_asked():
 
 def test_settings_in_the_place_of_a_mixer():
     """They are of the run, in its name and in its label, and go with every width."""
-    also = Variant("window 3", (("model.mixer", "window"), ("model.mixer_kwargs.window.window", "3")))
-    _, _, narrow, wide = script.grid(ASKED._replace(mixers=(LSTM, also)))
+    _, _, narrow, wide = script.grid(ASKED._replace(mixers=(LSTM, WINDOW)))
     assert (narrow.label, wide.label) == ("window 3, width 8", "window 3, width 16")
     assert [run.name for run in wide.runs] == ["window_3_16_1_seed0", "window_3_16_64_seed0"]
     for run in (*wide.runs, *wide.trials.values()):
@@ -53,7 +53,7 @@ def test_settings_in_the_place_of_a_mixer():
 
 
 def test_runs_are_trained_once_and_reported(tmp_path, capsys):
-    asked = ASKED._replace(tasks=(64,))
+    asked = ASKED._replace(tasks=(64,), mixers=(LSTM, WINDOW), widths=(8,))
     learners = script.grid(asked)
     with pytest.raises(UserError, match=r"--merge: the run .* is not finished"):
         script.measured(learners, tmp_path / "runs")
@@ -68,13 +68,13 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
             again(other, tmp_path / "runs")
     script.report(learners, tmp_path / "runs", tmp_path / "out")
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
-    assert [row.identity.variant for row in rows[:2]] == ["lstm, width 8", "lstm, width 16"]
+    assert [row.identity.variant for row in rows[:2]] == ["lstm, width 8", "window 3, width 8"]
     assert [row.identity.overrides["optim.learning_rate"] for row in rows[:2]] == [1e-3, 1e-3]  # the recipe's, said
     assert script.tests_of(rows) == ["unseen", "seen", "other, other_base=digits"]
-    # h and c of two layers, and three lengths.
-    assert [script.value(row, "cache_bytes") for row in rows[:2]] == [4 * (2 * 2 * n + 3) for n in (8, 16)]
+    # Of two layers h and c, or two keys and values; and three lengths.
+    assert [script.value(row, "cache_bytes") for row in rows[:2]] == [4 * (2 * 2 * n * 8 + 3) for n in (1, 2)]
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "| lstm | 16 | 268 | 64 |" in text and "nearest centroid in context" in text
+    assert "| window 3 | 8 | 268 | 64 |" in text and "nearest centroid in context" in text
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["parameters.png", "state.png"]
     assert (tmp_path / "out" / "state.png").stat().st_size > 1000
     several = [run for tasks in (1, 64) for run in script.grid(asked._replace(tasks=(tasks,)))[0].runs]
@@ -150,8 +150,14 @@ def test_accuracies_are_told_apart_by_their_test_sets():
         (["--mixers="], "neither --mixers nor --also names a mixer"),
         (["--also=window"], "--also='window' must be 'name: field=value field=value'"),
         (["--also=lstm: model.mixer=window"], "--also='lstm' is called as one of --mixers is: give it another name"),
-        (["--also=wide: model.width=8"], "--also='wide' sets model.width, which is what the grid sets: give --widths"),
-        (["--also=w: data.name=digits"], "--also='w' sets data.name, which is the same in all of the grid"),
+        (["--also=shallow: model.depth=1"], "--also='shallow' names no mixer: model.mixer=..."),
+        (
+            ["--also=w: model.mixer=window model.width=8"],
+            "--also='w' sets model.width, which is what the grid sets: give",
+        ),
+        (["--also=w: model.mixer=window evaluation.data=()"], "--also='w' sets evaluation.data: it may set what the"),
+        (["--also=w: model.mixer=window model.name=cnn"], "--also='w' sets model.name: it may set what the network is"),
+        (["--also=a b: model.mixer=window", "--also=a_b: model.mixer=none"], "there is a variant 'a b' already"),
         (["--also=w: model.mixer=window model.mixer_kwargs.window.windows=3"], "did you mean 'window'"),
         (["--seeds=0"], "--seeds=0 must be at least 1"),
         (["--rates=1e-3,fast"], "--rates=1e-3,fast must be numbers above 0, none twice"),

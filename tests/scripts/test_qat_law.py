@@ -32,11 +32,11 @@ def test_runs_are_trained_once_and_reported(tmp_path, capsys):
     small = (
         ("mesh.data", "1"),
         ("data.batch_size", "2"),
-        ("data.kwargs.stdlib_text.length", "16"),
+        ("data.kwargs.stdlib_text.length", "32"),
         ("data.kwargs.stdlib_text.test_size", "400"),
         ("evaluation.batch_size", "200"),
     )
-    asked = ASKED._replace(per_byte=(0.4,), shares=(0.25, 0.5, 0.75), fused=(), pairs=small)
+    asked = ASKED._replace(per_byte=(0.8,), shares=(0.25, 0.5, 0.75), fused=(), pairs=small)
     runs = qat_law.grid(asked)
     assert len(runs) == 3
     with pytest.raises(UserError, match=r"--merge: the run .* is not finished"):
