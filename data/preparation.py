@@ -63,8 +63,8 @@ def prepared(name: str, definition: Definition, settings: dict[str, Any], data_d
 
 @functools.lru_cache(maxsize=2)
 def read(directory: Path, written: int, in_memory: float) -> Dataset:
-    """What lies in the directory since the time `written`. The last two are kept, each split in up to `in_memory` bytes:
-    a run is trained and then measured on one dataset, and the runs of a table are too."""
+    """What lies in the directory since the time `written`. The last two are kept (a split has up to `in_memory`
+    bytes): a run is trained and then measured on one dataset, and the runs of a table are too."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(directory)
