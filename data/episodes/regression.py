@@ -12,7 +12,8 @@ from lissom.data.errors import nearest, require
 
 
 class Curves(NamedTuple):
-    """y = curve(x [n], p [k]) with x even in `inputs` and p even in `parameters`, (least, largest) of each of the k."""
+    """y = curve(x [..., n], p [k, ...]) with x even in `inputs` and p even in `parameters`, (least, largest) of each of
+    the k."""
 
     curve: Callable[[np.ndarray, np.ndarray], np.ndarray]
     parameters: tuple[tuple[float, float], ...]
@@ -38,6 +39,16 @@ CURVES = {
 FAMILIES = (*CURVES, *dynamics.FAMILIES)
 
 
+class Task(NamedTuple):
+    """What is drawn of a task: the number of its family among those of the source, its parameters [k], the inputs
+    [n, dims] in the family's own units, and what is added to the targets of the support."""
+
+    family: int
+    parameters: np.ndarray
+    x: np.ndarray
+    noise: np.ndarray
+
+
 class RegressionTasks(Drawn):
     """`count` tasks; task i is drawn by (seed, split, i) alone: a family, its parameters, then the examples."""
 
@@ -47,38 +58,52 @@ class RegressionTasks(Drawn):
         super().__init__(count=count, split=split, seed=seed)
 
     def __getitem__(self, index: int) -> Example:
-        rng = self.stream(index)
-        name = self.families[rng.integers(len(self.families))]
-        draw = _of_curve if name in CURVES else _of_system
-        x, y = draw(name, self.shots + self.queries, self.interval, rng)
-        y[: self.shots] += self.noise * rng.standard_normal(y[: self.shots].shape)
-        x, y = x.astype(np.float32), y.astype(np.float32)
+        return {name: array[0] for name, array in self.gather(np.array([index])).items()}
+
+    def gather(self, indices: np.ndarray) -> Example:
+        """The tasks at `indices`, stacked. All of a family are computed together: a system takes hundreds of calls."""
+        tasks = [self._drawn(int(index)) for index in indices]
+        x, family = np.stack([task.x for task in tasks]), np.array([task.family for task in tasks])
+        y = np.empty_like(x)
+        for number in np.unique(family):
+            mine, name = family == number, self.families[number]
+            p = np.stack([task.parameters for task in tasks if task.family == number], -1)[..., None]
+            x[mine], y[mine] = _of_curve(name, x[mine], p) if name in CURVES else self._of_system(name, x[mine], p)
         cut = self.shots
+        y[:, :cut] += np.stack([task.noise for task in tasks])
+        x, y = x.astype(np.float32), y.astype(np.float32)
         return {
-            "inputs": x[cut:],
-            "labels": y[cut:],
-            "support_inputs": x[:cut],
-            "support_labels": y[:cut],
-            "family": np.int32(FAMILIES.index(name)),
+            "inputs": x[:, cut:],
+            "labels": y[:, cut:],
+            "support_inputs": x[:, :cut],
+            "support_labels": y[:, :cut],
+            "family": np.array([FAMILIES.index(self.families[number]) for number in family], np.int32),
         }
 
+    def _drawn(self, index: int) -> Task:
+        rng, count = self.stream(index), self.shots + self.queries
+        number = int(rng.integers(len(self.families)))
+        name = self.families[number]
+        if name in CURVES:
+            family, dims = CURVES[name], 1
+            x = rng.uniform(*family.inputs, (count, dims))
+            parameters = rng.uniform(*np.transpose(family.parameters))
+        else:
+            family, dims = dynamics.FAMILIES[name], 2
+            parameters = rng.uniform(*np.transpose(family.parameters))
+            x = rng.uniform(*family.start, (count, dims))
+        return Task(number, parameters, x, self.noise * rng.standard_normal((self.shots, dims)))
 
-def _of_curve(name: str, count: int, interval: float, rng: np.random.Generator):
-    del interval
-    family = CURVES[name]
-    least, largest = np.transpose(family.parameters)
-    x = rng.uniform(*family.inputs, count)
-    return x[:, None], family.curve(x, rng.uniform(least, largest))[:, None]
+    def _of_system(self, name: str, first: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """States, standardised as `dynamics` does it, and what they become."""
+        family = dynamics.FAMILIES[name]
+        after = dynamics.integrated(lambda x: family.field(x, p), first, 2, self.interval)[:, 1]
+        standard = lambda states: (states - family.mean) / np.asarray(family.deviation)
+        return standard(first), standard(after)
 
 
-def _of_system(name: str, count: int, interval: float, rng: np.random.Generator):
-    """States even in the family's square, standardised as `dynamics` does it, and what they become."""
-    family = dynamics.FAMILIES[name]
-    least, largest = np.transpose(family.parameters)
-    p, first = rng.uniform(least, largest), rng.uniform(*family.start, (count, 2))
-    after = dynamics.integrated(lambda x: family.field(x, p), first, 2, interval)[:, 1]
-    standard = lambda states: (states - family.mean) / np.asarray(family.deviation)
-    return standard(first), standard(after)
+def _of_curve(name: str, x: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x, CURVES[name].curve(x[..., 0], p)[..., None]
 
 
 def regression_tasks(

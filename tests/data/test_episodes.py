@@ -254,6 +254,16 @@ def test_a_system_moves_its_states():
     assert np.abs(after - before).max() > 0.1
 
 
+@pytest.mark.parametrize("families", [("sinusoid", "ramp"), ("duffing", "selkov", "van_der_pol")])
+def test_tasks_of_several_families_are_the_same_together_and_alone(families):
+    source = load("regression_tasks", families=families, shots=3, queries=4, noise=0.2).train
+    together = source.gather(np.array([7, 2, 11, 0, 3, 5, 7]))
+    assert len(set(together["family"].tolist())) == len(families)
+    for at, index in enumerate((7, 2, 11, 0, 3, 5, 7)):
+        for name, value in source[index].items():
+            np.testing.assert_array_equal(together[name][at], value)
+
+
 def test_noise_is_in_the_support_alone():
     clean, noisy = (load("regression_tasks", shots=50, queries=20, noise=noise).train[3] for noise in (0.0, 0.5))
     np.testing.assert_array_equal(clean["labels"], noisy["labels"])
