@@ -24,7 +24,7 @@ results/beclr_memory: uv run scripts/compare.py --config=configs/fewshot/glyphs.
     --config.data.batch_size=256 --config.optim.learning_rate=1e-2 "--config.evaluation.baselines=()" \
     --vary=objective=beclr --also="whole memory: objective_kwargs.beclr.clusters=0" \
     --also="no neighbours: objective_kwargs.beclr.neighbours=0" \
-    --also="untrained: objective=protonet data.batch_size=4 optim.learning_rate=1e-9 train.steps=100"
+    --also="untrained: optim.learning_rate=1e-9 train.steps=100"
 results/steps_fewshot_glyphs: uv run scripts/training_steps.py --config=configs/fewshot/glyphs.py \
     --config.data.batch_size=1 --repeats=5 --also="fomaml, 5 steps: objective=fomaml" \
     --also="maml, 20 steps, tree: objective=maml objective_kwargs.maml.inner_steps=20 objective_kwargs.maml.remat=tree"
