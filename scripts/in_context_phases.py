@@ -7,14 +7,14 @@
         [--config.FIELD=VALUE]
 
 Kirsch et al. 2022, arXiv:2212.04458, figures 2 to 5. Each run is the recipe configs/fewshot/gpicl.py with a mixer, a
-width, and so many training tasks; --also, which can be given several times, names a mixer with settings of the model
-that stand in the place of a mixer, behind those of --mixers (of --mixers= they are all). It is judged on unseen tasks
-and on the test sets of config.evaluation.data: tasks of training ("seen"), and of another base set ("other"). The
-learning rate of each mixer and width is that of --rates with the lowest loss on unseen tasks, of the most training
-tasks and seed 0; of one rate none is tried. It is tried in whole runs: the loss is that of chance for a good part of a
-run before it falls, so that a part of one says which rate is the quickest there, and this one may stay there. So the
-best of these runs is also one of those that are shown. What is finished in --workdir is not trained again; a --shard
-trains its part of the mixers and widths and measures nothing; --merge trains nothing.
+width, and so many training tasks; --also, which can be given several times, names a mixer with other settings of the
+model: it stands behind those of --mixers (behind --mixers= alone). It is judged on unseen tasks and on the test sets of
+config.evaluation.data: tasks of training ("seen"), and of another base set ("other"). The learning rate of each mixer
+and width is that of --rates with the lowest loss on unseen tasks, of the most training tasks and seed 0; of one rate
+none is tried. It is tried in whole runs: the loss is that of chance for a good part of a run before it falls, so that a
+part of one says which rate is the quickest there, and this one may stay there. So the best of these runs is also one of
+those that are shown. What is finished in --workdir is not trained again; a --shard trains its part of the mixers and
+widths and measures nothing; --merge trains nothing.
 
 Printed and written: rows and tables of all runs, and the phases: accuracies at the first and at the last position, and
 
@@ -298,7 +298,7 @@ def read(given: flags.FlagValues, pairs: Sequence[tuple[str, str]]) -> Asked:
     if len(set(given.mixers)) < len(given.mixers):
         raise UserError(f"--mixers={','.join(given.mixers)} must name mixers, none twice")
     also = named(given.also)
-    mixers = [Variant(mixer, (("model.mixer", mixer),)) for mixer in given.mixers] + also
+    mixers = [Variant(mixer, ((MIXER, mixer),)) for mixer in given.mixers] + also
     if not mixers:
         raise UserError("neither --mixers nor --also names a mixer")
     known = {directory_of(mixer) for mixer in given.mixers}
